@@ -1,0 +1,216 @@
+"""What an architecture costs: bit operations (Eq. 1), size, average bits.
+
+Every cost is a function of the tree of decisions and linear in each leaf, so
+the expected cost of a policy is the cost at its probabilities, and its gradient
+is exact.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+import flax
+import numpy as np
+
+from fliqs_jax import formats
+
+# What is not quantized is served as BF16; a scale is a float32.
+UNQUANTIZED_BITS = 16
+_SCALE_BITS = 32
+
+Leaves = Mapping[str, Any]  # {decision leaf's path: [K] one-hot or probability}
+
+
+@flax.struct.dataclass
+class OpShape:
+  """What one quantizable op tells of itself; known from shapes, so all static.
+
+  Attributes:
+    kind: `conv`, `dense` or `einsum`.
+    macs: multiply-accumulates for the input that the model was traced with.
+    weights: number of weights.
+    channels: number of weight scales, one per output channel.
+    weight_menu: formats of the weights, or None where not quantized.
+    act_menu: formats of the input activations, or None.
+    tied: whether one decision sets both.
+  """
+
+  kind: str = flax.struct.field(pytree_node=False)
+  macs: int = flax.struct.field(pytree_node=False)
+  weights: int = flax.struct.field(pytree_node=False)
+  channels: int = flax.struct.field(pytree_node=False)
+  weight_menu: tuple[formats.NumericFormat, ...] | None = flax.struct.field(
+    pytree_node=False
+  )
+  act_menu: tuple[formats.NumericFormat, ...] | None = flax.struct.field(
+    pytree_node=False
+  )
+  tied: bool = flax.struct.field(pytree_node=False)
+
+  def leaves(self) -> dict[str, tuple[formats.NumericFormat, ...]]:
+    """Returns {name of an arch leaf of this layer: its menu}."""
+    if self.tied:
+      return {'format': self.weight_menu}
+    menus = {'weights': self.weight_menu, 'activations': self.act_menu}
+    return {name: menu for name, menu in menus.items() if menu is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+  """One op of a model: where it stands and what it does."""
+
+  path: str
+  shape: OpShape
+
+  def leaf(self, name: str) -> str:
+    """Returns the path of one of the op's leaves in `arch`."""
+    return f'{self.path}/{name}' if self.path else name
+
+  def expected(
+    self, leaves: Leaves, weight_value: Callable, act_value: Callable
+  ) -> Any:
+    """Returns E[weight_value(format) * act_value(format)] under `leaves`.
+
+    One decision that sets both sides is summed over the products; two
+    decisions are independent, so their expectations multiply.
+    """
+    shape = self.shape
+    if shape.tied:
+      return _dot(
+        leaves[self.leaf('format')],
+        [weight_value(f) * act_value(f) for f in shape.weight_menu],
+      )
+    result = 1.0
+    for name, menu, value in (
+      ('weights', shape.weight_menu, weight_value),
+      ('activations', shape.act_menu, act_value),
+    ):
+      if menu is None:
+        result = result * value(formats.BF16)
+      else:
+        result = result * _dot(
+          leaves[self.leaf(name)], [value(f) for f in menu]
+        )
+    return result
+
+
+def _dot(leaf, values):
+  # Not a matmul, whose default precision rounds to bf16 on TPU.
+  return (leaf * np.asarray(values, np.float32)).sum(-1)
+
+
+def _bits(numeric_format: formats.NumericFormat) -> int:
+  return numeric_format.bits
+
+
+def op_gbops(op: Op, leaves: Leaves) -> Any:
+  """Returns the layer's cost b_w * b_a * MACs / 1e9 (Eq. 1, one input)."""
+  return op.expected(leaves, _bits, _bits) * (op.shape.macs / 1e9)
+
+
+def op_size(op: Op, leaves: Leaves) -> Any:
+  """Returns the bits of the layer's weights and of its scales.
+
+  One float32 scale per output channel, and one for the activations, where the
+  format is scaled.
+  """
+  shape = op.shape
+
+  def weight_bits(f):
+    scales = _SCALE_BITS * shape.channels if f.scaled else 0
+    return f.bits * shape.weights + scales
+
+  def act_bits(f):
+    return _SCALE_BITS if f.scaled else 0
+
+  weights = op.expected(leaves, weight_bits, lambda f: 1)
+  return weights + op.expected(leaves, lambda f: 1, act_bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """A cost of a whole model.
+
+  Attributes:
+    kind: `bops`, `size` or `average_bits`.
+    unit: how the numbers are printed.
+    ops: the model's ops.
+    constant: what no decision changes, in the unit.
+  """
+
+  kind: str
+  unit: str
+  ops: tuple[Op, ...]
+  constant: float
+
+  def of_op(self, op: Op, leaves: Leaves) -> Any:
+    """Returns the part of the cost that one op causes, in the unit."""
+    if self.kind == 'bops':
+      return op_gbops(op, leaves)
+    if self.kind == 'size':
+      return op_size(op, leaves) / 1e6
+    weights = sum(o.shape.weights for o in self.ops)
+    share = op.shape.weights / weights
+    return op.expected(leaves, _bits, lambda f: 1) * share
+
+  def __call__(self, leaves: Leaves) -> Any:
+    """Returns the (expected) cost of one-hot (or probability) `leaves`, []."""
+    return self.constant + sum(self.of_op(op, leaves) for op in self.ops)
+
+
+KINDS = {'bops': 'GBOPs', 'size': 'Mbit', 'average_bits': 'bits'}
+
+
+def make(kind: str, ops: tuple[Op, ...], params: int) -> Cost:
+  """Returns a cost function.
+
+  Args:
+    kind: `bops` (billions, Eq. 1), `size` (megabits of weights, scales and, at
+      32 bits, every other parameter) or `average_bits` (per weight).
+    ops: the model's ops.
+    params: number of all parameters, those outside the ops included.
+
+  Raises:
+    ValueError: for another kind.
+  """
+  if kind not in KINDS:
+    raise ValueError(
+      f'cost.kind={kind!r} is unknown; allowed: {", ".join(KINDS)}'
+    )
+  others = params - sum(op.shape.weights for op in ops)
+  constant = 32 * others / 1e6 if kind == 'size' else 0.0
+  return Cost(kind, KINDS[kind], tuple(ops), constant)
+
+
+def bounds(cost: Cost) -> tuple[float, float]:
+  """Returns the cost of the cheapest and of the dearest architecture."""
+  # Every cost grows with each leaf's bits, so each leaf decides for itself.
+  extremes = []
+  for pick in (min, max):
+    leaves = {}
+    for op in cost.ops:
+      for name, menu in op.shape.leaves().items():
+        chosen = pick(menu, key=_bits)
+        leaves[op.leaf(name)] = np.asarray(
+          [f is chosen for f in menu], np.float32
+        )
+    extremes.append(float(cost(leaves)))
+  return extremes[0], extremes[1]
+
+
+def uniform(cost: Cost, numeric_format: str) -> float:
+  """Returns the cost with every quantized side of every layer at one format.
+
+  The format need not be on the layers' menus: it is a yardstick for targets.
+  """
+  choice = (formats.parse(numeric_format),)
+  leaves, ops = {}, []
+  for op in cost.ops:
+    shape = dataclasses.replace(
+      op.shape,
+      weight_menu=op.shape.weight_menu and choice,
+      act_menu=op.shape.act_menu and choice,
+    )
+    ops.append(Op(op.path, shape))
+    leaves |= {op.leaf(name): np.ones(1) for name in shape.leaves()}
+  return float(dataclasses.replace(cost, ops=tuple(ops))(leaves))

@@ -1,0 +1,129 @@
+"""What a numeric format is, how it is spelt, and the named spaces (Table 5)."""
+
+from collections.abc import Sequence
+import dataclasses
+import re
+
+
+@dataclasses.dataclass(frozen=True)
+class NumericFormat:
+  """A symmetric numeric format, described as a float with subnormals.
+
+  One description serves integers and floats: an integer of k bits is the float
+  whose whole range is subnormal, with a step of 1 (`min_exponent` equals
+  `mantissa_bits`). Formats have no infinities and no NaN codes.
+
+  Attributes:
+    name: canonical spelling, `INT4`, `E4M3` or `BF16`.
+    bits: bits of one stored value, sign included; what BOPs count (Eq. 1).
+    mantissa_bits: explicit mantissa bits.
+    min_exponent: exponent of the smallest normal number; below
+      `2**min_exponent` the step is `2**(min_exponent - mantissa_bits)`.
+    max_value: largest representable magnitude on the unscaled grid.
+    scaled: whether a value is multiplied on to the grid by a scale; only BF16
+      is not, its own exponent does that work.
+  """
+
+  name: str
+  bits: int
+  mantissa_bits: int
+  min_exponent: int
+  max_value: float
+  scaled: bool = True
+
+  def __str__(self) -> str:
+    return self.name
+
+
+def _integer(bits: int) -> NumericFormat:
+  return NumericFormat(
+    f'INT{bits}', bits, bits - 2, bits - 2, float(2 ** (bits - 1) - 1)
+  )
+
+
+def _float(exponent_bits: int, mantissa_bits: int) -> NumericFormat:
+  # The bias centres the exponents on zero (A.5); all codes are finite.
+  bias = 2 ** (exponent_bits - 1) - 1
+  max_exponent = 2**exponent_bits - 1 - bias
+  return NumericFormat(
+    f'E{exponent_bits}M{mantissa_bits}',
+    1 + exponent_bits + mantissa_bits,
+    mantissa_bits,
+    1 - bias,
+    2.0**max_exponent * (2 - 2.0**-mantissa_bits),
+  )
+
+
+# The least exponent is not bfloat16's own -126: a step below the smallest
+# normal float32 would be flushed to zero by XLA.
+BF16 = NumericFormat(
+  'BF16', 16, 7, -119, 2.0**127 * (2 - 2.0**-7), scaled=False
+)
+
+_ALLOWED = (
+  'INT2 to INT8, ExMy with at least one exponent bit and 4 to 8 bits in all '
+  '(E2M1, E4M3, ...), or BF16'
+)
+
+
+def parse(name: str | NumericFormat) -> NumericFormat:
+  """Returns the format that `name` spells, in any case.
+
+  Raises:
+    ValueError: for anything but INT2..INT8, an ExMy of 4 to 8 bits, or BF16.
+  """
+  if isinstance(name, NumericFormat):
+    return name
+  text = str(name).strip().upper()
+  if text == 'BF16':
+    return BF16
+  if match := re.fullmatch(r'INT([2-8])', text):
+    return _integer(int(match[1]))
+  if match := re.fullmatch(r'E(\d)M(\d)', text):
+    exponent_bits, mantissa_bits = int(match[1]), int(match[2])
+    if exponent_bits >= 1 and 4 <= 1 + exponent_bits + mantissa_bits <= 8:
+      return _float(exponent_bits, mantissa_bits)
+  raise ValueError(f'unknown format {name!r}; allowed: {_ALLOWED}')
+
+
+_LOW_FLOATS = tuple(f'E{x}M{y}' for x in range(2, 7) for y in range(1, 8 - x))
+
+# Table 5.
+SPACES: dict[str, tuple[str, ...]] = {
+  'int_s': ('INT4', 'INT8', 'BF16'),
+  'int_l': ('INT4', 'INT5', 'INT6', 'INT7', 'INT8', 'BF16'),
+  'fp_s': ('E2M1', 'E4M3', 'BF16'),
+  'fp_l': (*_LOW_FLOATS, 'BF16'),
+}
+
+
+def menu(formats: str | Sequence[str]) -> tuple[NumericFormat, ...]:
+  """Returns the formats a decision may choose from, in the given order.
+
+  Args:
+    formats: a named space (`int_s`, `int_l`, `fp_s`, `fp_l`), one format's
+      name, or a list of names.
+
+  Raises:
+    ValueError: for an unknown name, an empty list or a format named twice.
+  """
+  if isinstance(formats, (str, NumericFormat)):
+    if formats in SPACES:
+      formats = SPACES[formats]
+    else:
+      try:
+        formats = (parse(formats),)
+      except ValueError as error:
+        raise ValueError(
+          f'{error}; or a named space: {", ".join(SPACES)}'
+        ) from None
+  choices = tuple(parse(name) for name in formats)
+  if not choices:
+    raise ValueError(
+      'a menu of formats is empty; name at least one format, or exclude the '
+      'layer from quantization'
+    )
+  names = [choice.name for choice in choices]
+  if len(set(names)) < len(names):
+    raise ValueError(f'a menu names a format twice: {", ".join(names)}')
+  return choices

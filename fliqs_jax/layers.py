@@ -1,0 +1,339 @@
+"""Linen's own layers with a quantized op: they read `arch`, keep `quant_stats`.
+
+Each layer is the linen layer of the same name (same parameters, same options)
+in which the one multiplication is replaced: both operands are put on the grid
+of a format that the `arch` collection chooses, the op runs on grid values with
+a float32 accumulator, and the scales are applied to its result.
+
+Collections, per layer:
+  arch: `format` [K] one-hot, or `weights` and `activations` [K].
+  quant_stats: `mean`, `mean_square` [], running moments of the input; `count`
+    [], batches seen; `active` [], whether activations are quantized yet; `clip`
+    [K], threshold of each format as a multiple of the standard deviation.
+  cost: `ops`, a static `cost_model.OpShape` per call.
+"""
+
+from collections.abc import Callable
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+import opt_einsum
+
+from fliqs_jax import clipping
+from fliqs_jax import cost_model
+from fliqs_jax import quant_spec
+from fliqs_jax import quantize
+
+# Of the running moments. The first batches count in full: the weight of batch n
+# is max(1/n, 1 - decay), so the moments need no debiasing.
+_STATS_DECAY = 0.99
+
+
+class QuantConv(nn.Conv):
+  """`nn.Conv` (any stride, dilation, groups) with a searchable format.
+
+  Attributes:
+    spec: which formats the layer may use; matched against the layer's path.
+  """
+
+  spec: quant_spec.QuantSpec = quant_spec.QuantSpec()
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Applies the convolution: [..., H, W, C] to [..., H', W', features]."""
+    op = functools.partial(_conv, _Operands(self, self.spec))
+    return _with_op(self, nn.Conv, conv_general_dilated=op)(inputs)
+
+
+class QuantDense(nn.Dense):
+  """`nn.Dense` with a searchable format.
+
+  Attributes:
+    spec: which formats the layer may use; matched against the layer's path.
+  """
+
+  spec: quant_spec.QuantSpec = quant_spec.QuantSpec()
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Applies the layer: [..., C] to [..., features]."""
+    op = functools.partial(_dot_general, _Operands(self, self.spec))
+    return _with_op(self, nn.Dense, dot_general=op)(inputs)
+
+
+class QuantDenseGeneral(nn.DenseGeneral):
+  """`nn.DenseGeneral` with a searchable format.
+
+  Attributes:
+    spec: which formats the layer may use; matched against the layer's path.
+  """
+
+  spec: quant_spec.QuantSpec = quant_spec.QuantSpec()
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Applies the layer over `axis` of the inputs."""
+    op = functools.partial(_dot_general, _Operands(self, self.spec))
+    return _with_op(self, nn.DenseGeneral, dot_general=op)(inputs)
+
+
+class QuantEinsum(nn.Einsum):
+  """`nn.Einsum` with a searchable format.
+
+  Attributes:
+    spec: which formats the layer may use; matched against the layer's path.
+  """
+
+  spec: quant_spec.QuantSpec = quant_spec.QuantSpec()
+
+  @nn.compact
+  def __call__(
+    self, inputs: jax.Array, einsum_str: str | None = None
+  ) -> jax.Array:
+    """Applies the contraction of the inputs with the kernel."""
+    einsum_str = nn.merge_param('einsum_str', self.einsum_str, einsum_str)
+    return _einsum(_Operands(self, self.spec), einsum_str, inputs)
+
+
+def with_spec(
+  layer: type[nn.Module], spec: quant_spec.QuantSpec
+) -> Callable[..., nn.Module]:
+  """Returns the layer's constructor with its `spec` given."""
+  return functools.partial(layer, spec=spec)
+
+
+def set_activation_quantization(quant_stats: Any, active: Any) -> Any:
+  """Returns `quant_stats` with activation quantization switched on or off.
+
+  Args:
+    quant_stats: the collection.
+    active: bool [], traced or not. Off is phase one (A.2): activations are
+      profiled but not quantized.
+  """
+
+  def switch(path, leaf):
+    if path[-1].key == 'active':
+      return jnp.asarray(active, leaf.dtype)
+    return leaf
+
+  return jax.tree_util.tree_map_with_path(switch, quant_stats)
+
+
+class _Operands:
+  """Quantizes the two operands of one layer's op and records its shape."""
+
+  def __init__(self, module: nn.Module, spec: quant_spec.QuantSpec):
+    self.module = module
+    self.spec = spec
+    self.choices = spec.choices('/'.join(module.path))
+    self.dtype = module.dtype
+
+  def __call__(
+    self, x: jax.Array, w: jax.Array, contracted: tuple[int, ...]
+  ) -> tuple[quantize.Quantized, quantize.Quantized]:
+    """Returns activations and weights on their grids.
+
+    Args:
+      x: [...] activations, float32.
+      w: [...] weights, float32.
+      contracted: axes of `w` that the op sums over; the others are channels.
+    """
+    x = quantize.unquantized(x.astype(jnp.float32))
+    w = quantize.unquantized(w.astype(jnp.float32))
+    if (menu := self.choices.weights) is not None:
+      w = self._weights(w.values, contracted, menu, self._decision('weights'))
+    if (menu := self.choices.activations) is not None:
+      x = self._activations(x.values, menu, self._decision('activations'))
+    return self._compute_dtype(x), self._compute_dtype(w)
+
+  def record(self, kind: str, macs: int, weights: int, channels: int) -> None:
+    """Sows what the op costs."""
+    shape = cost_model.OpShape(
+      kind=kind,
+      macs=macs,
+      weights=weights,
+      channels=channels,
+      weight_menu=self.choices.weights,
+      act_menu=self.choices.activations,
+      tied=self.choices.tied,
+    )
+    self.module.sow('cost', 'ops', shape)
+
+  def _decision(self, side: str) -> jax.Array:
+    leaf = 'format' if self.choices.tied else side
+    if not self.module.has_variable('arch', leaf):
+      # A model that nobody searches yet runs at its first format.
+      size = len(getattr(self.choices, side))
+      self.module.variable('arch', leaf, jax.nn.one_hot, 0, size)
+    return self.module.get_variable('arch', leaf)
+
+  def _weights(self, w, contracted, menu, one_hot):
+    peak = jnp.max(jnp.abs(w), axis=contracted, keepdims=True)
+    multiples = clipping.multiples(self.spec.weight_clip, menu)
+    if any(math.isfinite(m) for m in multiples):
+      multiple = _pick(one_hot, jnp.asarray(multiples))
+      peak = jnp.minimum(
+        peak, multiple * jnp.std(w, axis=contracted, keepdims=True)
+      )
+    return quantize.quantize(w, quantize.select(menu, one_hot), peak)
+
+  def _activations(self, x, menu, one_hot):
+    stats = functools.partial(self.module.variable, 'quant_stats')
+    mean = stats('mean', jnp.zeros, ())
+    mean_square = stats('mean_square', jnp.zeros, ())
+    count = stats('count', jnp.zeros, (), jnp.int32)
+    active = stats('active', jnp.ones, (), jnp.bool_)
+    clip = stats(
+      'clip',
+      lambda: jnp.asarray(clipping.multiples(self.spec.first_act_clip, menu)),
+    )
+    if not self.module.is_initializing():
+      self.module.sow('act_inputs', 'x', x)  # For `profile`; else nothing.
+    learning = self.module.is_mutable_collection('quant_stats')
+    if learning and not self.module.is_initializing():
+      count.value += 1
+      weight = jnp.maximum(1.0 / count.value, 1.0 - _STATS_DECAY)
+      mean.value += weight * (lax.stop_gradient(jnp.mean(x)) - mean.value)
+      mean_square.value += weight * (
+        lax.stop_gradient(jnp.mean(x * x)) - mean_square.value
+      )
+    variance = jnp.maximum(mean_square.value - mean.value**2, 0.0)
+    threshold = _pick(one_hot, clip.value) * jnp.sqrt(variance)
+    grid = quantize.select(menu, one_hot)
+    quantized = quantize.quantize(x, grid, threshold)
+    # Without statistics there is no threshold, so there is nothing to quantize.
+    on = active.value & (count.value > 0)
+    return quantize.Quantized(
+      jnp.where(on, quantized.values, x),
+      jnp.where(on, quantized.scale, 1.0),
+    )
+
+  def _compute_dtype(self, q: quantize.Quantized) -> quantize.Quantized:
+    # Grid values are exact in bfloat16, so only unquantized ones are rounded.
+    dtype = self.dtype or jnp.float32
+    return quantize.Quantized(q.values.astype(dtype), q.scale)
+
+
+def _pick(one_hot: jax.Array, values: jax.Array) -> jax.Array:
+  return jnp.sum(jnp.where(one_hot > 0.5, values, 0.0))
+
+
+def _twin(module: nn.Module, linen_class: type[nn.Module], **replaced: Any):
+  """Returns a linen layer in the module's own scope, with fields replaced."""
+  fields = {
+    name: getattr(module, name)
+    for name in linen_class.__dataclass_fields__
+    if name not in ('parent', 'name')
+  }
+  return linen_class(**{**fields, 'parent': module.scope, **replaced})
+
+
+def _with_op(module: nn.Module, linen_class: type[nn.Module], **op: Callable):
+  """Returns the linen layer as a function, its op replaced by a quantized one.
+
+  Operands stay float32 until they are on the grid, and the bias is added to the
+  float32 result, which is rounded once to the layer's dtype.
+  """
+  twin = _twin(module, linen_class, promote_dtype=_keep_float32, **op)
+  return lambda inputs: _round_once(module, twin(inputs))
+
+
+def _round_once(module: nn.Module, y: jax.Array) -> jax.Array:
+  return y.astype(module.dtype or y.dtype)
+
+
+def _keep_float32(*arrays, dtype):
+  del dtype  # The op itself casts, after quantization.
+  return tuple(a if a is None else a.astype(jnp.float32) for a in arrays)
+
+
+def _conv(
+  operands: _Operands, lhs, rhs, window_strides, padding, **kwargs
+) -> jax.Array:
+  """`lax.conv_general_dilated` with quantized operands; channels last."""
+  x, w = operands(lhs, rhs, tuple(range(rhs.ndim - 1)))
+  y = lax.conv_general_dilated(
+    x.values,
+    w.values,
+    window_strides,
+    padding,
+    preferred_element_type=jnp.float32,
+    **kwargs,
+  )
+  operands.record('conv', y.size * rhs[..., 0].size, rhs.size, rhs.shape[-1])
+  return quantize.rescale(y, x.scale, w.scale)
+
+
+def _dot_general(
+  operands: _Operands, lhs, rhs, dimension_numbers, precision
+) -> jax.Array:
+  """`lax.dot_general` with quantized operands."""
+  (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+  x, w = operands(lhs, rhs, tuple(rhs_contract))
+  y = lax.dot_general(
+    x.values,
+    w.values,
+    dimension_numbers,
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
+  lhs_free = lhs.ndim - len(lhs_contract) - len(lhs_batch)
+  rhs_free = [
+    i for i in range(rhs.ndim) if i not in (*rhs_contract, *rhs_batch)
+  ]
+  # The result's axes: batch, then the activations' own, then the weights'.
+  scale_shape = [rhs.shape[i] for i in rhs_batch]
+  scale_shape += [1] * lhs_free + [rhs.shape[i] for i in rhs_free]
+  summed = math.prod(rhs.shape[i] for i in rhs_contract)
+  operands.record('dense', y.size * summed, rhs.size, rhs.size // summed)
+  w_scale = w.scale
+  if w_scale.ndim:
+    w_scale = jnp.transpose(w_scale, (*rhs_batch, *rhs_contract, *rhs_free))
+    w_scale = w_scale.reshape(scale_shape)
+  return quantize.rescale(y, x.scale, w_scale)
+
+
+def _einsum(operands: _Operands, einsum_str: str, inputs) -> jax.Array:
+  """`nn.Einsum` with quantized operands; scales and bias follow its result."""
+  after = []
+
+  def quantized(x, w, bias, dtype):
+    del dtype
+    labels, result, _ = opt_einsum.parser.parse_einsum_input((einsum_str, x, w))
+    x_labels, w_labels = labels.split(',')
+    sizes = dict(zip(x_labels + w_labels, (*x.shape, *w.shape)))
+    contracted = tuple(i for i, c in enumerate(w_labels) if c not in result)
+    x_q, w_q = operands(x, w, contracted)
+    summed = math.prod(w.shape[i] for i in contracted)
+    macs = math.prod(sizes.values())
+    operands.record('einsum', macs, w.size, w.size // summed)
+
+    channels = [c for c in w_labels if c in result]
+    broadcast = [sizes[c] if c in channels else 1 for c in result]
+    in_order = sorted(
+      range(len(channels)), key=lambda i: result.index(channels[i])
+    )
+    w_scale = w_q.scale
+    if w_scale.ndim:
+      w_scale = jnp.squeeze(w_scale, contracted).transpose(in_order)
+      w_scale = w_scale.reshape(broadcast)
+    if bias is not None:
+      bias = bias.reshape(broadcast)
+    after.extend((x_q.scale, w_scale, bias))
+    return x_q.values, w_q.values, None
+
+  module = operands.module
+  y = _twin(
+    module,
+    nn.Einsum,
+    promote_dtype=quantized,
+    preferred_element_type=jnp.float32,
+  )(inputs, einsum_str)
+  x_scale, w_scale, bias = after
+  y = quantize.rescale(y, x_scale, w_scale)
+  return _round_once(module, y if bias is None else y + bias)
