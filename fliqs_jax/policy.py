@@ -1,0 +1,55 @@
+"""Softmax policies over trees of decisions (Eq. 2, 6).
+
+A policy is any tree of [K] logits, an architecture the same tree of [K]
+one-hots: a dict of decisions or a model's `arch` collection alike.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def probabilities(policy: Any) -> Any:
+  """Returns pi = softmax(logits) of every decision (Eq. 2)."""
+  return jax.tree.map(jax.nn.softmax, policy)
+
+
+def sample(policy: Any, key: jax.Array, n: int) -> Any:
+  """Returns n architectures drawn from the policy, leaves [n, K] one-hot."""
+  leaves, treedef = jax.tree.flatten(policy)
+  # One draw for all decisions: a generator per leaf would be most of the
+  # program.
+  uniform = jax.random.uniform(key, (len(leaves), n, 1))
+
+  def draw(logits, u):  # [K], [n, 1]
+    below = jnp.cumsum(jax.nn.softmax(logits))[None, :-1] <= u
+    return jax.nn.one_hot(jnp.sum(below, axis=-1), logits.shape[-1])
+
+  return treedef.unflatten([draw(*pair) for pair in zip(leaves, uniform)])
+
+
+def argmax(policy: Any) -> Any:
+  """Returns the likeliest architecture, leaves [K] one-hot."""
+  return jax.tree.map(
+    lambda logits: jax.nn.one_hot(jnp.argmax(logits), logits.shape[-1]), policy
+  )
+
+
+def log_prob(policy: Any, arch: Any) -> jax.Array:
+  """Returns log pi(arch) [], summed over decisions (Eq. 3)."""
+  terms = jax.tree.map(
+    lambda logits, a: jnp.sum(jax.nn.log_softmax(logits) * a), policy, arch
+  )
+  return sum(jax.tree.leaves(terms))
+
+
+def entropy(policy: Any) -> jax.Array:
+  """Returns H = -sum pi log pi [], in nats, summed over decisions (Eq. 6)."""
+  terms = jax.tree.map(
+    lambda logits: (
+      -jnp.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits))
+    ),
+    policy,
+  )
+  return sum(jax.tree.leaves(terms))
