@@ -1,0 +1,179 @@
+"""1797 real handwritten digits, 8x8 grey, that come with scikit-learn.
+
+The smallest real data there is: no download, and a search on it takes minutes
+on a laptop. Prepared once with TFDS, as ArrayRecord: the way of any larger set.
+"""
+
+import contextlib
+import io
+import os
+import pathlib
+import tempfile
+
+import numpy as np
+from PIL import Image
+import tensorflow_datasets as tfds
+
+from fliqs_jax.data import dataset as dataset_lib
+
+_SPLIT_SIZES = {'train': 1437, 'test': 360}
+# scikit-learn's pixels are 0 .. 16; 16 * 15 = 240 fits a byte, exactly.
+_PIXEL_SCALE = 15
+
+
+class Digits(tfds.core.GeneratorBasedBuilder):
+  """TFDS builder of scikit-learn's digits: every fifth of a class is test."""
+
+  VERSION = tfds.core.Version('1.0.0')
+  # There are no checksums beside this file to look for; to look, TFDS imports
+  # importlib_resources, which it does not declare (tensorflow/datasets#11212).
+  code_path = None
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description='8x8 grey handwritten digits of sklearn.load_digits().',
+      homepage='https://archive.ics.uci.edu/dataset/80',
+      features=tfds.features.FeaturesDict(
+        {
+          'image': tfds.features.Image(shape=(8, 8, 1), encoding_format='png'),
+          'label': tfds.features.ClassLabel(num_classes=10),
+        }
+      ),
+      supervised_keys=('image', 'label'),
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager  # Nothing to download.
+    return {split: self._generate_examples(split) for split in _SPLIT_SIZES}
+
+  def _generate_examples(self, split: str):
+    # Needed once per data_dir, and a second of every later start if it were
+    # imported above.
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    by_class = np.argsort(digits.target, kind='stable')
+    for rank, index in enumerate(by_class):
+      if (split == 'test') == (rank % 5 == 0):
+        pixels = (digits.images[index] * _PIXEL_SCALE).astype(np.uint8)
+        # Encoded here: TFDS would use TensorFlow to encode an array.
+        png = io.BytesIO()
+        Image.fromarray(pixels).save(png, format='PNG')
+        png.seek(0)
+        yield int(index), dict(image=png, label=int(digits.target[index]))
+
+
+def prepare(data_dir: str) -> pathlib.Path:
+  """Prepares the set below `data_dir` unless it is there; returns its place.
+
+  Everything is written to a directory of its own and renamed when complete, so
+  that neither a kill nor a second process at the same time can leave half a set
+  where a whole one is looked for. (TFDS does likewise, but names its directory
+  with Python's global random numbers, which two runs may have seeded alike, and
+  fails where another process was faster.) After a kill, an `incomplete.*`
+  directory may be left; nobody reads it.
+
+  Args:
+    data_dir: where data sets are kept; '' for the user's cache.
+
+  Raises:
+    ValueError: if `data_dir` is not a local directory that can be written to,
+      or holds something else in the place of the set.
+  """
+  if '://' in data_dir:
+    raise ValueError(
+      f'config.data.data_dir={data_dir!r} must be a local directory for '
+      "'digits'; name one, or '' for the user's cache"
+    )
+  if data_dir:
+    root = pathlib.Path(data_dir).expanduser()
+  else:
+    cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+    root = pathlib.Path(cache) / 'fliqs_jax' / 'data'
+  directory = root / Digits.name / str(Digits.VERSION)
+  try:
+    if directory.exists():
+      if (directory / 'dataset_info.json').exists():
+        return directory
+      raise ValueError(
+        f'config.data.data_dir={data_dir!r}: {directory} is not a prepared '
+        'TFDS data set; delete it, and it is prepared again'
+      )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='incomplete.', dir=root) as scratch:
+      builder = Digits(data_dir=scratch)
+      # TFDS prints that it downloads, and that it keeps the scratch directory.
+      with contextlib.redirect_stdout(None):
+        builder.download_and_prepare(file_format='array_record')
+      try:
+        os.rename(builder.data_dir, directory)
+      except OSError:
+        if not directory.exists():  # If it does, another process was faster.
+          raise
+  except OSError as error:
+    raise ValueError(
+      f'config.data.data_dir={data_dir!r}: cannot prepare the data set in '
+      f'{root} ({error}); name a directory that can be written to'
+    ) from error
+  return directory
+
+
+class _Examples:
+  """The examples of one prepared split, decoded when they are read."""
+
+  def __init__(self, directory: pathlib.Path, split: str):
+    self._records = tfds.builder_from_directory(directory).as_data_source(
+      split=split,
+      # TFDS decodes with OpenCV or PIL, whichever is there, and warns of PIL.
+      decoders={'image': tfds.decode.SkipDecoding()},
+    )
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
+    record = self._records[index]
+    image = np.asarray(Image.open(io.BytesIO(record['image'])))
+    return dict(image=image[..., None], label=record['label'])
+
+
+def shift(images: np.ndarray, bits: np.ndarray) -> np.ndarray:
+  """Moves every image by up to one pixel each way; what enters is background.
+
+  Args:
+    images: uint8 [N, H, W, C].
+    bits: uint64 [N], random.
+
+  Returns:
+    uint8 [N, H, W, C].
+  """
+  count, height, width, _ = np.shape(images)
+  padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  # Three equally likely ways each, but for one in 2**62.
+  down, right = (bits % 3).astype(int), (bits // 3 % 3).astype(int)
+  rows = down[:, None] + np.arange(height)
+  columns = right[:, None] + np.arange(width)
+  return padded[
+    np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]
+  ]
+
+
+def dataset(data_dir: str) -> dataset_lib.Dataset:
+  """Returns the digits; `open` prepares them below `data_dir` if need be.
+
+  Args:
+    data_dir: where data sets are kept; '' for the user's cache.
+  """
+  return dataset_lib.Dataset(
+    name='digits',
+    num_classes=10,
+    input_shape=(8, 8, 1),
+    split_sizes=_SPLIT_SIZES,
+    mean=(73.4,),  # Of 'train'.
+    std=(90.3,),
+    open=lambda split: _Examples(prepare(data_dir), split),
+    train_images=shift,
+    # 128 PNGs cost 10 ms per batch, as much as a training step; 115 KB in all.
+    in_memory=True,
+  )

@@ -1,0 +1,217 @@
+"""From `config.data` to the streams of a run; refuses what cannot work."""
+
+from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import functools
+
+import ml_collections
+import numpy as np
+
+from fliqs_jax.data import dataset as dataset_lib
+from fliqs_jax.data import splits
+
+# The imports inside functions: what only some runs need, only they pay for.
+
+
+def _digits(data_dir: str) -> dataset_lib.Dataset:
+  from fliqs_jax.data import digits
+
+  return digits.dataset(data_dir)
+
+
+def _synthetic(data_dir: str) -> dataset_lib.Dataset:
+  from fliqs_jax.data import synthetic
+
+  del data_dir  # Nothing is written.
+  return synthetic.dataset()
+
+
+_DATASETS = {'digits': _digits, 'synthetic': _synthetic}
+
+_SPLIT_KEYS = {
+  'train': 'train_split',
+  'valid': 'valid_split',
+  'test': 'test_split',
+}
+_BATCH_KEYS = {
+  'train': 'batch_size',
+  'valid': 'valid_batch_size',
+  'test': 'test_batch_size',
+}
+_KEY_TYPES = {
+  'name': str,
+  'data_dir': str,
+  **dict.fromkeys(_SPLIT_KEYS.values(), str),
+  **dict.fromkeys(_BATCH_KEYS.values(), int),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Streams:
+  """Disjoint streams of batches; weights learn on train, the policy on valid.
+
+  A batch is a dict of NumPy arrays, the rows of this process:
+    * 'image': float32 [B, H, W, C], normalised.
+    * 'label': int32 [B].
+    * 'mask': float32 [B], in test only: 1 for an example, 0 for padding.
+
+  Invariants:
+    * A batch is a function of config, seed and step: `train(n)` yields what
+      `train(0)` yields from its n-th batch on, and reads nothing before.
+    * The batches of processes 0, 1, ... at one step, one below the other, are
+      the batch of a single process, bit for bit.
+    * Shapes never change.
+
+  Attributes:
+    num_classes: number of classes.
+    input_shape: (H, W, C).
+    num_examples: number of examples of 'train', 'valid' and 'test'.
+    train: from a step to endless shuffled, augmented batches from there on;
+      every example once per epoch.
+    valid: the same in an order of its own, not augmented.
+    test: one pass over the test examples in their own order.
+  """
+
+  num_classes: int
+  input_shape: tuple[int, int, int]
+  num_examples: Mapping[str, int]
+  train: Callable[[int], Iterator[dict[str, np.ndarray]]]
+  valid: Callable[[int], Iterator[dict[str, np.ndarray]]]
+  test: Callable[[], Iterator[dict[str, np.ndarray]]]
+
+
+def make_streams(
+  config: ml_collections.ConfigDict,
+  seed: int,
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
+  dataset: dataset_lib.Dataset | None = None,
+) -> Streams:
+  """Opens the data set that a config names, preparing it on first use.
+
+  Args:
+    config: `config.data`, with exactly the keys `name` ('digits' or
+      'synthetic'), `data_dir` ('' for the user's cache), `train_split`,
+      `valid_split`, `test_split` (TFDS split strings), `batch_size`,
+      `valid_batch_size`, `test_batch_size` (of all processes together).
+    seed: not negative; orders the examples and draws the augmentation.
+    process_index: which part of every batch to read.
+    process_count: into how many parts a batch is divided.
+    dataset: a data set of your own in place of a known one; `config.name` must
+      be its name.
+
+  Raises:
+    ValueError: for missing or unknown keys, an unknown data set, splits that
+      are malformed, empty or overlap, batch sizes below 1, larger than their
+      split or not divisible by `process_count`, a negative seed, and a
+      `data_dir` that cannot be used. All but the last before data is touched.
+  """
+  _check_keys(config)
+  if seed < 0:
+    raise ValueError(f'seed={seed} must not be negative')
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+      f'process_index={process_index} must be 0 or more and below '
+      f'process_count={process_count}'
+    )
+  dataset = _find_dataset(config, dataset)
+  ranges = _ranges(config, dataset.split_sizes)
+  sizes = {stream: sum(map(len, named)) for stream, named in ranges.items()}
+  rows = {
+    stream: _rows(config, stream, size, process_index, process_count)
+    for stream, size in sizes.items()
+  }
+
+  from fliqs_jax.data import pipeline  # Grain, and with it jax.
+
+  open_split = functools.cache(dataset.open)  # Train and valid may share one.
+  parts = {
+    stream: pipeline.Part(
+      dataset=dataset,
+      read=pipeline.reader(dataset, open_split, ranges[stream]),
+      num_examples=size,
+      batch_size=config[_BATCH_KEYS[stream]],
+      rows=rows[stream],
+    )
+    for stream, size in sizes.items()
+  }
+  return Streams(
+    num_classes=dataset.num_classes,
+    input_shape=dataset.input_shape,
+    num_examples=sizes,
+    train=pipeline.endless(parts['train'], seed=(seed, 0), augment=True),
+    valid=pipeline.endless(parts['valid'], seed=(seed, 1), augment=False),
+    test=pipeline.one_pass(parts['test']),
+  )
+
+
+def _check_keys(config: ml_collections.ConfigDict) -> None:
+  if set(config) != set(_KEY_TYPES):
+    missing = ', '.join(sorted(set(_KEY_TYPES) - set(config))) or 'none'
+    unknown = ', '.join(sorted(set(config) - set(_KEY_TYPES))) or 'none'
+    raise ValueError(
+      f'config.data has unknown keys ({unknown}) or lacks some ({missing}); '
+      f'it takes exactly {", ".join(_KEY_TYPES)}'
+    )
+  for key, kind in _KEY_TYPES.items():
+    # A bool is an int to Python.
+    if not isinstance(config[key], kind) or isinstance(config[key], bool):
+      raise ValueError(
+        f'config.data.{key}={config[key]!r} must be of type {kind.__name__}'
+      )
+
+
+def _find_dataset(
+  config: ml_collections.ConfigDict, dataset: dataset_lib.Dataset | None
+) -> dataset_lib.Dataset:
+  if dataset is not None:
+    if config.name != dataset.name:
+      raise ValueError(
+        f'config.data.name={config.name!r} must be the name of the data set '
+        f'that was passed, {dataset.name!r}'
+      )
+    return dataset
+  if config.name not in _DATASETS:
+    raise ValueError(
+      f'config.data.name={config.name!r} is no known data set; known: '
+      f'{", ".join(_DATASETS)}; or pass one of your own as `dataset`'
+    )
+  return _DATASETS[config.name](config.data_dir)
+
+
+def _ranges(
+  config: ml_collections.ConfigDict, split_sizes: Mapping[str, int]
+) -> dict[str, tuple[splits.Range, ...]]:
+  """Returns what each stream reads; no two read the same example."""
+  specs = {f'config.data.{k}': config[k] for k in _SPLIT_KEYS.values()}
+  ranges = {
+    key: splits.parse(key, spec, split_sizes) for key, spec in specs.items()
+  }
+  splits.check_disjoint(specs, ranges)
+  return dict(zip(_SPLIT_KEYS, ranges.values()))
+
+
+def _rows(
+  config: ml_collections.ConfigDict,
+  stream: str,
+  num_examples: int,
+  process_index: int,
+  process_count: int,
+) -> range:
+  """Returns the rows of each global batch that this process reads."""
+  key = _BATCH_KEYS[stream]
+  size = config[key]
+  if not 1 <= size <= num_examples:
+    raise ValueError(
+      f'config.data.{key}={size} must be at least 1 and at most '
+      f'{num_examples}, the examples in config.data.{_SPLIT_KEYS[stream]}='
+      f'{config[_SPLIT_KEYS[stream]]!r}'
+    )
+  if size % process_count:
+    raise ValueError(
+      f'config.data.{key}={size} must be divisible by the {process_count} '
+      'processes that share it'
+    )
+  local = size // process_count
+  return range(process_index * local, (process_index + 1) * local)

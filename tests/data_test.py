@@ -1,0 +1,520 @@
+"""Streams are deterministic, resumable, disjoint, and alike in any sharding."""
+
+import dataclasses
+import itertools
+import pathlib
+import subprocess
+import sys
+
+import ml_collections
+import numpy as np
+import pytest
+from sklearn import datasets as sklearn_datasets
+import tensorflow_datasets as tfds
+
+from fliqs_jax import data
+from fliqs_jax.data import digits
+from fliqs_jax.data import splits
+from fliqs_jax.data import synthetic
+
+
+@pytest.fixture(scope='module')
+def digits_dir(tmp_path_factory):
+  data_dir = str(tmp_path_factory.mktemp('data'))
+  digits.prepare(data_dir)
+  return data_dir
+
+
+def _config(**changes):
+  config = ml_collections.ConfigDict(
+    dict(
+      name='numbered',
+      data_dir='',
+      train_split='train[:80%]',
+      valid_split='train[80%:]',
+      test_split='test',
+      batch_size=16,
+      valid_batch_size=8,
+      test_batch_size=8,
+    )
+  )
+  config.update(changes)
+  return config.lock()
+
+
+class _Numbered:
+  """Examples whose three pixels spell their number, from `first` on."""
+
+  def __init__(self, first, size):
+    self.first, self.size = first, size
+    self.read = []
+
+  def __len__(self):
+    return self.size
+
+  def __getitem__(self, index):
+    self.read.append(index)
+    number = self.first + index
+    image = np.array([number % 256, number // 256, 0], np.uint8)
+    return dict(image=image.reshape(1, 1, 3), label=number % 10)
+
+
+def _numbered(**changes):
+  """100 train and 20 test examples, numbered 0 .. 99 and 1000 .. 1019."""
+  opened = dict(train=_Numbered(0, 100), test=_Numbered(1000, 20))
+  return data.Dataset(
+    name='numbered',
+    num_classes=10,
+    input_shape=(1, 1, 3),
+    split_sizes=dict(train=100, test=20),
+    mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0),
+    open=opened.__getitem__,
+    **changes,
+  )
+
+
+def _numbers(batches):
+  """Returns the numbers of the examples in batches of `_numbered`."""
+  pixels = np.concatenate([b['image'].reshape(-1, 3) for b in batches])
+  return (pixels @ [1, 256, 0]).astype(int).tolist()
+
+
+def _take(batches, count):
+  return list(itertools.islice(batches, count))
+
+
+def _examples(dataset, split):
+  """Returns the examples of a split as opened, in order."""
+  source = dataset.open(split)
+  return [source[index] for index in range(len(source))]
+
+
+def _assert_equal(left, right):
+  assert len(left) == len(right)
+  for a, b in zip(left, right):
+    assert a.keys() == b.keys()
+    for key in a:
+      np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_digits_are_those_of_scikit_learn(digits_dir):
+  original = sklearn_datasets.load_digits()
+  dataset = digits.dataset(digits_dir)
+  examples = _examples(dataset, 'train') + _examples(dataset, 'test')
+  prepared = sorted((e['image'].tobytes(), e['label']) for e in examples)
+  # 0 .. 16 became 0 .. 240: nothing lost.
+  expected = sorted(
+    ((image * 15).astype(np.uint8).tobytes(), label)
+    for image, label in zip(original.images, original.target)
+  )
+  assert prepared == expected
+
+
+def test_a_fifth_of_every_digit_is_test(digits_dir):
+  dataset = digits.dataset(digits_dir)
+  train, test = (
+    np.bincount([e['label'] for e in _examples(dataset, split)])
+    for split in ('train', 'test')
+  )
+  assert (train.sum(), test.sum()) == (1437, 360)
+  # Every fifth of a list sorted by class: within one of a fifth of each.
+  assert np.all(np.abs(test - (train + test) / 5) < 1)
+
+
+def test_batches_have_the_promised_shapes_and_types(digits_dir):
+  config = _config(name='digits', data_dir=digits_dir)
+  streams = data.make_streams(config, seed=0)
+  assert streams.num_classes == 10
+  assert streams.input_shape == (8, 8, 1)
+  # 80% of 1437 is 1149.6.
+  assert streams.num_examples == dict(train=1150, valid=287, test=360)
+  for batches, size in (
+    (streams.train(0), 16),
+    (streams.valid(0), 8),
+    (streams.test(), 8),
+  ):
+    batch = next(batches)
+    assert batch['image'].shape == (size, 8, 8, 1)
+    assert batch['image'].dtype == np.float32
+    assert batch['label'].shape == (size,)
+    assert batch['label'].dtype == np.int32
+
+
+def test_digits_are_normalised(digits_dir):
+  config = _config(
+    name='digits',
+    data_dir=digits_dir,
+    train_split='test[:50%]',
+    test_split='test[50%:]',
+    valid_split='train',
+    valid_batch_size=1437,
+  )
+  image = next(data.make_streams(config, seed=0).valid(0))['image']
+  # Mean and deviation of the set are written with three digits: 0.05 of 90.
+  assert abs(image.mean()) < 6e-4
+  assert abs(image.std() - 1) < 6e-4
+
+
+def test_a_seed_names_a_stream(digits_dir):
+  config = _config(name='digits', data_dir=digits_dir)
+  one, same, other = (data.make_streams(config, seed) for seed in (3, 3, 4))
+  _assert_equal(_take(one.train(0), 5), _take(same.train(0), 5))
+  _assert_equal(_take(one.valid(0), 5), _take(same.valid(0), 5))
+  left, right = next(one.train(0)), next(other.train(0))
+  assert np.any(left['image'] != right['image'])
+
+
+@pytest.mark.parametrize('step', [1, 7, 100])
+def test_a_stream_from_a_step_is_the_rest_of_the_stream(digits_dir, step):
+  config = _config(name='digits', data_dir=digits_dir)
+  streams = data.make_streams(config, seed=0)
+  for stream in (streams.train, streams.valid):
+    _assert_equal(_take(stream(0), step + 3)[step:], _take(stream(step), 3))
+
+
+def test_starting_late_reads_nothing_earlier():
+  dataset = _numbered(in_memory=False, threads=0)
+  streams = data.make_streams(_config(), seed=0, dataset=dataset)
+  next(streams.train(10**12))
+  assert len(dataset.open('train').read) == 16  # One batch, of step 10**12.
+
+
+@pytest.mark.parametrize('in_memory', [True, False])
+@pytest.mark.parametrize('count', [1, 2, 4])
+def test_processes_together_read_the_batch_of_one(digits_dir, count, in_memory):
+  config = _config(name='digits', data_dir=digits_dir, test_batch_size=28)
+  dataset = dataclasses.replace(digits.dataset(digits_dir), in_memory=in_memory)
+  whole = data.make_streams(config, seed=0)
+  shards = [
+    data.make_streams(
+      config, 0, process_index=i, process_count=count, dataset=dataset
+    )
+    for i in range(count)
+  ]
+
+  def together(streams):
+    return [
+      {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
+      for batches in zip(*streams, strict=True)
+    ]
+
+  for stream in ('train', 'valid'):
+    # From the second epoch of valid on: 36 batches of 8 exceed its 287.
+    _assert_equal(
+      _take(getattr(whole, stream)(36), 3),
+      together([_take(getattr(s, stream)(36), 3) for s in shards]),
+    )
+  # 360 in batches of 28: the last holds 24 examples and padding.
+  _assert_equal(list(whole.test()), together([s.test() for s in shards]))
+
+
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_every_example_appears_once_per_epoch(in_memory):
+  dataset = _numbered(in_memory=in_memory)
+  streams = data.make_streams(_config(), seed=0, dataset=dataset)
+  # 15 batches of 16 are 3 epochs of 80; 5 batches of 8 are 2 of 20.
+  train = np.reshape(_numbers(_take(streams.train(0), 15)), (3, 80))
+  valid = np.reshape(_numbers(_take(streams.valid(0), 5)), (2, 20))
+  for epoch in train:
+    assert sorted(epoch) == list(range(80))
+  for epoch in valid:
+    assert sorted(epoch) == list(range(80, 100))
+  # Another order each time, and none that of the data set.
+  orders = [list(range(80)), *train.tolist()]
+  assert len({tuple(order) for order in orders}) == 4
+
+
+def test_train_and_valid_are_shuffled_independently():
+  config = _config(train_split='train[:50]', valid_split='train[50:]')
+  streams = data.make_streams(config, seed=0, dataset=_numbered())
+  train = _numbers(_take(streams.train(0), 25))  # 400 = 8 epochs of 50.
+  valid = _numbers(_take(streams.valid(0), 50))
+  # Chance agreement of two orders of 50 is one place per epoch, variance 1:
+  # 8 places over 8 epochs, and 40 would be 11 deviations.
+  agree = np.sum(np.array(train) == np.array(valid) - 50)
+  assert agree < 40
+
+
+def test_streams_share_no_example(digits_dir):
+  seen = {}
+  dataset = dataclasses.replace(
+    digits.dataset(digits_dir), train_images=lambda images, bits: images
+  )
+  config = _config(name='digits', data_dir=digits_dir)
+  streams = data.make_streams(config, seed=0, dataset=dataset)
+  # An epoch each: 1150 / 16 and 287 / 8, rounded up.
+  seen['train'] = _take(streams.train(0), 72)
+  seen['valid'] = _take(streams.valid(0), 36)
+  seen['test'] = list(streams.test())
+  contents = {
+    stream: {image.tobytes() for b in batches for image in b['image']}
+    for stream, batches in seen.items()
+  }
+  # No two of the 1797 images are equal, so neither may be two streams'.
+  assert {k: len(v) for k, v in contents.items()} == streams.num_examples
+  assert len(set.union(*contents.values())) == 1797
+
+
+def test_the_test_stream_is_one_masked_pass():
+  streams = data.make_streams(_config(), seed=0, dataset=_numbered())
+  for _ in range(2):  # Every time the same.
+    batches = list(streams.test())
+    # 20 examples in batches of 8: 8 + 8 + 4, and 4 of padding.
+    assert [b['image'].shape for b in batches] == [(8, 1, 1, 3)] * 3
+    mask = np.concatenate([b['mask'] for b in batches])
+    assert mask.dtype == np.float32
+    assert mask.tolist() == [1.0] * 20 + [0.0] * 4
+    assert _numbers(batches)[:20] == list(range(1000, 1020))
+
+
+def test_several_ranges_are_read_in_their_order():
+  config = _config(
+    test_split='test[15:]+train[:3]',
+    train_split='train[10:90]',
+    valid_split='test[:15]',
+  )
+  streams = data.make_streams(config, seed=0, dataset=_numbered())
+  (batch,) = streams.test()
+  assert _numbers([batch]) == [1015, 1016, 1017, 1018, 1019, 0, 1, 2]
+
+
+def test_shift_moves_a_pixel_to_each_of_nine_places():
+  # The bits 0 .. 8 are one of each of 3 x 3 shifts: a dot in the middle lands
+  # once on every pixel, and what enters is zero.
+  dot = np.zeros((3, 3, 1), np.uint8)
+  dot[1, 1] = 255
+  shifted = digits.shift(np.stack([dot] * 9), np.arange(9, dtype=np.uint64))
+  assert shifted.dtype == np.uint8
+  np.testing.assert_array_equal(shifted.sum(0), np.full((3, 3, 1), 255))
+  assert np.all(shifted.sum((1, 2, 3)) == 255)
+
+
+def test_only_train_is_augmented(digits_dir):
+  dataset = dataclasses.replace(
+    digits.dataset(digits_dir), mean=(0.0,), std=(1.0,)
+  )
+  config = _config(name='digits', data_dir=digits_dir)
+  streams = data.make_streams(config, seed=0, dataset=dataset)
+  originals = {
+    example['image'].tobytes()
+    for split in ('train', 'test')
+    for example in _examples(dataset, split)
+  }
+
+  def share_of_originals(batches):
+    images = np.concatenate([b['image'] for b in batches]).astype(np.uint8)
+    return np.mean([image.tobytes() in originals for image in images])
+
+  assert share_of_originals(_take(streams.valid(0), 10)) == 1
+  assert share_of_originals(streams.test()) == 1
+  # One in nine shifts is none: 107 of 960 with deviation 10; half is far away.
+  assert 0 < share_of_originals(_take(streams.train(0), 60)) < 0.5
+
+
+@pytest.mark.parametrize(
+  ('shape', 'num_classes'), [((32, 32, 3), 10), ((5, 7, 1), 3)]
+)
+def test_synthetic_classes_can_be_told_apart(shape, num_classes):
+  dataset = synthetic.dataset(shape, num_classes, num_train=400, num_test=80)
+  config = _config(
+    name='synthetic', batch_size=320, valid_batch_size=80, test_batch_size=80
+  )
+  streams = data.make_streams(config, seed=0, dataset=dataset)
+  assert streams.input_shape == shape
+  train, (test,) = next(streams.train(0)), streams.test()
+  assert abs(train['image'].std() - 1) < 0.2
+  means = np.stack(
+    [
+      train['image'][train['label'] == label].mean(0)
+      for label in range(num_classes)
+    ]
+  )
+  distance = np.sum((test['image'][:, None] - means) ** 2, (2, 3, 4))
+  # Chance is 1 / num_classes.
+  assert np.mean(distance.argmin(1) == test['label']) > 0.95
+
+
+def test_synthetic_images_are_all_different():
+  dataset = synthetic.dataset((8, 8, 1), num_train=50, num_test=50)
+  images = {
+    example['image'].tobytes()
+    for split in ('train', 'test')
+    for example in _examples(dataset, split)
+  }
+  assert len(images) == 100
+
+
+def test_synthetic_data_writes_nothing(tmp_path):
+  missing = tmp_path / 'missing'
+  config = _config(name='synthetic', data_dir=str(missing))
+  next(data.make_streams(config, seed=0).train(0))
+  assert not missing.exists()
+
+
+@pytest.mark.parametrize(
+  'spec',
+  [
+    'train',
+    'train[:80%]',
+    'train[80%:]',
+    'train[-20%:]',
+    'train[33.3%:66.6%]',
+    'train[0.5%:1.5%]',
+    'train[10:1_000]',
+    'train[-10:]',
+    'train[:-1]',
+    'test[:50%] + train[:1]',
+  ],
+)
+def test_split_strings_mean_what_they_mean_to_tfds(spec):
+  sizes = dict(train=1437, test=45)
+  infos = {
+    name: tfds.core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0)
+    for name, size in sizes.items()
+  }
+  theirs = tfds.core.ReadInstruction.from_spec(spec).to_absolute(infos)
+  ours = splits.parse('key', spec, sizes)
+  assert [(r.split, r.start, r.stop) for r in ours] == [
+    (t.splitname, t.from_ or 0, t.to or sizes[t.splitname]) for t in theirs
+  ]
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(name='digit'), "name='digit' is no known .* digits, synthetic"),
+    (dict(train_split='train[:80%'), "train_split='train.:80%' is no split"),
+    (dict(train_split='train[:%]'), 'train_split=.* is no split'),
+    (dict(train_split=''), 'train_split=.* is no split'),
+    (dict(train_split='train[:1.5]'), 'part of an example'),
+    (dict(train_split='train[10:50%]'), 'mixes examples and percent'),
+    (dict(train_split='train[:1025]'), 'beyond the 1024 examples'),
+    (dict(train_split='train[:101%]'), 'beyond the 1024 examples'),
+    (dict(valid_split='validation'), "unknown split 'validation'.*train, test"),
+    (dict(test_split='test[50%:50%]'), 'test_split=.* selects none'),
+    (dict(valid_split='train[79%:]'), 'train_split=.*valid_split=.*overlap'),
+    (dict(test_split='train[:1]'), 'test_split=.*overlap'),
+    (dict(valid_split='test[:9]'), 'valid_split=.*test_split=.*overlap'),
+    (dict(train_split='train[:2]+train[1:3]'), 'train_split=.*overlap'),
+    (dict(batch_size=0), 'config.data.batch_size=0 must be at least 1'),
+    (dict(valid_batch_size=-4), 'valid_batch_size=-4 must be at least 1'),
+    (dict(batch_size=820), 'batch_size=820 .* at most 819'),
+    (dict(test_batch_size=257), 'test_batch_size=257 .* at most 256'),
+    (dict(valid_batch_size=9), 'valid_batch_size=9 must be divisible by the 2'),
+    (dict(batch_sise=8), r'unknown keys \(batch_sise\)'),
+  ],
+)
+def test_what_cannot_work_is_refused(changes, message):
+  config = _config(name='synthetic').unlock()
+  config.update(changes)
+  with pytest.raises(ValueError, match=message):
+    data.make_streams(config, seed=0, process_count=2)
+
+
+def test_a_missing_key_is_refused():
+  config = _config(name='synthetic').unlock()
+  del config.test_split
+  with pytest.raises(ValueError, match=r'lacks some \(test_split\)'):
+    data.make_streams(config, seed=0)
+
+
+@pytest.mark.parametrize('value', ['8', 8.0, True])
+def test_a_value_of_another_type_is_refused(value):
+  config = ml_collections.ConfigDict(
+    _config(name='synthetic').to_dict() | dict(batch_size=value)
+  )
+  with pytest.raises(ValueError, match='batch_size=.* must be of type int'):
+    data.make_streams(config, seed=0)
+
+
+def test_arguments_that_cannot_work_are_refused():
+  config = _config(name='synthetic')
+  with pytest.raises(ValueError, match='seed=-1'):
+    data.make_streams(config, seed=-1)
+  with pytest.raises(ValueError, match='process_index=2'):
+    data.make_streams(config, seed=0, process_index=2, process_count=2)
+  with pytest.raises(ValueError, match="config.data.name='synthetic'"):
+    data.make_streams(config, seed=0, dataset=_numbered())
+  with pytest.raises(ValueError, match='start_step=-1'):
+    data.make_streams(config, seed=0).train(-1)
+  with pytest.raises(ValueError, match='all must be at least 1'):
+    synthetic.dataset(num_test=0)
+
+
+def test_a_split_of_another_size_is_refused():
+  dataset = _numbered()
+  dataset = dataclasses.replace(
+    dataset, split_sizes=dict(dataset.split_sizes, test=21)
+  )
+  with pytest.raises(ValueError, match="'test' of 'numbered' has 20 examples"):
+    data.make_streams(_config(), seed=0, dataset=dataset)
+
+
+def test_a_data_dir_that_cannot_be_used_is_refused(tmp_path):
+  # Below a file: not even root may create a directory there.
+  (tmp_path / 'file').touch()
+  (tmp_path / 'digits' / '1.0.0').mkdir(parents=True)
+  for data_dir, message in (
+    (f'{tmp_path}/file/data', 'cannot prepare .* can be written to'),
+    (str(tmp_path), 'not a prepared TFDS data set; delete it'),
+    ('gs://bucket/data', 'must be a local directory'),
+  ):
+    config = _config(name='digits', data_dir=data_dir)
+    with pytest.raises(ValueError, match=f'config.data.data_dir=.*{message}'):
+      data.make_streams(config, seed=0)
+
+
+def test_an_empty_data_dir_means_the_cache(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  directory = digits.prepare('')
+  assert directory == tmp_path / 'fliqs_jax' / 'data' / 'digits' / '1.0.0'
+
+
+def test_a_slower_process_uses_what_a_faster_one_prepared(
+  tmp_path, monkeypatch
+):
+  prepare = digits.Digits.download_and_prepare
+  rivals = []
+
+  def overtaken(builder, **kwargs):
+    prepare(builder, **kwargs)
+    if not rivals:
+      rivals.append(None)
+      rivals[0] = digits.prepare(str(tmp_path))
+
+  monkeypatch.setattr(digits.Digits, 'download_and_prepare', overtaken)
+  assert digits.prepare(str(tmp_path)) == rivals[0]
+  # The set and nothing else: neither scratch directory remains.
+  assert [path.name for path in tmp_path.iterdir()] == ['digits']
+  assert [path.name for path in (tmp_path / 'digits').iterdir()] == ['1.0.0']
+  assert len(digits.dataset(str(tmp_path)).open('test')) == 360
+
+
+_PREPARE = """
+import os, sys
+from fliqs_jax import data
+for module in 'grain', 'sklearn', 'tensorflow_datasets', 'jax':
+  assert module not in sys.modules, module
+from fliqs_jax.data import digits
+if {kill}:
+  os.rename = lambda *paths: os._exit(9)  # As a kill half-way through.
+examples = digits.dataset({data_dir!r}).open('test')
+assert len([examples[i] for i in range(360)]) == 360
+assert 'tensorflow' not in sys.modules
+"""
+
+
+def test_preparing_survives_a_kill_and_needs_no_tensorflow(tmp_path):
+  root = pathlib.Path(data.__file__).parents[2]
+  for kill in (True, False):
+    script = _PREPARE.format(kill=kill, data_dir=str(tmp_path))
+    run = subprocess.run(
+      [sys.executable, '-W', 'error', '-c', script],
+      cwd=root,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    assert run.returncode == (9 if kill else 0), run.stderr
+    assert (tmp_path / 'digits' / '1.0.0').exists() == (not kill)
