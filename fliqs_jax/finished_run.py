@@ -1,0 +1,222 @@
+"""What a finished run left in its workdir, read, checked and joined."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import math
+import os
+from typing import Any
+
+from fliqs_jax import formats
+from fliqs_jax import schedules
+
+SIDES = ('weights', 'activations')
+UNIFORM_BITS = 8  # Of the uniform model that each layer's cost is set against.
+_FILES = ('config.json', 'arch.json', 'result.json', 'history.jsonl')
+_MEASURED = (
+  'accuracy',
+  'loss',
+  'cost',
+  'cost_target',
+  'size_bits',
+  'average_bits',
+)
+_CURVES = ('loss', 'quality', 'reward', 'cost', 'entropy')
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+  """A run that went to its end.
+
+  Attributes:
+    config: the exact config, nested.
+    arch: `arch.json`: the found formats, the versions they were found with.
+    result: `result.json`: how the run went.
+    found: what was measured of the found model, NaN where unknown.
+    references: the same of uniform models, by name.
+    history: rows in order of steps, with NaN where a number is missing or not
+      finite.
+    layers: rows in model order: `path`, `kind`, `weights`, `activations`,
+      `macs`, `params`, `cost`; as fractions of their sums, `share` of the cost,
+      `reference_share` of the cost at `UNIFORM_BITS` and `macs_share`; and
+      `probabilities` of the chosen formats, by side. NaN where unknown.
+    reference: what `reference_share` refers to; None if this kind of cost
+      cannot be told from the formats alone.
+  """
+
+  config: Mapping[str, Any]
+  arch: Mapping[str, Any]
+  result: Mapping[str, Any]
+  found: Mapping[str, Any]
+  references: Mapping[str, Mapping[str, Any]]
+  history: Sequence[Mapping[str, Any]]
+  layers: Sequence[Mapping[str, Any]]
+  reference: str | None
+
+  @property
+  def searched(self) -> dict[str, Mapping[str, Any]]:
+    """The decisions that had a choice, by name."""
+    decisions = self.result['decisions'].items()
+    return {name: d for name, d in decisions if len(d['formats']) > 1}
+
+  @property
+  def marks(self) -> dict[str, int]:
+    """The first step of each phase, by its description."""
+    keys = 'train.steps', 'quant.act_start', 'search.start', 'search.freeze'
+    phases = schedules.phases(*(config_value(self.config, k) for k in keys))
+    marks = {'activations quantized': phases.act_start}
+    if self.searched:
+      marks |= {'search starts': phases.search_start}
+      marks |= {'policy frozen': phases.freeze}
+    return marks
+
+  @property
+  def policy_rows(self) -> list[Mapping[str, Any]]:
+    """The rows of the history whose policy is complete."""
+    return [
+      row
+      for row in self.history
+      if row.get('policy')
+      and all(
+        math.isfinite(_number(p))
+        for name in self.searched
+        for p in row['policy'].get(name, [None])
+      )
+    ]
+
+
+def config_value(config: Mapping[str, Any], key: str) -> Any:
+  """Returns the value of a dotted key.
+
+  Raises:
+    ValueError: naming the key, if the config lacks it.
+  """
+  value = config
+  for part in key.split('.'):
+    if not isinstance(value, Mapping) or part not in value:
+      raise ValueError(f'config.json lacks {key}, which a report needs')
+    value = value[part]
+  return value
+
+
+def read(workdir: str) -> FinishedRun:
+  """Reads a run.
+
+  Raises:
+    FileNotFoundError: naming the first file that is missing.
+    ValueError: naming a file that does not hold what it should.
+  """
+  texts = {name: _text(workdir, name) for name in _FILES}
+  config, arch, result = (
+    _parse(texts[name], os.path.join(workdir, name)) for name in _FILES[:3]
+  )
+  rows = [
+    _parse(line, f'{os.path.join(workdir, _FILES[3])} line {i}')
+    for i, line in enumerate(texts[_FILES[3]].splitlines(), 1)
+    if line.strip()
+  ]
+  history = [
+    row | {name: _number(row.get(name)) for name in _CURVES} for row in rows
+  ]
+  layers, reference = _layers(arch, result)
+  return FinishedRun(
+    config=config,
+    arch=arch,
+    result=result,
+    found=_measured(result['found']),
+    references={
+      name: _measured(model) for name, model in result['references'].items()
+    },
+    history=history,
+    layers=layers,
+    reference=reference,
+  )
+
+
+def _text(workdir: str, name: str) -> str:
+  path = os.path.join(workdir, name)
+  try:
+    with open(path, encoding='utf-8') as file:
+      return file.read()
+  except (FileNotFoundError, NotADirectoryError):
+    raise FileNotFoundError(
+      f'{path} is missing: a report needs the workdir of a finished run, which '
+      f'has {", ".join(_FILES)}'
+    ) from None
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+  try:
+    value = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{where} is not JSON: {error}') from None
+  if not isinstance(value, dict):
+    raise ValueError(f'{where} holds {type(value).__name__}, not an object')
+  return value
+
+
+def _number(value: Any) -> float:
+  """Returns a finite number, or NaN for what JSON writes in its place."""
+  known = isinstance(value, (int, float)) and math.isfinite(value)
+  return float(value) if known else math.nan
+
+
+def _measured(model: Mapping[str, Any]) -> dict[str, Any]:
+  return {**model, **{name: _number(model.get(name)) for name in _MEASURED}}
+
+
+def _layers(
+  arch: Mapping[str, Any], result: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], str | None]:
+  """Joins what the files say of each layer; see `FinishedRun.layers`."""
+  details = {row['path']: row for row in result['layers']}
+  layers = {}
+  for path in dict.fromkeys([*arch['layers'], *details]):
+    row = details.get(path, {})
+    layers[path] = {
+      'path': path,
+      'kind': row.get('kind', ''),
+      **{side: arch['layers'].get(path, row)[side] for side in SIDES},
+      **{name: _number(row.get(name)) for name in ('macs', 'params', 'cost')},
+      'probabilities': {},
+    }
+  for name, decision in result['decisions'].items():
+    # Separate decisions are named for their side; others are one of a mode.
+    side = name.split('/')[-1] if arch['mode'] == 'separate' else arch['mode']
+    side = side if side in SIDES else SIDES[0]
+    chances = dict(zip(decision['formats'], decision['probabilities']))
+    for path in decision['layers']:
+      if path not in layers:
+        raise ValueError(
+          f'result.json: decision {name!r} governs layer {path!r}, which '
+          'neither arch.json nor result.json lists'
+        )
+      chance = _number(chances.get(layers[path][side]))
+      layers[path]['probabilities'][side] = chance
+  kind = arch['cost']['kind']
+  counted = {'bops': SIDES, 'size': SIDES[:1], 'average_bits': SIDES[:1]}
+  counted = counted.get(kind, ())
+  rows = list(layers.values())
+  uniform = [_uniform_cost(row, counted) for row in rows]
+  for name, costs in (
+    ('share', [row['cost'] for row in rows]),
+    ('reference_share', uniform),
+    ('macs_share', [row['macs'] for row in rows]),
+  ):
+    total = math.fsum(cost for cost in costs if math.isfinite(cost))
+    for row, cost in zip(rows, costs):
+      row[name] = cost / total if total else math.nan
+  return rows, f'uniform {UNIFORM_BITS} bits' if counted else None
+
+
+def _uniform_cost(layer: Mapping[str, Any], counted: Sequence[str]) -> float:
+  """Returns a layer's cost, were its quantized sides of `UNIFORM_BITS`.
+
+  Cost is proportional to the bits of each counted side (but for the scales in
+  a size), so this needs no unit; what is not quantized stays as it is.
+  """
+  cost = layer['cost']
+  for side in counted:
+    if layer[side]:
+      cost *= UNIFORM_BITS / formats.parse(layer[side]).bits
+  return cost
