@@ -1,0 +1,91 @@
+r"""FLIQS search on real handwritten digits, on a laptop's CPU.
+
+python -m fliqs_jax.main --workdir=runs/digits \
+    --config=configs/digits.py:space=int_s,target=1.5
+
+A ResNet-8 of 4, 8 and 16 channels on scikit-learn's 8x8 digits (1797 images,
+in its wheel): small enough that four bits hurt. Takes about half a minute on
+two cores; README.md has the measured results.
+
+Arguments:
+  space: a named space (int_s, int_l, fp_s, fp_l) or one format, which trains
+    that uniform network.
+  mode: tied, weights, activations or separate.
+  target: cost target, as a multiple of uniform 4-bit.
+  steps: length of training.
+  seed: of everything.
+  gamma: weight of the cost against the quality; the preset's own if not given.
+  preset: default or paper, the controller.
+  arch: an arch.json, to train that assignment.
+  references: also train the uniform networks at 4, 8 and 16 bits, to compare
+    with.
+  smoke: a few steps, to see that everything runs.
+"""
+
+import ml_collections
+
+from fliqs_jax import config_lib
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  """Returns the config; see the file's docstring for the arguments."""
+  arg = config_lib.parse_arg(
+    arg,
+    space='int_s',
+    mode='tied',
+    target=1.5,
+    steps=1500,
+    seed=0,
+    gamma=float,
+    preset='default',
+    arch='',
+    references=False,
+    smoke=False,
+  )
+  steps = 40 if arg.smoke else arg.steps
+  config = ml_collections.ConfigDict()
+  config.seed = arg.seed
+  config.model = dict(name='resnet_cifar', depth=8, filters=4)
+  config.data = dict(
+    name='digits',
+    data_dir='',
+    train_split='train[:80%]',
+    valid_split='train[80%:]',
+    test_split='test',
+    batch_size=128,
+    valid_batch_size=128,
+    test_batch_size=120,
+  )
+  config.quant = dict(
+    formats=arg.space,
+    mode=arg.mode,
+    exclude=(),
+    menus=(),
+    groups=(),
+    weight_clip='absmax',
+    act_clip=4.0,
+    act_start=0.15,
+    arch=arg.arch,
+  )
+  config.cost = dict(kind='bops', target=arg.target, relative_to='INT4')
+  config.search = config_lib.search_keys(arg.preset, steps, arg.gamma)
+  config.optimizer = dict(
+    name='sgd',
+    learning_rate=0.1,
+    schedule='cosine',
+    warmup=0.05,
+    momentum=0.9,
+    weight_decay=5e-4,
+  )
+  config.train = dict(
+    steps=steps,
+    label_smoothing=0.1,
+    max_loss=100.0,
+    log_every=max(1, steps // 75),
+    checkpoint_every=max(1, steps // 75) * 15,
+    checkpoints_kept=2,
+    settle_batches=20,
+  )
+  uniform = ('E2M1', 'E4M3') if arg.space.startswith('fp') else ('INT4', 'INT8')
+  config.references = (*uniform, 'BF16') if arg.references else ()
+  return config.lock()

@@ -1,0 +1,40 @@
+"""FLIQS in JAX: one-shot search for the numeric format of every layer.
+
+The names that a Flax user needs to build a model with these layers and to run
+the fused search step in a training loop of their own; README.md has an example.
+Everything else is reached through its module.
+"""
+
+from fliqs_jax.controller import make as make_controller
+from fliqs_jax.cost_model import uniform as uniform_cost
+from fliqs_jax.formats import NumericFormat
+from fliqs_jax.layers import QuantConv
+from fliqs_jax.layers import QuantDense
+from fliqs_jax.layers import QuantDenseGeneral
+from fliqs_jax.layers import QuantEinsum
+from fliqs_jax.layers import with_spec
+from fliqs_jax.policy import argmax
+from fliqs_jax.quant_spec import QuantSpec
+from fliqs_jax.schedules import phases
+from fliqs_jax.search_space import find as find_decisions
+from fliqs_jax.train_state import create as create_state
+from fliqs_jax.train_step import eval_step
+from fliqs_jax.train_step import search_step
+
+__all__ = [
+  'NumericFormat',
+  'QuantConv',
+  'QuantDense',
+  'QuantDenseGeneral',
+  'QuantEinsum',
+  'QuantSpec',
+  'argmax',
+  'create_state',
+  'eval_step',
+  'find_decisions',
+  'make_controller',
+  'phases',
+  'search_step',
+  'uniform_cost',
+  'with_spec',
+]

@@ -1,0 +1,129 @@
+r"""Evaluate one assignment with the weights of a finished run.
+
+python -m fliqs_jax.evaluate WORKDIR [--arch=OTHER/arch.json | --format=INT8]
+
+Restores the last checkpoint, fixes every decision as asked (the run's own found
+architecture if nothing is), settles the statistics for it and evaluates it on
+the test split. Prints one JSON object. Nothing in WORKDIR changes.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import ml_collections
+
+from fliqs_jax import checkpoint
+from fliqs_jax import experiment as experiment_lib
+from fliqs_jax import policy as policy_lib
+from fliqs_jax import results
+from fliqs_jax import train_step
+
+
+def settled_statistics(
+  experiment: experiment_lib.Experiment,
+  state: Any,
+  choices: Mapping[str, Any],
+) -> Mapping[str, Any]:
+  """Returns the model's collections with statistics of one architecture.
+
+  Runs `train.settle_batches` training batches forward; weights stay.
+  """
+  settle = jax.jit(train_step.settle_step(experiment.model.apply))
+  arch = experiment.space.expand(choices)
+  steps = experiment.phases.steps
+  batches = experiment.streams.train(steps)
+  model_state = state.model_state
+  for i in range(experiment.config.train.settle_batches):
+    key = jax.random.fold_in(state.key, steps + i)
+    model_state = settle(state.params, model_state, arch, next(batches), key)
+  return model_state
+
+
+def test_metrics(
+  experiment: experiment_lib.Experiment,
+  state: Any,
+  choices: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Returns quality on the test split, and costs, of one architecture.
+
+  Args:
+    experiment: the run.
+    state: its last `TrainState`.
+    choices: {decision: [K] one-hot}.
+  """
+  model_state = settled_statistics(experiment, state, choices)
+  step = jax.jit(
+    train_step.eval_step(experiment.model.apply, experiment.measure)
+  )
+  arch = experiment.space.expand(choices)
+  totals: dict[str, float] = {}
+  for batch in experiment.streams.test():
+    sums = jax.device_get(step(state.params, model_state, arch, batch))
+    for name, value in sums.items():
+      totals[name] = totals.get(name, 0.0) + float(value)
+  return results.measured(experiment, choices, totals)
+
+
+def evaluate(
+  workdir: str, arch: str = '', numeric_format: str = ''
+) -> dict[str, Any]:
+  """Returns the test metrics of an assignment under a finished run's weights.
+
+  Args:
+    workdir: of a run that reached its last step.
+    arch: path of an arch.json.
+    numeric_format: a uniform format, in place of `arch`.
+
+  Raises:
+    ValueError: an unfinished run, or an assignment that the space lacks.
+  """
+  if arch and numeric_format:
+    raise ValueError('--arch and --format exclude each other; give one')
+  path = pathlib.Path(workdir)
+  try:
+    content = json.loads((path / 'config.json').read_text())
+  except OSError as error:
+    raise ValueError(f'{workdir} is no workdir of a run: {error}') from None
+  experiment = experiment_lib.build(ml_collections.ConfigDict(content))
+  abstract = jax.eval_shape(experiment.initial_state)
+  with checkpoint.Checkpoints(path / 'checkpoints') as checkpoints:
+    restored = checkpoints.restore_latest(abstract)
+  if restored is None or restored.step < experiment.phases.steps:
+    raise ValueError(
+      f'{workdir} holds a run at step {restored.step if restored else 0} of '
+      f'{experiment.phases.steps}; finish it first, with the command that '
+      'began it'
+    )
+  state = restored.state
+  if arch:
+    assigned = experiment_lib.assignment(experiment_lib.read_arch(arch))
+    choices = experiment.space.choices(assigned)
+  elif numeric_format:
+    choices = experiment.space.uniform(numeric_format)
+  else:
+    choices = jax.device_get(policy_lib.argmax(state.search_state.policy))
+  return test_metrics(experiment, state, choices)
+
+
+def main(argv: Sequence[str]) -> int:
+  """Prints the metrics; a mistake of the user's ends in one line, status 2."""
+  parser = argparse.ArgumentParser(prog='python -m fliqs_jax.evaluate')
+  parser.add_argument('workdir')
+  parser.add_argument('--arch', default='')
+  parser.add_argument('--format', default='')
+  args = parser.parse_args(argv)
+  try:
+    print(json.dumps(evaluate(args.workdir, args.arch, args.format)))
+  except ValueError as error:
+    print(error, file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

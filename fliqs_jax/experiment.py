@@ -1,0 +1,246 @@
+"""From a config to the parts of a run; refuses what cannot work, by key."""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from fliqs_jax import classification
+from fliqs_jax import config_lib
+from fliqs_jax import controller as controller_lib
+from fliqs_jax import cost_model
+from fliqs_jax import data
+from fliqs_jax import models
+from fliqs_jax import quant_spec
+from fliqs_jax import schedules
+from fliqs_jax import search_space
+from fliqs_jax import train_state
+
+# Added to the uniform format's cost before a target is judged: the expected
+# cost of a settled policy is a float32 sum.
+_TOLERANCE = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """The parts of a run; nothing here changes while it runs.
+
+  Attributes:
+    config: as given.
+    streams: the data.
+    spec: which formats each layer may use.
+    model: the network.
+    space: its decisions.
+    cost: its cost.
+    target: the cost target C_T, in the cost's unit.
+    phases: when what happens.
+    controller: of the policy.
+    optimizer: of the weights.
+    loss: (outputs, batch) -> (scalar, metrics).
+    quality: (outputs, batch) -> scalar.
+    measure: (outputs, batch) -> dict of sums, over the test split.
+  """
+
+  config: ml_collections.ConfigDict
+  streams: data.Streams
+  spec: quant_spec.QuantSpec
+  model: nn.Module
+  space: search_space.SearchSpace
+  cost: cost_model.Cost
+  target: float
+  phases: schedules.Phases
+  controller: controller_lib.Controller
+  optimizer: optax.GradientTransformation
+  loss: Any
+  quality: Any
+  measure: Any
+
+  def initial_state(self) -> train_state.TrainState:
+    """Returns the state before the first step; pure, so it can be traced."""
+    image = jnp.zeros((1, *self.streams.input_shape))
+    return train_state.create(
+      self.model,
+      self.space,
+      self.optimizer,
+      self.controller,
+      jax.random.key(self.config.seed),
+      image,
+      train=False,
+    )
+
+  def cost_of(self, choices: Mapping[str, Any]) -> Any:
+    """Returns the cost of {decision: [K]}, in the cost's unit."""
+    return self.cost(self.space.leaves(choices))
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+  """Returns the parts of the run that a config describes.
+
+  Raises:
+    ValueError: the config cannot work; the message names key and value.
+  """
+  config_lib.check(config)
+  phases = schedules.phases(
+    config.train.steps,
+    config.quant.act_start,
+    config.search.start,
+    config.search.freeze,
+  )
+  optimizer = _optimizer(config, phases.steps)
+  spec = _spec(config.quant)
+  streams = data.make_streams(config.data, config.seed)
+  model = models.build(config.model, streams.num_classes, spec)
+  image = jax.ShapeDtypeStruct((1, *streams.input_shape), jnp.float32)
+  space = search_space.find(model, image, spec=spec, train=False)
+  cost = space.cost(config.cost.kind)
+  target = _target(config.cost, cost, space)
+  controller = _controller(config, space, cost, target, phases)
+  if config.search.quality not in classification.QUALITIES:
+    raise ValueError(
+      f'search.quality={config.search.quality!r} is unknown; allowed: '
+      f'{", ".join(classification.QUALITIES)}'
+    )
+  if not 0 <= config.train.label_smoothing < 1:
+    raise ValueError(
+      f'train.label_smoothing={config.train.label_smoothing} must be below 1'
+    )
+  return Experiment(
+    config=config,
+    streams=streams,
+    spec=spec,
+    model=model,
+    space=space,
+    cost=cost,
+    target=target,
+    phases=phases,
+    controller=controller,
+    optimizer=optimizer,
+    loss=classification.loss(config.train.label_smoothing),
+    quality=classification.QUALITIES[config.search.quality],
+    measure=classification.measure,
+  )
+
+
+def read_arch(path: str | pathlib.Path) -> dict[str, Any]:
+  """Returns the content of an arch.json.
+
+  Raises:
+    ValueError: the file is missing or is no arch.json.
+  """
+  try:
+    content = json.loads(pathlib.Path(path).read_text())
+    layers, mode = content['layers'], content['mode']
+    for sides in layers.values():
+      sides['weights'], sides['activations']
+  except OSError as error:
+    raise ValueError(f'{path} cannot be read: {error.strerror}') from None
+  except (ValueError, KeyError, TypeError, AttributeError):
+    raise ValueError(
+      f'{path} is no arch.json: it needs "mode" and "layers", each layer with '
+      '"weights" and "activations"'
+    ) from None
+  return content | dict(mode=mode)
+
+
+def assignment(arch: Mapping[str, Any]) -> dict[str, tuple]:
+  """Returns {layer: (weights, activations)} of an arch.json's content."""
+  return {
+    path: (sides['weights'], sides['activations'])
+    for path, sides in arch['layers'].items()
+  }
+
+
+def _spec(quant: ml_collections.ConfigDict) -> quant_spec.QuantSpec:
+  assigned, mode = None, quant.mode
+  if quant.arch:
+    arch = read_arch(quant.arch)
+    assigned, mode = assignment(arch), arch['mode']
+  if quant.act_clip == 'profiled' and not quant.act_start:
+    raise ValueError(
+      "quant.act_clip='profiled' needs a first phase to profile: set "
+      'quant.act_start above 0'
+    )
+  return quant_spec.QuantSpec(
+    formats=quant.formats,
+    mode=mode,
+    exclude=tuple(quant.exclude),
+    menus=tuple(quant.menus),
+    groups=tuple(quant.groups),
+    weight_clip=quant.weight_clip,
+    act_clip=quant.act_clip,
+    assignment=assigned,
+  )
+
+
+def _target(
+  keys: ml_collections.ConfigDict,
+  cost: cost_model.Cost,
+  space: search_space.SearchSpace,
+) -> float:
+  target = keys.target
+  if keys.relative_to:
+    target *= cost_model.uniform(cost, keys.relative_to)
+  least, most = cost_model.bounds(cost)
+  slack = _TOLERANCE * most
+  if not space.is_fixed and not least - slack <= target <= most + slack:
+    relative = f' x {keys.relative_to}' if keys.relative_to else ''
+    raise ValueError(
+      f'cost.target={keys.target}{relative} = {target:.6g} {cost.unit} cannot '
+      f'be reached: the cheapest assignment costs {least:.6g}, the dearest '
+      f'{most:.6g}'
+    )
+  return target
+
+
+def _controller(config, space, cost, target, phases):
+  keys = config.search
+  controller = controller_lib.make(
+    keys.preset,
+    space.relative_cost(cost, target),
+    phases,
+    gamma=keys.gamma,
+    learning_rate=keys.learning_rate,
+    entropy_schedule=keys.entropy_schedule,
+    entropy_beta=keys.entropy_beta,
+  )
+  if config.data.valid_batch_size % controller.samples:
+    raise ValueError(
+      f'data.valid_batch_size={config.data.valid_batch_size} must be a '
+      f'multiple of {controller.samples}: search.preset={keys.preset!r} '
+      'judges so many architectures at once'
+    )
+  return controller
+
+
+def _optimizer(config, steps: int) -> optax.GradientTransformation:
+  keys = config.optimizer
+  rate = schedules.learning_rate(
+    keys.schedule, keys.learning_rate, steps, round(keys.warmup * steps)
+  )
+  if keys.name == 'sgd':
+    return optax.chain(
+      optax.add_decayed_weights(keys.weight_decay, mask=_matrices),
+      optax.sgd(rate, momentum=keys.momentum),
+    )
+  if keys.name == 'adamw':
+    return optax.adamw(
+      rate,
+      b1=keys.momentum,
+      weight_decay=keys.weight_decay,
+      mask=_matrices,
+    )
+  raise ValueError(
+    f'optimizer.name={keys.name!r} is unknown; allowed: sgd, adamw'
+  )
+
+
+def _matrices(params):
+  """Weight decay is for kernels, not for biases and batch norm."""
+  return jax.tree.map(lambda p: p.ndim > 1, params)

@@ -1,0 +1,159 @@
+"""One fused search step and one eval step: pure functions.
+
+The order is TuNAS's: the weights learn from the training batch, then the new
+weights are judged on the validation batch with the same architecture, and the
+policy learns from that. Weights never see the validation batch, the controller
+never the test split.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fliqs_jax import controller as controller_lib
+from fliqs_jax import layers
+from fliqs_jax import schedules
+from fliqs_jax import search_space
+from fliqs_jax import train_state
+
+Batch = Mapping[str, jax.Array]
+
+
+def search_step(
+  apply: Callable,
+  loss: Callable,
+  quality: Callable,
+  space: search_space.SearchSpace,
+  controller: controller_lib.Controller,
+  optimizer: optax.GradientTransformation,
+  phases: schedules.Phases,
+) -> Callable:
+  """Returns the step `(state, train_batch, valid_batch) -> (state, metrics)`.
+
+  Args:
+    apply: the model's `apply`, called with (variables, inputs, train=...).
+    loss: (outputs, batch) -> (scalar, dict of scalars), on the training batch.
+    quality: (outputs, batch) -> scalar on the validation batch, more is better.
+    space: the model's decisions.
+    controller: proposes architectures and learns; its `samples` must divide the
+      validation batch. A space with nothing open is not judged at all.
+    optimizer: of the weights.
+    phases: when activation quantization starts.
+
+  Returns:
+    A pure function of a `TrainState` and two batches (dicts with `image`, which
+    the model is called with), to be jitted with the state donated.
+  """
+
+  def step(
+    state: train_state.TrainState, train_batch: Batch, valid_batch: Batch
+  ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
+    key = jax.random.fold_in(state.key, state.step)
+    arch_key, dropout_key = jax.random.split(key)
+    proposed = controller.propose(state.search_state, arch_key, state.step)
+    model_state = _in_phase(state.model_state, state.step >= phases.act_start)
+
+    def train_loss(params):
+      arch = space.expand(jax.tree.map(lambda a: a[0], proposed))
+      outputs, new_model_state = apply(
+        {'params': params, 'arch': arch, **model_state},
+        train_batch['image'],
+        train=True,
+        mutable=list(model_state),
+        rngs={'dropout': dropout_key},
+      )
+      value, metrics = loss(outputs, train_batch)
+      return value, (new_model_state, metrics)
+
+    (_, (model_state, metrics)), gradients = jax.value_and_grad(
+      train_loss, has_aux=True
+    )(state.params)
+    updates, opt_state = optimizer.update(
+      gradients, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    metrics['grad_norm'] = optax.tree.norm(gradients)
+
+    search_state = state.search_state
+    if not space.is_fixed:
+      variables = {'params': params, **model_state}
+      qualities = _judge(
+        apply, quality, space, variables, proposed, valid_batch
+      )
+      search_state, search_metrics = controller.update(
+        search_state, proposed, qualities, state.step
+      )
+      metrics |= search_metrics
+    state = state.replace(
+      step=state.step + 1,
+      params=params,
+      opt_state=opt_state,
+      model_state=model_state,
+      search_state=search_state,
+    )
+    return state, metrics
+
+  return step
+
+
+def _in_phase(model_state, active):
+  if 'quant_stats' not in model_state:
+    return model_state
+  stats = layers.set_activation_quantization(model_state['quant_stats'], active)
+  return {**model_state, 'quant_stats': stats}
+
+
+def _judge(apply, quality, space, variables, proposed, batch):
+  """Returns the quality of every proposed architecture [M].
+
+  All see the same images, an M-th of the batch, so that the noise of the images
+  cancels between them.
+  """
+  samples = len(jax.tree.leaves(proposed)[0])
+  batch = jax.tree.map(lambda x: x[: len(x) // samples], batch)
+
+  def judge(i):
+    arch = space.expand(jax.tree.map(lambda a: a[i], proposed))
+    outputs = apply({**variables, 'arch': arch}, batch['image'], train=False)
+    return quality(outputs, batch)
+
+  # Unrolled: XLA runs convolutions inside a loop on one thread on CPU, and a
+  # vmap over weights would turn them into grouped ones.
+  return jnp.stack([judge(i) for i in range(samples)])
+
+
+def eval_step(apply: Callable, measure: Callable) -> Callable:
+  """Returns the step `(params, model_state, arch, batch) -> metrics`.
+
+  Args:
+    apply: the model's `apply`.
+    measure: (outputs, batch) -> dict of sums over the batch's real examples.
+  """
+
+  def step(params, model_state, arch, batch):
+    variables = {'params': params, 'arch': arch, **model_state}
+    return measure(apply(variables, batch['image'], train=False), batch)
+
+  return step
+
+
+def settle_step(apply: Callable) -> Callable:
+  """Returns the step `(params, model_state, arch, batch) -> model_state`.
+
+  It moves the running statistics, batch norm's and the activations', towards
+  those of one architecture; weights stay.
+  """
+
+  def step(params, model_state, arch, batch, key):
+    _, model_state = apply(
+      {'params': params, 'arch': arch, **model_state},
+      batch['image'],
+      train=True,
+      mutable=list(model_state),
+      rngs={'dropout': key},
+    )
+    return model_state
+
+  return step
