@@ -26,6 +26,7 @@ import opt_einsum
 
 from fliqs_jax import clipping
 from fliqs_jax import cost_model
+from fliqs_jax import linear
 from fliqs_jax import quant_spec
 from fliqs_jax import quantize
 
@@ -257,13 +258,8 @@ def _conv(
 ) -> jax.Array:
   """`lax.conv_general_dilated` with quantized operands; channels last."""
   x, w = operands(lhs, rhs, tuple(range(rhs.ndim - 1)))
-  y = lax.conv_general_dilated(
-    x.values,
-    w.values,
-    window_strides,
-    padding,
-    preferred_element_type=jnp.float32,
-    **kwargs,
+  y = linear.conv_general_dilated(
+    x.values, w.values, window_strides, padding, **kwargs
   )
   operands.record('conv', y.size * rhs[..., 0].size, rhs.size, rhs.shape[-1])
   return quantize.rescale(y, x.scale, w.scale)
@@ -275,13 +271,7 @@ def _dot_general(
   """`lax.dot_general` with quantized operands."""
   (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
   x, w = operands(lhs, rhs, tuple(rhs_contract))
-  y = lax.dot_general(
-    x.values,
-    w.values,
-    dimension_numbers,
-    precision=precision,
-    preferred_element_type=jnp.float32,
-  )
+  y = linear.dot_general(x.values, w.values, dimension_numbers, precision)
   lhs_free = lhs.ndim - len(lhs_contract) - len(lhs_batch)
   rhs_free = [
     i for i in range(rhs.ndim) if i not in (*rhs_contract, *rhs_batch)
