@@ -1,4 +1,4 @@
-r"""Found models against uniform ones on real digits: accuracy at equal training.
+r"""Found models against uniform ones on real digits, equally long trained.
 
 python -m benchmarks.digits [--seeds=5] [--steps=1500] [--targets=1.5]
 
