@@ -12,7 +12,7 @@ _PACKAGE = pathlib.Path(__file__).parents[1] / 'fliqs_jax'
 # From the ground up; a module may import from floors below its own only.
 FLOORS = (
   ('formats', 'files', 'config_lib', 'schedules', 'policy'),
-  ('clipping', 'quantize', 'cost_model', 'controller', 'metrics'),
+  ('clipping', 'quantize', 'linear', 'cost_model', 'controller', 'metrics'),
   ('quant_spec', 'fingerprint', 'classification', 'data'),
   ('layers', 'search_space', 'checkpoint'),
   ('models', 'train_state', 'profile'),
