@@ -177,6 +177,8 @@ def make(kind: str, ops: tuple[Op, ...], params: int) -> Cost:
     raise ValueError(
       f'cost.kind={kind!r} is unknown; allowed: {", ".join(KINDS)}'
     )
+  if kind != 'bops':  # A shared layer works at each call, but is stored once.
+    ops = {op.path: op for op in ops}.values()
   others = params - sum(op.shape.weights for op in ops)
   constant = 32 * others / 1e6 if kind == 'size' else 0.0
   return Cost(kind, KINDS[kind], tuple(ops), constant)
@@ -184,16 +186,23 @@ def make(kind: str, ops: tuple[Op, ...], params: int) -> Cost:
 
 def bounds(cost: Cost) -> tuple[float, float]:
   """Returns the cost of the cheapest and of the dearest architecture."""
-  # Every cost grows with each leaf's bits, so each leaf decides for itself.
+  # The parts of an op's cost are products or sums of one term per leaf, and no
+  # term is negative: each leaf decides for itself, whatever the others are.
   extremes = []
   for pick in (min, max):
-    leaves = {}
+    leaves = {
+      op.leaf(name): np.eye(len(menu), dtype=np.float32)[0]
+      for op in cost.ops
+      for name, menu in op.shape.leaves().items()
+    }
     for op in cost.ops:
       for name, menu in op.shape.leaves().items():
-        chosen = pick(menu, key=_bits)
-        leaves[op.leaf(name)] = np.asarray(
-          [f is chosen for f in menu], np.float32
-        )
+        costs = [
+          float(cost.of_op(op, leaves | {op.leaf(name): one_hot}))
+          for one_hot in np.eye(len(menu), dtype=np.float32)
+        ]
+        best = costs.index(pick(costs))
+        leaves[op.leaf(name)] = np.eye(len(menu), dtype=np.float32)[best]
     extremes.append(float(cost(leaves)))
   return extremes[0], extremes[1]
 

@@ -47,8 +47,7 @@ class QuantConv(nn.Conv):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Applies the convolution: [..., H, W, C] to [..., H', W', features]."""
-    op = functools.partial(_conv, _Operands(self, self.spec))
-    return _with_op(self, nn.Conv, conv_general_dilated=op)(inputs)
+    return _with_op(self, nn.Conv, 'conv_general_dilated', _conv, inputs)
 
 
 class QuantDense(nn.Dense):
@@ -63,8 +62,7 @@ class QuantDense(nn.Dense):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Applies the layer: [..., C] to [..., features]."""
-    op = functools.partial(_dot_general, _Operands(self, self.spec))
-    return _with_op(self, nn.Dense, dot_general=op)(inputs)
+    return _with_op(self, nn.Dense, 'dot_general', _dot_general, inputs)
 
 
 class QuantDenseGeneral(nn.DenseGeneral):
@@ -79,8 +77,7 @@ class QuantDenseGeneral(nn.DenseGeneral):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Applies the layer over `axis` of the inputs."""
-    op = functools.partial(_dot_general, _Operands(self, self.spec))
-    return _with_op(self, nn.DenseGeneral, dot_general=op)(inputs)
+    return _with_op(self, nn.DenseGeneral, 'dot_general', _dot_general, inputs)
 
 
 class QuantEinsum(nn.Einsum):
@@ -98,7 +95,7 @@ class QuantEinsum(nn.Einsum):
   ) -> jax.Array:
     """Applies the contraction of the inputs with the kernel."""
     einsum_str = nn.merge_param('einsum_str', self.einsum_str, einsum_str)
-    return _einsum(_Operands(self, self.spec), einsum_str, inputs)
+    return _einsum(_Operands(self, inputs), einsum_str, inputs)
 
 
 def with_spec(
@@ -128,11 +125,12 @@ def set_activation_quantization(quant_stats: Any, active: Any) -> Any:
 class _Operands:
   """Quantizes the two operands of one layer's op and records its shape."""
 
-  def __init__(self, module: nn.Module, spec: quant_spec.QuantSpec):
+  def __init__(self, module: nn.Module, inputs: jax.Array):
     self.module = module
-    self.spec = spec
-    self.choices = spec.choices('/'.join(module.path))
-    self.dtype = module.dtype
+    self.spec = module.spec
+    self.choices = module.spec.choices('/'.join(module.path))
+    # As in linen: what inputs and parameters promote to, unless given.
+    self.dtype = module.dtype or jnp.result_type(inputs, module.param_dtype)
 
   def __call__(
     self, x: jax.Array, w: jax.Array, contracted: tuple[int, ...]
@@ -147,9 +145,14 @@ class _Operands:
     x = quantize.unquantized(x.astype(jnp.float32))
     w = quantize.unquantized(w.astype(jnp.float32))
     if (menu := self.choices.weights) is not None:
-      w = self._weights(w.values, contracted, menu, self._decision('weights'))
+      one_hot = self._decision('weights')
+      # Initialisation wants variables, not values: this halves its program.
+      if not self.module.is_initializing():
+        w = self._weights(w.values, contracted, menu, one_hot)
     if (menu := self.choices.activations) is not None:
-      x = self._activations(x.values, menu, self._decision('activations'))
+      one_hot, stats = self._decision('activations'), self._statistics(menu)
+      if not self.module.is_initializing():
+        x = self._activations(x.values, menu, one_hot, stats)
     return self._compute_dtype(x), self._compute_dtype(w)
 
   def record(self, kind: str, macs: int, weights: int, channels: int) -> None:
@@ -183,32 +186,31 @@ class _Operands:
       )
     return quantize.quantize(w, quantize.select(menu, one_hot), peak)
 
-  def _activations(self, x, menu, one_hot):
-    stats = functools.partial(self.module.variable, 'quant_stats')
-    mean = stats('mean', jnp.zeros, ())
-    mean_square = stats('mean_square', jnp.zeros, ())
-    count = stats('count', jnp.zeros, (), jnp.int32)
-    active = stats('active', jnp.ones, (), jnp.bool_)
-    clip = stats(
-      'clip',
-      lambda: jnp.asarray(clipping.multiples(self.spec.first_act_clip, menu)),
+  def _statistics(self, menu) -> dict[str, nn.Variable]:
+    variable = functools.partial(self.module.variable, 'quant_stats')
+    multiples = clipping.multiples(self.spec.first_act_clip, menu)
+    return dict(
+      mean=variable('mean', jnp.zeros, ()),
+      mean_square=variable('mean_square', jnp.zeros, ()),
+      count=variable('count', jnp.zeros, (), jnp.int32),
+      active=variable('active', jnp.ones, (), jnp.bool_),
+      clip=variable('clip', jnp.asarray, multiples, jnp.float32),
     )
-    if not self.module.is_initializing():
-      self.module.sow('act_inputs', 'x', x)  # For `profile`; else nothing.
-    learning = self.module.is_mutable_collection('quant_stats')
-    if learning and not self.module.is_initializing():
+
+  def _activations(self, x, menu, one_hot, stats):
+    self.module.sow('act_inputs', 'x', x)  # For `profile`; else nothing.
+    mean, square, count = stats['mean'], stats['mean_square'], stats['count']
+    if self.module.is_mutable_collection('quant_stats'):
       count.value += 1
       weight = jnp.maximum(1.0 / count.value, 1.0 - _STATS_DECAY)
-      mean.value += weight * (lax.stop_gradient(jnp.mean(x)) - mean.value)
-      mean_square.value += weight * (
-        lax.stop_gradient(jnp.mean(x * x)) - mean_square.value
-      )
-    variance = jnp.maximum(mean_square.value - mean.value**2, 0.0)
-    threshold = _pick(one_hot, clip.value) * jnp.sqrt(variance)
-    grid = quantize.select(menu, one_hot)
-    quantized = quantize.quantize(x, grid, threshold)
+      seen = lax.stop_gradient(x)
+      mean.value += weight * (jnp.mean(seen) - mean.value)
+      square.value += weight * (jnp.mean(seen * seen) - square.value)
+    std = jnp.sqrt(jnp.maximum(square.value - mean.value**2, 0.0))
+    threshold = _pick(one_hot, stats['clip'].value) * std
+    quantized = quantize.quantize(x, quantize.select(menu, one_hot), threshold)
     # Without statistics there is no threshold, so there is nothing to quantize.
-    on = active.value & (count.value > 0)
+    on = stats['active'].value & (count.value > 0)
     return quantize.Quantized(
       jnp.where(on, quantized.values, x),
       jnp.where(on, quantized.scale, 1.0),
@@ -216,8 +218,7 @@ class _Operands:
 
   def _compute_dtype(self, q: quantize.Quantized) -> quantize.Quantized:
     # Grid values are exact in bfloat16, so only unquantized ones are rounded.
-    dtype = self.dtype or jnp.float32
-    return quantize.Quantized(q.values.astype(dtype), q.scale)
+    return quantize.Quantized(q.values.astype(self.dtype), q.scale)
 
 
 def _pick(one_hot: jax.Array, values: jax.Array) -> jax.Array:
@@ -234,18 +235,22 @@ def _twin(module: nn.Module, linen_class: type[nn.Module], **replaced: Any):
   return linen_class(**{**fields, 'parent': module.scope, **replaced})
 
 
-def _with_op(module: nn.Module, linen_class: type[nn.Module], **op: Callable):
-  """Returns the linen layer as a function, its op replaced by a quantized one.
+def _with_op(module, linen_class, field: str, op: Callable, inputs):
+  """Applies the linen layer with its op replaced by a quantized one.
 
   Operands stay float32 until they are on the grid, and the bias is added to the
   float32 result, which is rounded once to the layer's dtype.
   """
-  twin = _twin(module, linen_class, promote_dtype=_keep_float32, **op)
-  return lambda inputs: _round_once(module, twin(inputs))
-
-
-def _round_once(module: nn.Module, y: jax.Array) -> jax.Array:
-  return y.astype(module.dtype or y.dtype)
+  for given in (field, f'{field}_cls'):
+    if getattr(module, given) is not None:
+      raise ValueError(
+        f'{type(module).__name__} was given {given}, which is what '
+        'quantization replaces'
+      )
+  operands = _Operands(module, inputs)
+  op = functools.partial(op, operands)
+  twin = _twin(module, linen_class, promote_dtype=_keep_float32, **{field: op})
+  return twin(inputs).astype(operands.dtype)
 
 
 def _keep_float32(*arrays, dtype):
@@ -321,9 +326,10 @@ def _einsum(operands: _Operands, einsum_str: str, inputs) -> jax.Array:
   y = _twin(
     module,
     nn.Einsum,
+    einsum_str=None,  # Given with the call.
     promote_dtype=quantized,
     preferred_element_type=jnp.float32,
   )(inputs, einsum_str)
   x_scale, w_scale, bias = after
   y = quantize.rescale(y, x_scale, w_scale)
-  return _round_once(module, y if bias is None else y + bias)
+  return (y if bias is None else y + bias).astype(operands.dtype)

@@ -188,6 +188,12 @@ def _freeze(
         f'quant.arch: {path} has weights {weights} and activations '
         f"{activations}, which quant.mode='tied' cannot say; use 'separate'"
       )
+    for side, name in (('weights', weights), ('activations', activations)):
+      if name and mode in {'weights', 'activations'} - {side}:
+        raise ValueError(
+          f'quant.arch: {path} has {side} {name}, which quant.mode={mode!r} '
+          "cannot say; use 'separate'"
+        )
     menus = [name and formats.menu(name) for name in (weights, activations)]
     frozen.append((path, tuple(menus)))
   return tuple(frozen)

@@ -125,9 +125,14 @@ def learning_rate(
     ValueError: for another kind.
   """
   if kind == 'cosine':
-    return optax.warmup_cosine_decay_schedule(0.0, base, warmup_steps, steps)
-  if kind == 'constant':
-    return optax.warmup_constant_schedule(0.0, base, warmup_steps)
-  raise ValueError(
-    f'optimizer.schedule={kind!r} is unknown; allowed: cosine, constant'
-  )
+    decay = optax.cosine_decay_schedule(base, max(steps - warmup_steps, 1))
+  elif kind == 'constant':
+    decay = optax.constant_schedule(base)
+  else:
+    raise ValueError(
+      f'optimizer.schedule={kind!r} is unknown; allowed: cosine, constant'
+    )
+  if not warmup_steps:
+    return decay
+  rise = optax.linear_schedule(0.0, base, warmup_steps)
+  return optax.join_schedules([rise, decay], [warmup_steps])

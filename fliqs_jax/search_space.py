@@ -199,7 +199,19 @@ def find(
       return model.init(jax.random.key(0), *args, **kwargs)
 
   variables = jax.eval_shape(init, *args)
-  ops = _ops(variables.get('cost', {}), calls)
+  cost = variables.get('cost', {})
+  if not {path.rpartition('/')[0] for path in _flat(cost)} <= set(calls):
+    # nn.jit has traced the first of several equal modules and repeated the
+    # result for the others; see each of them.
+    calls.clear()
+    with jax.disable_jit():
+      each = jax.eval_shape(init, *args)['cost']
+    if each != cost:
+      raise ValueError(
+        'nn.jit takes modules for equal that a rule of the spec tells apart by '
+        'their paths, and would give all of them the formats of the first'
+      )
+  ops = _ops(cost, calls)
   if not ops:
     raise ValueError(
       'the model has no layer that could be quantized; build it with '
@@ -213,9 +225,13 @@ def find(
   return SearchSpace(_decisions(ops, spec), ops, params)
 
 
+def _flat(tree: Mapping) -> dict[str, Any]:
+  return traverse_util.flatten_dict(tree, sep='/')
+
+
 def _ops(cost: Mapping, calls: list[str]) -> tuple[cost_model.Op, ...]:
   order = {path: i for i, path in reversed(list(enumerate(calls)))}
-  shapes = traverse_util.flatten_dict(cost, sep='/')
+  shapes = _flat(cost)
   ops = [
     cost_model.Op(path.removesuffix('ops').rstrip('/'), shape)
     for path, sown in shapes.items()
@@ -228,6 +244,7 @@ def _decisions(
   ops: tuple[cost_model.Op, ...], spec: quant_spec.QuantSpec | None
 ) -> tuple[Decision, ...]:
   decisions: dict[str, Decision] = {}
+  paths = [op.path for op in ops]
   for op in ops:
     names = op.shape.leaves()
     for leaf, menu in names.items():
@@ -236,6 +253,10 @@ def _decisions(
       for group, pattern in spec.groups if spec else ():
         if fnmatch.fnmatchcase(op.path, pattern):
           name = group + suffix
+          if group in paths:
+            raise ValueError(
+              f'quant.groups[{group}]: a layer has that path; rename the group'
+            )
       known = decisions.get(name, Decision(name, menu, ()))
       if known.menu != menu:
         raise ValueError(

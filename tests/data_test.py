@@ -494,7 +494,7 @@ def test_a_slower_process_uses_what_a_faster_one_prepared(
 _PREPARE = """
 import os, sys
 from fliqs_jax import data
-for module in 'grain', 'sklearn', 'tensorflow_datasets', 'jax':
+for module in 'grain', 'sklearn', 'tensorflow_datasets':
   assert module not in sys.modules, module
 from fliqs_jax.data import digits
 if {kill}:
