@@ -42,7 +42,7 @@ from fliqs_jax import train_step
 
 NETWORKS = {
   'cnn': (dict(name='resnet_cifar', depth=20, filters=16), 32, 64),
-  'depthwise': (dict(name='mobilenetv2', width=1.0, dropout=0.2), 64, 16),
+  'depthwise': (dict(name='mobilenetv2', width=1.0, dropout=0.2), 64, 64),
 }
 
 VARIANTS = {

@@ -77,7 +77,8 @@ def expected_absolute_error(
 
   C / C_T is near normal, so its absolute error is a folded normal with the
   exact mean and, to first order in the decisions, the exact variance. The plain
-  |E[C] / C_T - 1| would settle 8 to 12 % below the target.
+  |E[C] / C_T - 1| is blind to the variance; its argmax ends up to 3 % below the
+  target.
 
   Args:
     relative_cost: C / C_T of a tree of [K] leaves.
@@ -240,6 +241,11 @@ def make(
   Raises:
     ValueError: unknown preset, or values that cannot work.
   """
+  allowed = ('gamma', 'learning_rate', 'entropy_schedule', 'entropy_beta')
+  if unknown := sorted(set(overrides) - set(allowed)):
+    raise ValueError(
+      f'unknown search keys {", ".join(unknown)}; allowed: {", ".join(allowed)}'
+    )
   keys = config_lib.search_keys(preset, phases.steps) | overrides
   return PRESETS[preset](
     relative_cost,

@@ -267,7 +267,8 @@ def _conv(
     x.values, w.values, window_strides, padding, **kwargs
   )
   operands.record('conv', y.size * rhs[..., 0].size, rhs.size, rhs.shape[-1])
-  return quantize.rescale(y, x.scale, w.scale)
+  y = quantize.rescale(y, x.scale, w.scale)
+  return linear.computed_once(y, w.scale)
 
 
 def _dot_general(
@@ -276,7 +277,13 @@ def _dot_general(
   """`lax.dot_general` with quantized operands."""
   (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
   x, w = operands(lhs, rhs, tuple(rhs_contract))
-  y = linear.dot_general(x.values, w.values, dimension_numbers, precision)
+  y = lax.dot_general(
+    x.values,
+    w.values,
+    dimension_numbers,
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
   lhs_free = lhs.ndim - len(lhs_contract) - len(lhs_batch)
   rhs_free = [
     i for i in range(rhs.ndim) if i not in (*rhs_contract, *rhs_batch)
@@ -290,7 +297,8 @@ def _dot_general(
   if w_scale.ndim:
     w_scale = jnp.transpose(w_scale, (*rhs_batch, *rhs_contract, *rhs_free))
     w_scale = w_scale.reshape(scale_shape)
-  return quantize.rescale(y, x.scale, w_scale)
+  y = quantize.rescale(y, x.scale, w_scale)
+  return linear.computed_once(y, w_scale)
 
 
 def _einsum(operands: _Operands, einsum_str: str, inputs) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Convolutions and matrix products in the form that is fast on the backend.
+"""Convolutions in the form that is fast on the backend.
 
 XLA's CPU kernels for depthwise and 1x1 convolutions, for maps smaller than the
 kernel and for the weight gradients of all of these are up to a hundred times
@@ -9,6 +9,7 @@ get XLA's own convolution.
 """
 
 from collections.abc import Sequence
+import functools
 
 import jax
 from jax import lax
@@ -51,16 +52,23 @@ def conv_general_dilated(
     size, kernel, channels = lhs.shape[1:3], rhs.shape[:2], lhs.shape[3]
     if isinstance(padding, str):
       padding = lax.padtype_to_pads(size, kernel, window_strides, padding)
-    depthwise = feature_group_count == channels == rhs.shape[3] > 1
+    if feature_group_count == channels == rhs.shape[3] > 1:
+      how = (kernel, tuple(window_strides), tuple(map(tuple, padding)))
+      return _depthwise(lhs.astype(jnp.float32), _taps(rhs), *how)
     small = max(kernel) > 1 and min(size) < max(kernel)
-    if depthwise or (feature_group_count == 1 and (kernel == (1, 1) or small)):
-      windows = _windows(lhs, kernel, window_strides, padding)
-      if depthwise:
-        return _depthwise(windows, rhs)
-      patches = jnp.concatenate(windows, axis=-1)
+    if feature_group_count == 1 and (kernel == (1, 1) or small):
+      padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
+      patches = jnp.concatenate(
+        _windows(padded, kernel, window_strides), axis=-1
+      )
       rows = patches.reshape((-1, patches.shape[3]))
       weights = rhs.reshape((-1, rhs.shape[3]))
-      y = dot_general(rows, weights, (((1,), (0,)), ((), ())), precision)
+      y = jnp.matmul(
+        rows,
+        weights,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+      )
       return y.reshape((*patches.shape[:3], -1))
   return lax.conv_general_dilated(
     lhs,
@@ -76,53 +84,92 @@ def conv_general_dilated(
   )
 
 
-def dot_general(
-  lhs: jax.Array,
-  rhs: jax.Array,
-  dimension_numbers: lax.DotDimensionNumbers,
-  precision: lax.PrecisionLike,
-) -> jax.Array:
-  """`lax.dot_general` with a float32 result."""
-  y = lax.dot_general(
-    lhs,
-    rhs,
-    dimension_numbers,
-    precision=precision,
-    preferred_element_type=jnp.float32,
-  )
-  return _unfused_gradient(y) if _on_cpu() else y
+def computed_once(y: jax.Array, scale: jax.Array) -> jax.Array:
+  """Returns `y`; value and gradient are computed once, not at each use.
+
+  XLA on CPU would fuse the scaling of a layer's result into every sum that
+  batch norm takes of it, and the elementwise work behind the layer into every
+  tap of its gradient (a third of a step of MobileNetV2; an optimization barrier
+  changes nothing). It does not fuse a division more than once, because it holds
+  it for expensive; so there is one, by 1.
+
+  Args:
+    y: [...] the scaled result of a layer's op.
+    scale: of its weights. Positive, which XLA does not know, so that the 1 is
+      no constant to it.
+  """
+  if not _on_cpu():
+    return y
+  return _computed_once(y, jnp.where(scale.reshape(-1)[0] > 0, 1.0, 2.0))
+
+
+@jax.custom_vjp
+def _computed_once(y, one):
+  return y / one
+
+
+_computed_once.defvjp(
+  lambda y, one: (y / one, one), lambda one, g: (g / one, None)
+)
 
 
 def _on_cpu() -> bool:
   return jax.default_backend() == 'cpu'
 
 
-def _windows(x, kernel, strides, padding) -> list[jax.Array]:
-  """Returns x as each element of the kernel sees it, [N, H', W', C] each."""
-  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+def _windows(padded, kernel, strides) -> list[jax.Array]:
+  """Returns what each tap of the kernel sees, [N, H', W', C] each."""
   last = [
     (size - k) // s * s
-    for size, k, s in zip(x.shape[1:3], kernel, strides, strict=True)
+    for size, k, s in zip(padded.shape[1:3], kernel, strides, strict=True)
   ]
-  return [
-    x[:, i : i + last[0] + 1 : strides[0], j : j + last[1] + 1 : strides[1]]
-    for i in range(kernel[0])
-    for j in range(kernel[1])
+  rows, columns = [
+    [slice(i, i + end + 1, s) for i in range(k)]
+    for end, k, s in zip(last, kernel, strides, strict=True)
   ]
+  return [padded[:, row, column] for row in rows for column in columns]
 
 
-def _depthwise(windows, rhs):
-  taps = rhs.astype(jnp.float32).reshape((len(windows), 1, 1, 1, -1))
-  return sum(window * tap for window, tap in zip(windows, taps, strict=True))
+def _taps(rhs: jax.Array) -> jax.Array:
+  """Returns a depthwise kernel as float32 [taps, C]."""
+  taps = rhs.astype(jnp.float32).reshape((-1, rhs.shape[3]))
+  # The product with 1 is there because XLA does not fuse across it: else the
+  # kernel would be quantized anew for every element of the output.
+  return jnp.eye(taps.shape[0]) @ taps
 
 
-@jax.custom_vjp
-def _unfused_gradient(x):
-  return x
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _depthwise(x, taps, kernel, strides, padding):
+  padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  return _weighted(_windows(padded, kernel, strides), taps)
 
 
-# XLA would fuse the elementwise work behind a layer into the products of its
-# gradient on CPU, and compute those in a scalar loop.
-_unfused_gradient.defvjp(
-  lambda x: (x, None), lambda _, g: (lax.optimization_barrier(g),)
-)
+def _weighted(windows, taps):
+  return sum(w * tap[None, None, None] for w, tap in zip(windows, taps))
+
+
+def _depthwise_fwd(x, taps, kernel, strides, padding):
+  return _depthwise(x, taps, kernel, strides, padding), (x, taps)
+
+
+def _depthwise_bwd(kernel, strides, padding, residuals, g):
+  x, taps = residuals
+  padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  tap_gradients = [
+    jnp.sum(window * g, axis=(0, 1, 2))
+    for window in _windows(padded, kernel, strides)
+  ]
+  # The input's gradient is again a depthwise convolution: of the gradient,
+  # spread out by the strides, with the kernel turned round.
+  config = [(0, 0, 0)]
+  for axis in (0, 1):
+    low = kernel[axis] - 1 - padding[axis][0]
+    spread = (g.shape[1 + axis] - 1) * strides[axis] + 1
+    high = x.shape[1 + axis] + kernel[axis] - 1 - low - spread
+    config.append((low, high, strides[axis] - 1))
+  spread_out = lax.pad(g, jnp.zeros((), g.dtype), (*config, (0, 0, 0)))
+  windows = _windows(spread_out, kernel, (1, 1))
+  return _weighted(windows, taps[::-1]), jnp.stack(tap_gradients)
+
+
+_depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)

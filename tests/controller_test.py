@@ -212,17 +212,23 @@ def test_a_settled_policy_has_the_error_of_its_cost_and_finite_gradients():
 
 
 def test_a_product_of_decisions_has_its_exact_mean_and_first_order_variance():
-  # C = x y with x in {1, 2}, y in {1, 3}, each evenly: E[C] = 1.5 * 2 = 3. The
-  # slopes are E[y] (1, 2) and E[x] (1, 3), whose variances are 4 * 0.25 and
-  # 2.25 * 1; in units of C_T = 3: (1 + 2.25) / 9.
+  # C = x y with x in {1, 2}, y in {1, 3}, each evenly: E[C] = 1.5 * 2 = 3. In
+  # units of C_T = 3 the slopes are E[y] (1, 2) / 3 and E[x] (1, 3) / 3, whose
+  # variances are 4 * 0.25 / 9 and 2.25 * 1 / 9.
   x, y = jnp.array([1.0, 2.0]), jnp.array([1.0, 3.0])
-  found = controller_lib.expected_absolute_error(
+  error = functools.partial(
+    controller_lib.expected_absolute_error,
     lambda p: jnp.sum(p['x'] * x) * jnp.sum(p['y'] * y) / 3,
-    {'x': jnp.full(2, 0.5), 'y': jnp.full(2, 0.5)},
-    jnp.float32(1.0),
+    weight=1.0,
   )
-  expected = math.sqrt(2 / math.pi * 3.25 / 9)
-  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  even = {'x': jnp.full(2, 0.5), 'y': jnp.full(2, 0.5)}
+  found, gradient = jax.jit(jax.value_and_grad(error))(even)
+  sd = math.sqrt(3.25 / 9)
+  np.testing.assert_allclose(found, math.sqrt(2 / math.pi) * sd, rtol=1e-5)
+  # The slopes h = (2, 4) / 3 of x are constants: d Var / dp = h**2 - 2 E[h] h
+  # with E[h] = 1, which is -8 / 9 for both.
+  expected = math.sqrt(2 / math.pi) * (-8 / 9) / (2 * sd)
+  np.testing.assert_allclose(gradient['x'], [expected] * 2, rtol=1e-5)
 
 
 # One update, by hand, in float64 and without jax.

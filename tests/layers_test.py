@@ -407,7 +407,9 @@ def test_a_bfloat16_layer_accumulates_in_float32(case):
     if equation.primitive.name in ('dot_general', 'conv_general_dilated')
   ]
   if case is CASES['conv_depthwise']:
-    assert not products  # But shifted products in float32, on a CPU.
+    # On a CPU: taps, by a product with 1, and shifted sums, in float32.
+    operands = [o.aval.dtype for p in products for o in p.invars]
+    assert set(operands) <= {jnp.dtype(jnp.float32)}
   else:
     (product,) = products
     operand_types = {operand.aval.dtype for operand in product.invars}
