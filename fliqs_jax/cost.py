@@ -41,7 +41,7 @@ def space_of(
   Raises:
     ValueError: unknown network or format, or a width that it does not have.
   """
-  spec = quant_spec.QuantSpec(numeric_format)
+  spec = quant_spec.QuantSpec(numeric_format, exclude=models.unquantized(name))
   config = models.published(name)
   if width is not None:
     if 'width' not in config:
@@ -51,28 +51,37 @@ def space_of(
     config |= dict(width=width)
   if image_size is not None and image_size < 1:
     raise ValueError(f'--image_size={image_size} must be at least 1')
-  height, image_width, channels = models.MODELS[name].input_shape
-  if image_size is not None:
-    height = image_width = image_size
-  image = jax.ShapeDtypeStruct((1, height, image_width, channels), jnp.float32)
   model = models.build(config, classes, spec)
-  return search_space.find(model, image, spec=spec, train=False)
+  inputs = model.input_shape
+  if isinstance(inputs, tuple):
+    shape = (image_size, image_size, inputs[2]) if image_size else inputs
+    inputs = jax.ShapeDtypeStruct(shape, jnp.float32)
+  elif image_size is not None:
+    raise ValueError(f'--image_size={image_size}: {name} does not see images')
+  one = jax.tree.map(
+    lambda spec: jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype), inputs
+  )
+  return search_space.find(model, one, spec=spec, train=False)
 
 
 def totals(space: search_space.SearchSpace) -> dict[str, float]:
-  """Returns gbops, gmacs, params and layers of a space with nothing open."""
+  """Returns gbops, gmacs, params and layers of a space with nothing open.
+
+  Layers are those that are quantized, as the paper counts them.
+  """
   leaves = space.leaves(space.only())
   return dict(
     gbops=float(space.cost('bops')(leaves)),
     gmacs=sum(op.shape.macs for op in space.ops) / 1e9,
     params=space.params,
-    layers=len(space.ops),
+    layers=len(space.decisions),
   )
 
 
 def table(space: search_space.SearchSpace) -> str:
   """Returns a line per layer: kind, format, MACs, parameters, GBOPs, share."""
   leaves = space.leaves(space.only())
+  formats_of = space.assignment(space.only())
   total = totals(space)
   width = max(len(op.path) for op in space.ops)
   lines = [
@@ -81,9 +90,10 @@ def table(space: search_space.SearchSpace) -> str:
   ]
   for op in space.ops:
     shape = op.shape
+    weights, _ = formats_of[op.path]
     gbops = float(cost_model.op_gbops(op, leaves))
     lines.append(
-      f'{op.path:{width}}  {shape.kind:6}  {shape.weight_menu[0].name:6}  '
+      f'{op.path:{width}}  {shape.kind:6}  {weights or "BF16":6}  '
       f'{shape.macs:13,}  {shape.weights:11,}  {gbops:10.4f}  '
       f'{gbops / total["gbops"]:6.1%}'
     )

@@ -2,20 +2,51 @@
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 
 from fliqs_jax import layers
 from fliqs_jax import quant_spec
+from fliqs_jax.models import deit
+from fliqs_jax.models import efficientnet
+from fliqs_jax.models import inception_v3
 from fliqs_jax.models import mlp
 from fliqs_jax.models import mobilenet_v2
+from fliqs_jax.models import recommender
+from fliqs_jax.models import resnet
 from fliqs_jax.models import resnet_cifar
 
-MODELS: dict[str, type[nn.Module]] = {
-  'mlp': mlp.MLP,
-  'mobilenetv2': mobilenet_v2.MobileNetV2,
-  'resnet_cifar': resnet_cifar.ResNetCifar,
+
+class Network(NamedTuple):
+  """A network under a name.
+
+  Attributes:
+    module: its class.
+    fixed: fields that the name decides; no keys of a config.
+  """
+
+  module: type[nn.Module]
+  fixed: Mapping[str, Any] = {}
+
+
+MODELS: dict[str, Network] = {
+  'mlp': Network(mlp.MLP),
+  'resnet_cifar': Network(resnet_cifar.ResNetCifar),
+  'resnet18': Network(resnet.ResNet, dict(depth=18)),
+  'resnet50': Network(resnet.ResNet, dict(depth=50)),
+  'mobilenetv2': Network(mobilenet_v2.MobileNetV2),
+  'inceptionv3': Network(inception_v3.InceptionV3),
+  **{
+    f'efficientnet_b{i}': Network(
+      efficientnet.EfficientNet, dict(variant=f'b{i}')
+    )
+    for i in range(5)
+  },
+  'deit_ti16': Network(deit.DeiT, dict(hidden=192, heads=3)),
+  'deit_s16': Network(deit.DeiT, dict(hidden=384, heads=6)),
+  'deit_b16': Network(deit.DeiT, dict(hidden=768, heads=12)),
+  'recommender': Network(recommender.Recommender),
 }
 
 # What `build` itself gives a model; not keys of a config.
@@ -28,16 +59,19 @@ def published(name: str) -> dict[str, Any]:
   Raises:
     ValueError: unknown name.
   """
-  keys = {
-    field.name: field.default for field in dataclasses.fields(_class(name))
-  }
-  return dict(name=name) | {k: v for k, v in keys.items() if k not in _GIVEN}
+  network = _network(name)
+  keys = {f.name: f.default for f in dataclasses.fields(network.module)}
+  decided = (*_GIVEN, *network.fixed)
+  return dict(name=name) | {k: v for k, v in keys.items() if k not in decided}
 
 
-def _class(name: str) -> type[nn.Module]:
-  if name not in MODELS:
-    raise ValueError(f'model {name!r} is unknown; allowed: {", ".join(MODELS)}')
-  return MODELS[name]
+def unquantized(name: str) -> tuple[str, ...]:
+  """Returns patterns of layers that the paper leaves at 16 bits.
+
+  Raises:
+    ValueError: unknown name.
+  """
+  return getattr(_network(name).module, 'unquantized', ())
 
 
 def build(
@@ -56,15 +90,24 @@ def build(
   """
   keys = dict(config)
   name = keys.pop('name', None)
-  model_class = _class(name)
+  network = _network(name)
   expected = published(name)
   if sorted(config) != sorted(expected):
     raise ValueError(
       f'the keys of model {name} are {", ".join(expected)}; got '
       f'{", ".join(config)}'
     )
-  given = dict(num_classes=num_classes)
-  for kind, layer in (('conv', layers.QuantConv), ('dense', layers.QuantDense)):
-    if kind in model_class.__dataclass_fields__:
-      given[kind] = layers.with_spec(layer, spec)
-  return model_class(**keys, **given)
+  given = dict(
+    num_classes=num_classes,
+    conv=layers.with_spec(layers.QuantConv, spec),
+    dense=layers.with_spec(layers.QuantDense, spec),
+  )
+  fields = network.module.__dataclass_fields__
+  given = {field: value for field, value in given.items() if field in fields}
+  return network.module(**keys, **network.fixed, **given)
+
+
+def _network(name: str | None) -> Network:
+  if name not in MODELS:
+    raise ValueError(f'model {name!r} is unknown; allowed: {", ".join(MODELS)}')
+  return MODELS[name]

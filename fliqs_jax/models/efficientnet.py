@@ -1,0 +1,170 @@
+"""EfficientNet B0 to B4: Tan and Le 2019 (arXiv:1905.11946), Table 1.
+
+As in the code that accompanies it (tensorflow/tpu, models/official): swish,
+squeeze-and-excitation in every block, channels `make_divisible(c * width)` with
+stem and head included, `ceil(n * depth)` blocks, drop connect that grows with
+the block.
+
+Squeeze-and-excitation is neither quantized nor counted: its layers are plain
+`nn.Dense`, not the given constructor. That is how the paper's costs (Figures 19
+and 25) come out; they cannot tell it from leaving it out. 50, 70, 70, 79 and 97
+layers are counted.
+"""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from fliqs_jax.models import mobilenet_v2
+
+# Multipliers of width and depth, pixels of the image, rate of dropout.
+_VARIANTS = {
+  'b0': (1.0, 1.0, 224, 0.2),
+  'b1': (1.0, 1.1, 240, 0.2),
+  'b2': (1.1, 1.2, 260, 0.3),
+  'b3': (1.2, 1.4, 300, 0.3),
+  'b4': (1.4, 1.8, 380, 0.4),
+}
+# Kernel, expansion, channels, blocks, stride of the first block.
+_STAGES = (
+  (3, 1, 16, 1, 1),
+  (3, 6, 24, 2, 2),
+  (5, 6, 40, 2, 2),
+  (3, 6, 80, 3, 2),
+  (5, 6, 112, 3, 1),
+  (5, 6, 192, 4, 2),
+  (3, 6, 320, 1, 1),
+)
+_SQUEEZE = 0.25
+_FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+# The original takes a depthwise kernel's fan-out without its channels.
+_DEPTHWISE = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
+
+
+class EfficientNet(nn.Module):
+  """Inverted bottlenecks with squeeze-and-excitation, scaled as a compound.
+
+  Attributes:
+    num_classes: size of the output.
+    variant: `b0` to `b4`.
+    width: multiplier of all channels, on top of the variant's.
+    depth: multiplier of the blocks of a stage, on top of the variant's.
+    drop_connect: rate at which the last block would be dropped; that of block i
+      of n is i/n of it, and only blocks with a shortcut can be dropped.
+    conv: constructor of convolutions.
+    dense: constructor of the classifier.
+  """
+
+  num_classes: int
+  variant: str = 'b0'
+  width: float = 1.0
+  depth: float = 1.0
+  drop_connect: float = 0.2
+  conv: Any = nn.Conv
+  dense: Any = nn.Dense
+
+  def __post_init__(self):
+    if self.variant not in _VARIANTS:
+      raise ValueError(
+        f'model.variant={self.variant!r} is unknown; allowed: '
+        f'{", ".join(_VARIANTS)}'
+      )
+    if self.width <= 0 or self.depth <= 0:
+      raise ValueError(
+        f'model.width={self.width} and model.depth={self.depth} must be '
+        'positive'
+      )
+    super().__post_init__()
+
+  @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """The image (H, W, C) that the variant is made for."""
+    size = _VARIANTS[self.variant][2]
+    return size, size, 3
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Returns logits [N, num_classes] of images [N, H, W, 3]."""
+    width, depth, _, dropout = _VARIANTS[self.variant]
+
+    def scaled(channels):
+      return mobilenet_v2.make_divisible(channels * width * self.width)
+
+    norm = functools.partial(
+      nn.BatchNorm,
+      use_running_average=not train,
+      momentum=0.99,
+      epsilon=1e-3,
+    )
+    conv = functools.partial(self.conv, use_bias=False, kernel_init=_FAN_OUT)
+    x = conv(scaled(32), (3, 3), 2, name='stem')(x)
+    x = nn.swish(norm(name='stem_norm')(x))
+    counts = [math.ceil(n * depth * self.depth) for *_, n, _ in _STAGES]
+    index = 0
+    for stage, (kernel, expansion, channels, _, stride) in enumerate(_STAGES):
+      for block in range(counts[stage]):
+        x = _MBConv(
+          scaled(channels),
+          kernel,
+          expansion,
+          stride if block == 0 else 1,
+          self.drop_connect * index / sum(counts),
+          conv,
+          norm,
+          name=f'stage{stage}_block{block}',
+        )(x, train)
+        index += 1
+    x = conv(scaled(1280), (1, 1), name='top')(x)
+    x = nn.swish(norm(name='top_norm')(x))
+    x = x.mean(axis=(1, 2))
+    x = nn.Dropout(dropout, deterministic=not train)(x)
+    return self.dense(
+      self.num_classes,
+      kernel_init=nn.initializers.variance_scaling(1 / 3, 'fan_out', 'uniform'),
+      name='head',
+    )(x)
+
+
+class _MBConv(nn.Module):
+  channels: int
+  kernel: int
+  expansion: int
+  strides: int
+  drop: float
+  conv: Any
+  norm: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    residual = x
+    expanded = self.expansion * x.shape[-1]
+    if self.expansion > 1:
+      x = self.conv(expanded, (1, 1), name='expand')(x)
+      x = nn.swish(self.norm(name='expand_norm')(x))
+    x = self.conv(
+      expanded,
+      (self.kernel, self.kernel),
+      self.strides,
+      feature_group_count=expanded,
+      kernel_init=_DEPTHWISE,
+      name='depthwise',
+    )(x)
+    x = nn.swish(self.norm(name='depthwise_norm')(x))
+    # Squeezed to a share of the block's own input, not of the expanded one.
+    squeezed = max(1, int(residual.shape[-1] * _SQUEEZE))
+    gate = x.mean(axis=(1, 2), keepdims=True)
+    gate = nn.Dense(squeezed, kernel_init=_FAN_OUT, name='squeeze')(gate)
+    gate = nn.swish(gate)
+    gate = nn.Dense(expanded, kernel_init=_FAN_OUT, name='excite')(gate)
+    x = x * nn.sigmoid(gate)
+    x = self.conv(self.channels, (1, 1), name='project')(x)
+    x = self.norm(name='project_norm')(x)
+    if residual.shape != x.shape:
+      return x
+    x = nn.Dropout(
+      self.drop, broadcast_dims=(1, 2, 3), deterministic=not train
+    )(x)
+    return x + residual

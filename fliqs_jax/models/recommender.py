@@ -1,0 +1,79 @@
+"""The recommender of the paper's A.13: a low-rank MLP over Criteo's features.
+
+Embedded categories and continuous features, concatenated, through four hidden
+layers, each a factorised product as in DCN-V2 (Wang et al. 2020,
+arXiv:2008.13535): W = U V, with nothing between the two. Widths and ranks are
+those that the paper's search multiplies. Of the rest A.13 is silent: the size
+and initialisation of the embedding and ReLU are those of DLRM on the same data
+(Naumov et al. 2019, arXiv:1906.00091, and its code); the number of buckets is
+ours.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Recommender(nn.Module):
+  """Logit of a click from 13 continuous and 26 categorical features.
+
+  Attributes:
+    buckets: hash buckets of each categorical feature.
+    embedding_dim: size of the vector of a category.
+    hidden: widths of the hidden layers.
+    ranks: ranks of the hidden layers' products.
+    dense: constructor of dense layers.
+  """
+
+  # Of one example.
+  input_shape: ClassVar[Mapping[str, jax.ShapeDtypeStruct]] = {
+    'dense': jax.ShapeDtypeStruct((13,), jnp.float32),
+    'ids': jax.ShapeDtypeStruct((26,), jnp.int32),
+  }
+
+  buckets: int = 2**15
+  embedding_dim: int = 16
+  hidden: Sequence[int] = (512,) * 4
+  ranks: Sequence[int] = (128,) * 4
+  dense: Any = nn.Dense
+
+  def __post_init__(self):
+    if len(self.hidden) != len(self.ranks):
+      raise ValueError(
+        f'model.hidden={tuple(self.hidden)} and model.ranks='
+        f'{tuple(self.ranks)} must have a number per layer each'
+      )
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, x: Mapping[str, jax.Array], train: bool) -> jax.Array:
+    """Returns logits [N]; their sigmoid is the probability of a click.
+
+    Args:
+      x: `dense`, float [N, 13]; `ids`, int [N, 26], each in [0, buckets).
+      train: does not matter here.
+    """
+    del train
+    ids = x['ids']
+    features = ids.shape[1]
+    # One table for all, so that a batch is one gather.
+    first = jnp.arange(features, dtype=ids.dtype) * self.buckets
+    limit = self.buckets**-0.5
+    embedded = nn.Embed(
+      features * self.buckets,
+      self.embedding_dim,
+      embedding_init=lambda key, shape, dtype: jax.random.uniform(
+        key, shape, dtype, -limit, limit
+      ),
+      name='embedding',
+    )(ids + first[None])
+    y = jnp.concatenate(
+      [x['dense'], embedded.reshape((ids.shape[0], -1))], axis=1
+    )
+    for i, (width, rank) in enumerate(zip(self.hidden, self.ranks)):
+      y = self.dense(rank, use_bias=False, name=f'hidden{i}_v')(y)
+      y = nn.relu(self.dense(width, name=f'hidden{i}_u')(y))
+    return self.dense(1, name='head')(y)[:, 0]

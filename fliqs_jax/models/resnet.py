@@ -1,0 +1,132 @@
+"""ResNet for ImageNet: He et al. 2015 (arXiv:1512.03385), Table 1.
+
+The variant whose bit operations are the paper's (Figures 15, 16, 21, 22). It
+departs from He et al. in these points:
+  * a width multiplier scales all channels, the stem's included;
+  * every stage begins with a 1x1 projection, also the first one, whose shape
+    does not change in ResNet-18 and -34;
+  * the stride of a bottleneck is in its 3x3 convolution (v1.5, Gross and Wilber
+    2016), not in its first 1x1;
+  * the scale of the last batch norm of each block starts at zero, and the
+    classifier at a standard deviation of 0.01: Goyal et al. 2017
+    (arXiv:1706.02677), section 5.1.
+"""
+
+import functools
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+
+# Blocks per stage, and whether they are bottlenecks. 10 and 14 are no networks
+# of He et al.: the smallest of either kind, for tests and smoke runs.
+_DEPTHS = {
+  10: ((1, 1, 1, 1), False),
+  14: ((1, 1, 1, 1), True),
+  18: ((2, 2, 2, 2), False),
+  34: ((3, 4, 6, 3), False),
+  50: ((3, 4, 6, 3), True),
+  101: ((3, 4, 23, 3), True),
+  152: ((3, 8, 36, 3), True),
+}
+
+
+class ResNet(nn.Module):
+  """ResNet-18, -50 and their kin.
+
+  Attributes:
+    num_classes: size of the output.
+    depth: layers with parameters, projections not counted.
+    width: multiplier of all channels.
+    conv: constructor of convolutions.
+    dense: constructor of dense layers.
+  """
+
+  input_shape: ClassVar[tuple[int, int, int]] = (224, 224, 3)
+
+  num_classes: int
+  depth: int = 50
+  width: float = 1.0
+  conv: Any = nn.Conv
+  dense: Any = nn.Dense
+
+  def __post_init__(self):
+    if self.depth not in _DEPTHS:
+      allowed = ', '.join(map(str, _DEPTHS))
+      raise ValueError(f'model.depth={self.depth} must be one of {allowed}')
+    if 64 * self.width < 1:
+      raise ValueError(
+        f'model.width={self.width} leaves no channel; it must be at least 1/64'
+      )
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Returns logits [N, num_classes] of images [N, H, W, 3]."""
+    norm = functools.partial(
+      nn.BatchNorm,
+      use_running_average=not train,
+      momentum=0.9,
+      epsilon=1e-5,
+    )
+    conv = functools.partial(
+      self.conv,
+      use_bias=False,
+      kernel_init=nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
+    )
+    filters = int(64 * self.width)
+    blocks, bottleneck = _DEPTHS[self.depth]
+    # Padding is symmetric, as in He et al.: SAME would shift strided windows.
+    x = conv(filters, (7, 7), 2, padding=3, name='stem')(x)
+    x = nn.relu(norm(name='stem_norm')(x))
+    x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+    for stage, count in enumerate(blocks):
+      for block in range(count):
+        x = _Block(
+          filters * 2**stage,
+          2 if stage > 0 and block == 0 else 1,
+          bottleneck,
+          block == 0,
+          conv,
+          norm,
+          name=f'stage{stage}_block{block}',
+        )(x)
+    x = x.mean(axis=(1, 2))
+    return self.dense(
+      self.num_classes, kernel_init=nn.initializers.normal(0.01), name='head'
+    )(x)
+
+
+class _Block(nn.Module):
+  filters: int
+  strides: int
+  bottleneck: bool
+  project: bool
+  conv: Any
+  norm: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    convs = [(self.filters, 3, self.strides), (self.filters, 3, 1)]
+    if self.bottleneck:
+      convs = [
+        (self.filters, 1, 1),
+        (self.filters, 3, self.strides),
+        (4 * self.filters, 1, 1),
+      ]
+    shortcut = x
+    if self.project:
+      channels = convs[-1][0]
+      shortcut = self.conv(channels, (1, 1), self.strides, name='shortcut')(x)
+      shortcut = self.norm(name='shortcut_norm')(shortcut)
+    for i, (channels, size, strides) in enumerate(convs):
+      is_last = i == len(convs) - 1
+      x = self.conv(
+        channels, (size, size), strides, padding=size // 2, name=f'conv{i}'
+      )(x)
+      x = self.norm(
+        scale_init=nn.initializers.constant(0.0 if is_last else 1.0),
+        name=f'norm{i}',
+      )(x)
+      x = nn.relu(x + shortcut if is_last else x)
+    return x
