@@ -130,20 +130,12 @@ def _of_type(*kinds: type) -> Callable:
 
 _LIST = _of_type(tuple, list)
 
-# Every key of a config; `model` has the fields of its network instead.
+# Every key of a config; those of `model` are the fields of its network, those
+# of `data` depend on the data set; both are checked where they are used.
 _SCHEMA: dict[str, Any] = {
   'seed': _count(0),
   'model': None,
-  'data': {
-    'name': _of_type(str),
-    'data_dir': _of_type(str),
-    'train_split': _of_type(str),
-    'valid_split': _of_type(str),
-    'test_split': _of_type(str),
-    'batch_size': _count(1),
-    'valid_batch_size': _count(1),
-    'test_batch_size': _count(1),
-  },
+  'data': None,
   'quant': {
     'formats': _of_type(str, tuple, list),
     'mode': _of_type(str),

@@ -64,14 +64,16 @@ class Experiment:
 
   def initial_state(self) -> train_state.TrainState:
     """Returns the state before the first step; pure, so it can be traced."""
-    image = jnp.zeros((1, *self.streams.input_shape))
+    example = jax.tree.map(
+      lambda spec: jnp.zeros(spec.shape, spec.dtype), _example(self.streams)
+    )
     return train_state.create(
       self.model,
       self.space,
       self.optimizer,
       self.controller,
       jax.random.key(self.config.seed),
-      image,
+      example,
       train=False,
     )
 
@@ -97,8 +99,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   spec = _spec(config.quant)
   streams = data.make_streams(config.data, config.seed)
   model = models.build(config.model, streams.num_classes, spec)
-  image = jax.ShapeDtypeStruct((1, *streams.input_shape), jnp.float32)
-  space = search_space.find(model, image, spec=spec, train=False)
+  space = search_space.find(model, _example(streams), spec=spec, train=False)
   cost = space.cost(config.cost.kind)
   target = _target(config.cost, cost, space)
   controller = _controller(config, space, cost, target, phases)
@@ -125,6 +126,14 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     loss=classification.loss(config.train.label_smoothing),
     quality=classification.QUALITIES[config.search.quality],
     measure=classification.measure,
+  )
+
+
+def _example(streams: data.Streams) -> Any:
+  """Returns the shapes of what the model is called with, for one example."""
+  return jax.tree.map(
+    lambda spec: jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype),
+    data.model_inputs(streams.inputs),
   )
 
 

@@ -15,6 +15,7 @@ import ml_collections
 
 from fliqs_jax import checkpoint
 from fliqs_jax import config_lib
+from fliqs_jax import data
 from fliqs_jax import evaluate
 from fliqs_jax import experiment as experiment_lib
 from fliqs_jax import files
@@ -217,7 +218,7 @@ def _profile(experiment, state):
     experiment.model.apply,
     experiment.space,
     variables,
-    (batch['image'] for batch in batches),
+    map(data.model_inputs, batches),
   )
   return state.replace(model_state={**state.model_state, 'quant_stats': stats})
 

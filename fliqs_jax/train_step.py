@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from fliqs_jax import controller as controller_lib
+from fliqs_jax import data
 from fliqs_jax import layers
 from fliqs_jax import schedules
 from fliqs_jax import search_space
@@ -59,7 +60,7 @@ def search_step(
       arch = space.expand(jax.tree.map(lambda a: a[0], proposed))
       outputs, new_model_state = apply(
         {'params': params, 'arch': arch, **model_state},
-        train_batch['image'],
+        data.model_inputs(train_batch),
         train=True,
         mutable=list(model_state),
         rngs={'dropout': dropout_key},
@@ -116,7 +117,9 @@ def _judge(apply, quality, space, variables, proposed, batch):
 
   def judge(i):
     arch = space.expand(jax.tree.map(lambda a: a[i], proposed))
-    outputs = apply({**variables, 'arch': arch}, batch['image'], train=False)
+    outputs = apply(
+      {**variables, 'arch': arch}, data.model_inputs(batch), train=False
+    )
     return quality(outputs, batch)
 
   # Unrolled: XLA runs convolutions inside a loop on one thread on CPU, and a
@@ -134,7 +137,9 @@ def eval_step(apply: Callable, measure: Callable) -> Callable:
 
   def step(params, model_state, arch, batch):
     variables = {'params': params, 'arch': arch, **model_state}
-    return measure(apply(variables, batch['image'], train=False), batch)
+    return measure(
+      apply(variables, data.model_inputs(batch), train=False), batch
+    )
 
   return step
 
@@ -149,7 +154,7 @@ def settle_step(apply: Callable) -> Callable:
   def step(params, model_state, arch, batch, key):
     _, model_state = apply(
       {'params': params, 'arch': arch, **model_state},
-      batch['image'],
+      data.model_inputs(batch),
       train=True,
       mutable=list(model_state),
       rngs={'dropout': key},

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
@@ -26,6 +27,9 @@ def digits_dir(tmp_path_factory):
 
 
 def _config(**changes):
+  """Returns `config.data`, with the keys of its own that the data set takes."""
+  if changes.get('name') == 'synthetic':
+    changes = dict(image_size=8, num_classes=4) | changes
   config = ml_collections.ConfigDict(
     dict(
       name='numbered',
@@ -52,11 +56,17 @@ class _Numbered:
   def __len__(self):
     return self.size
 
-  def __getitem__(self, index):
-    self.read.append(index)
-    number = self.first + index
-    image = np.array([number % 256, number // 256, 0], np.uint8)
-    return dict(image=image.reshape(1, 1, 3), label=number % 10)
+  def __getitem__(self, numbers):
+    self.read += numbers.tolist()
+    named = self.first + numbers
+    image = np.stack([named % 256, named // 256, 0 * named], axis=1)
+    return dict(
+      image=image.astype(np.uint8).reshape(-1, 1, 1, 3), label=named % 10
+    )
+
+
+def _float(columns):
+  return dict(image=columns['image'].astype(np.float32))
 
 
 def _numbered(**changes):
@@ -65,11 +75,11 @@ def _numbered(**changes):
   return data.Dataset(
     name='numbered',
     num_classes=10,
-    input_shape=(1, 1, 3),
+    inputs={'image': data.Spec((1, 1, 3))},
     split_sizes=dict(train=100, test=20),
-    mean=(0.0, 0.0, 0.0),
-    std=(1.0, 1.0, 1.0),
     open=opened.__getitem__,
+    train_inputs=lambda columns, bits: _float(columns),
+    eval_inputs=_float,
     **changes,
   )
 
@@ -84,10 +94,19 @@ def _take(batches, count):
   return list(itertools.islice(batches, count))
 
 
-def _examples(dataset, split):
+def _columns(dataset, split):
   """Returns the examples of a split as opened, in order."""
-  source = dataset.open(split)
-  return [source[index] for index in range(len(source))]
+  examples = dataset.open(split)
+  return examples[np.arange(len(examples))]
+
+
+def _contents(dataset):
+  """Returns the set of all images as opened."""
+  return {
+    image.tobytes()
+    for split in dataset.split_sizes
+    for image in _columns(dataset, split)['image']
+  }
 
 
 def _assert_equal(left, right):
@@ -101,8 +120,11 @@ def _assert_equal(left, right):
 def test_digits_are_those_of_scikit_learn(digits_dir):
   original = sklearn_datasets.load_digits()
   dataset = digits.dataset(digits_dir)
-  examples = _examples(dataset, 'train') + _examples(dataset, 'test')
-  prepared = sorted((e['image'].tobytes(), e['label']) for e in examples)
+  prepared = sorted(
+    (image.tobytes(), label)
+    for split in ('train', 'test')
+    for image, label in zip(*_columns(dataset, split).values())
+  )
   # 0 .. 16 became 0 .. 240: nothing lost.
   expected = sorted(
     ((image * 15).astype(np.uint8).tobytes(), label)
@@ -114,7 +136,7 @@ def test_digits_are_those_of_scikit_learn(digits_dir):
 def test_a_fifth_of_every_digit_is_test(digits_dir):
   dataset = digits.dataset(digits_dir)
   train, test = (
-    np.bincount([e['label'] for e in _examples(dataset, split)])
+    np.bincount(_columns(dataset, split)['label'])
     for split in ('train', 'test')
   )
   assert (train.sum(), test.sum()) == (1437, 360)
@@ -174,22 +196,18 @@ def test_a_stream_from_a_step_is_the_rest_of_the_stream(digits_dir, step):
 
 
 def test_starting_late_reads_nothing_earlier():
-  dataset = _numbered(in_memory=False, threads=0)
+  dataset = _numbered(threads=0)
   streams = data.make_streams(_config(), seed=0, dataset=dataset)
   next(streams.train(10**12))
   assert len(dataset.open('train').read) == 16  # One batch, of step 10**12.
 
 
-@pytest.mark.parametrize('in_memory', [True, False])
 @pytest.mark.parametrize('count', [1, 2, 4])
-def test_processes_together_read_the_batch_of_one(digits_dir, count, in_memory):
+def test_processes_together_read_the_batch_of_one(digits_dir, count):
   config = _config(name='digits', data_dir=digits_dir, test_batch_size=28)
-  dataset = dataclasses.replace(digits.dataset(digits_dir), in_memory=in_memory)
   whole = data.make_streams(config, seed=0)
   shards = [
-    data.make_streams(
-      config, 0, process_index=i, process_count=count, dataset=dataset
-    )
+    data.make_streams(config, 0, process_index=i, process_count=count)
     for i in range(count)
   ]
 
@@ -209,10 +227,8 @@ def test_processes_together_read_the_batch_of_one(digits_dir, count, in_memory):
   _assert_equal(list(whole.test()), together([s.test() for s in shards]))
 
 
-@pytest.mark.parametrize('in_memory', [True, False])
-def test_every_example_appears_once_per_epoch(in_memory):
-  dataset = _numbered(in_memory=in_memory)
-  streams = data.make_streams(_config(), seed=0, dataset=dataset)
+def test_every_example_appears_once_per_epoch():
+  streams = data.make_streams(_config(), seed=0, dataset=_numbered())
   # 15 batches of 16 are 3 epochs of 80; 5 batches of 8 are 2 of 20.
   train = np.reshape(_numbers(_take(streams.train(0), 15)), (3, 80))
   valid = np.reshape(_numbers(_take(streams.valid(0), 5)), (2, 20))
@@ -238,8 +254,9 @@ def test_train_and_valid_are_shuffled_independently():
 
 def test_streams_share_no_example(digits_dir):
   seen = {}
+  dataset = digits.dataset(digits_dir)
   dataset = dataclasses.replace(
-    digits.dataset(digits_dir), train_images=lambda images, bits: images
+    dataset, train_inputs=lambda columns, bits: dataset.eval_inputs(columns)
   )
   config = _config(name='digits', data_dir=digits_dir)
   streams = data.make_streams(config, seed=0, dataset=dataset)
@@ -279,31 +296,33 @@ def test_several_ranges_are_read_in_their_order():
   assert _numbers([batch]) == [1015, 1016, 1017, 1018, 1019, 0, 1, 2]
 
 
-def test_shift_moves_a_pixel_to_each_of_nine_places():
-  # The bits 0 .. 8 are one of each of 3 x 3 shifts: a dot in the middle lands
-  # once on every pixel, and what enters is zero.
-  dot = np.zeros((3, 3, 1), np.uint8)
-  dot[1, 1] = 255
-  shifted = digits.shift(np.stack([dot] * 9), np.arange(9, dtype=np.uint64))
-  assert shifted.dtype == np.uint8
-  np.testing.assert_array_equal(shifted.sum(0), np.full((3, 3, 1), 255))
-  assert np.all(shifted.sum((1, 2, 3)) == 255)
+def test_ranges_of_a_shuffled_stream_are_read_in_any_order():
+  config = _config(
+    train_split='train[90:]+test[:6]+train[:4]',
+    valid_split='train[4:20]',
+    test_split='test[6:]',
+    batch_size=20,
+  )
+  streams = data.make_streams(config, seed=0, dataset=_numbered())
+  expected = [*range(4), *range(90, 100), *range(1000, 1006)]
+  for batch in _take(streams.train(0), 3):  # An epoch each.
+    assert sorted(_numbers([batch])) == expected
+    numbers = np.array(_numbers([batch]))
+    np.testing.assert_array_equal(batch['label'], numbers % 10)
 
 
 def test_only_train_is_augmented(digits_dir):
-  dataset = dataclasses.replace(
-    digits.dataset(digits_dir), mean=(0.0,), std=(1.0,)
-  )
   config = _config(name='digits', data_dir=digits_dir)
-  streams = data.make_streams(config, seed=0, dataset=dataset)
+  dataset = digits.dataset(digits_dir)
+  streams = data.make_streams(config, seed=0)
   originals = {
-    example['image'].tobytes()
+    image.tobytes()
     for split in ('train', 'test')
-    for example in _examples(dataset, split)
+    for image in dataset.eval_inputs(_columns(dataset, split))['image']
   }
 
   def share_of_originals(batches):
-    images = np.concatenate([b['image'] for b in batches]).astype(np.uint8)
+    images = np.concatenate([b['image'] for b in batches])
     return np.mean([image.tobytes() in originals for image in images])
 
   assert share_of_originals(_take(streams.valid(0), 10)) == 1
@@ -316,10 +335,9 @@ def test_only_train_is_augmented(digits_dir):
   ('shape', 'num_classes'), [((32, 32, 3), 10), ((5, 7, 1), 3)]
 )
 def test_synthetic_classes_can_be_told_apart(shape, num_classes):
-  dataset = synthetic.dataset(shape, num_classes, num_train=400, num_test=80)
-  config = _config(
-    name='synthetic', batch_size=320, valid_batch_size=80, test_batch_size=80
-  )
+  dataset = synthetic.images(shape, num_classes, num_train=400, num_test=80)
+  dataset = dataclasses.replace(dataset, name='numbered')
+  config = _config(batch_size=320, valid_batch_size=80, test_batch_size=80)
   streams = data.make_streams(config, seed=0, dataset=dataset)
   assert streams.input_shape == shape
   train, (test,) = next(streams.train(0)), streams.test()
@@ -336,13 +354,8 @@ def test_synthetic_classes_can_be_told_apart(shape, num_classes):
 
 
 def test_synthetic_images_are_all_different():
-  dataset = synthetic.dataset((8, 8, 1), num_train=50, num_test=50)
-  images = {
-    example['image'].tobytes()
-    for split in ('train', 'test')
-    for example in _examples(dataset, split)
-  }
-  assert len(images) == 100
+  dataset = synthetic.images((8, 8, 1), num_train=50, num_test=50)
+  assert len(_contents(dataset)) == 100
 
 
 def test_synthetic_data_writes_nothing(tmp_path):
@@ -383,7 +396,7 @@ def test_split_strings_mean_what_they_mean_to_tfds(spec):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    (dict(name='digit'), "name='digit' is no known .* digits, synthetic"),
+    (dict(name='digit'), "name='digit' is no known .* digits, cifar10, "),
     (dict(train_split='train[:80%'), "train_split='train.:80%' is no split"),
     (dict(train_split='train[:%]'), 'train_split=.* is no split'),
     (dict(train_split=''), 'train_split=.* is no split'),
@@ -403,6 +416,7 @@ def test_split_strings_mean_what_they_mean_to_tfds(spec):
     (dict(test_batch_size=257), 'test_batch_size=257 .* at most 256'),
     (dict(valid_batch_size=9), 'valid_batch_size=9 must be divisible by the 2'),
     (dict(batch_sise=8), r'unknown keys \(batch_sise\)'),
+    (dict(image_size=0), 'all must be at least 1'),
   ],
 )
 def test_what_cannot_work_is_refused(changes, message):
@@ -434,12 +448,12 @@ def test_arguments_that_cannot_work_are_refused():
     data.make_streams(config, seed=-1)
   with pytest.raises(ValueError, match='process_index=2'):
     data.make_streams(config, seed=0, process_index=2, process_count=2)
-  with pytest.raises(ValueError, match="config.data.name='synthetic'"):
-    data.make_streams(config, seed=0, dataset=_numbered())
   with pytest.raises(ValueError, match='start_step=-1'):
-    data.make_streams(config, seed=0).train(-1)
+    data.make_streams(_config(), seed=0, dataset=_numbered()).train(-1)
+  with pytest.raises(ValueError, match="config.data.name='other'"):
+    data.make_streams(_config(name='other'), seed=0, dataset=_numbered())
   with pytest.raises(ValueError, match='all must be at least 1'):
-    synthetic.dataset(num_test=0)
+    synthetic.images(num_test=0)
 
 
 def test_a_split_of_another_size_is_refused():
@@ -449,6 +463,24 @@ def test_a_split_of_another_size_is_refused():
   )
   with pytest.raises(ValueError, match="'test' of 'numbered' has 20 examples"):
     data.make_streams(_config(), seed=0, dataset=dataset)
+
+
+def test_a_label_beyond_the_classes_is_refused():
+  dataset = dataclasses.replace(_numbered(), num_classes=9)
+  streams = data.make_streams(_config(batch_size=80), seed=0, dataset=dataset)
+  with pytest.raises(ValueError, match="'numbered' has labels from 0 to 9"):
+    next(streams.train(0))
+
+
+def test_a_model_is_called_with_its_only_input_or_a_dict():
+  batch = dict(image=1, label=2, mask=3)
+  assert data.model_inputs(batch) == 1
+  batch = dict(dense=1, ids=4, label=2)
+  assert data.model_inputs(batch) == dict(dense=1, ids=4)
+  # The same function says what shapes a model sees.
+  streams = data.make_streams(_config(), seed=0, dataset=_numbered())
+  spec = data.model_inputs(streams.inputs)
+  assert jax.eval_shape(lambda x: x[..., :2], spec).shape == (1, 1, 2)
 
 
 def test_a_data_dir_that_cannot_be_used_is_refused(tmp_path):
@@ -494,13 +526,12 @@ def test_a_slower_process_uses_what_a_faster_one_prepared(
 _PREPARE = """
 import os, sys
 from fliqs_jax import data
-for module in 'grain', 'sklearn', 'tensorflow_datasets':
+for module in 'grain', 'sklearn', 'tensorflow_datasets', 'PIL':
   assert module not in sys.modules, module
 from fliqs_jax.data import digits
 if {kill}:
   os.rename = lambda *paths: os._exit(9)  # As a kill half-way through.
-examples = digits.dataset({data_dir!r}).open('test')
-assert len([examples[i] for i in range(360)]) == 360
+assert len(digits.dataset({data_dir!r}).open('test')) == 360
 assert 'tensorflow' not in sys.modules
 """
 

@@ -13,20 +13,63 @@ from fliqs_jax.data import splits
 # The imports inside functions: what only some runs need, only they pay for.
 
 
-def _digits(data_dir: str) -> dataset_lib.Dataset:
+def _digits(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
   from fliqs_jax.data import digits
 
-  return digits.dataset(data_dir)
+  return digits.dataset(config.data_dir)
 
 
-def _synthetic(data_dir: str) -> dataset_lib.Dataset:
+def _cifar10(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
+  from fliqs_jax.data import cifar10
+
+  return cifar10.dataset(config.data_dir, config.augment)
+
+
+def _imagenet2012(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
+  from fliqs_jax.data import imagenet
+
+  return imagenet.dataset(
+    config.data_dir, config.image_size, config.augment, config.random_erasing
+  )
+
+
+def _criteo(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
+  from fliqs_jax.data import criteo
+
+  return criteo.dataset(config.data_dir, config.buckets, config.max_bad_lines)
+
+
+def _synthetic(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
   from fliqs_jax.data import synthetic
 
-  del data_dir  # Nothing is written.
-  return synthetic.dataset()
+  size = config.image_size
+  return synthetic.images((size, size, 3), config.num_classes)
 
 
-_DATASETS = {'digits': _digits, 'synthetic': _synthetic}
+def _synthetic_criteo(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
+  from fliqs_jax.data import synthetic
+
+  return synthetic.clicks(config.buckets)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+  """A data set that a config can name, and the keys that only it takes."""
+
+  make: Callable[[ml_collections.ConfigDict], dataset_lib.Dataset]
+  keys: Mapping[str, type] = dataclasses.field(default_factory=dict)
+
+
+_DATASETS = {
+  'digits': _Known(_digits),
+  'cifar10': _Known(_cifar10, dict(augment=str)),
+  'imagenet2012': _Known(
+    _imagenet2012, dict(image_size=int, augment=str, random_erasing=float)
+  ),
+  'criteo': _Known(_criteo, dict(buckets=int, max_bad_lines=int)),
+  'synthetic': _Known(_synthetic, dict(image_size=int, num_classes=int)),
+  'synthetic_criteo': _Known(_synthetic_criteo, dict(buckets=int)),
+}
 
 _SPLIT_KEYS = {
   'train': 'train_split',
@@ -51,7 +94,9 @@ class Streams:
   """Disjoint streams of batches; weights learn on train, the policy on valid.
 
   A batch is a dict of NumPy arrays, the rows of this process:
-    * 'image': float32 [B, H, W, C], normalised.
+    * one [B, ...] for every one of `inputs`; 'image', float32 [B, H, W, C],
+      normalised, where the data are images. `model_inputs(batch)` is what a
+      model is called with.
     * 'label': int32 [B].
     * 'mask': float32 [B], in test only: 1 for an example, 0 for padding.
 
@@ -64,7 +109,7 @@ class Streams:
 
   Attributes:
     num_classes: number of classes.
-    input_shape: (H, W, C).
+    inputs: shape and type of one example of every input, by name.
     num_examples: number of examples of 'train', 'valid' and 'test'.
     train: from a step to endless shuffled, augmented batches from there on;
       every example once per epoch.
@@ -73,11 +118,16 @@ class Streams:
   """
 
   num_classes: int
-  input_shape: tuple[int, int, int]
+  inputs: Mapping[str, dataset_lib.Spec]
   num_examples: Mapping[str, int]
   train: Callable[[int], Iterator[dict[str, np.ndarray]]]
   valid: Callable[[int], Iterator[dict[str, np.ndarray]]]
   test: Callable[[], Iterator[dict[str, np.ndarray]]]
+
+  @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """(H, W, C) of the images; a KeyError where the data are none."""
+    return self.inputs['image'].shape
 
 
 def make_streams(
@@ -91,10 +141,13 @@ def make_streams(
   """Opens the data set that a config names, preparing it on first use.
 
   Args:
-    config: `config.data`, with exactly the keys `name` ('digits' or
-      'synthetic'), `data_dir` ('' for the user's cache), `train_split`,
-      `valid_split`, `test_split` (TFDS split strings), `batch_size`,
-      `valid_batch_size`, `test_batch_size` (of all processes together).
+    config: `config.data`, with exactly the keys `name` (one of _DATASETS),
+      `data_dir` ('' for the usual place), `train_split`, `valid_split`,
+      `test_split` (TFDS split strings), `batch_size`, `valid_batch_size`,
+      `test_batch_size` (of all processes together), and those that the data
+      set takes: cifar10 `augment`; imagenet2012 `image_size`, `augment`,
+      `random_erasing`; criteo `buckets`, `max_bad_lines`; synthetic
+      `image_size`, `num_classes`; synthetic_criteo `buckets`.
     seed: not negative; orders the examples and draws the augmentation.
     process_index: which part of every batch to read.
     process_count: into how many parts a batch is divided.
@@ -105,9 +158,9 @@ def make_streams(
     ValueError: for missing or unknown keys, an unknown data set, splits that
       are malformed, empty or overlap, batch sizes below 1, larger than their
       split or not divisible by `process_count`, a negative seed, and a
-      `data_dir` that cannot be used. All but the last before data is touched.
+      `data_dir` that cannot be used or data that are broken.
   """
-  _check_keys(config)
+  _check_keys(config, dataset)
   if seed < 0:
     raise ValueError(f'seed={seed} must not be negative')
   if not 0 <= process_index < process_count:
@@ -138,7 +191,7 @@ def make_streams(
   }
   return Streams(
     num_classes=dataset.num_classes,
-    input_shape=dataset.input_shape,
+    inputs=dataset.inputs,
     num_examples=sizes,
     train=pipeline.endless(parts['train'], seed=(seed, 0), augment=True),
     valid=pipeline.endless(parts['valid'], seed=(seed, 1), augment=False),
@@ -146,17 +199,28 @@ def make_streams(
   )
 
 
-def _check_keys(config: ml_collections.ConfigDict) -> None:
-  if set(config) != set(_KEY_TYPES):
-    missing = ', '.join(sorted(set(_KEY_TYPES) - set(config))) or 'none'
-    unknown = ', '.join(sorted(set(config) - set(_KEY_TYPES))) or 'none'
+def _check_keys(
+  config: ml_collections.ConfigDict, dataset: dataset_lib.Dataset | None
+) -> None:
+  types = dict(_KEY_TYPES)
+  if dataset is None and isinstance(config.to_dict().get('name'), str):
+    if config.name not in _DATASETS:
+      raise ValueError(
+        f'config.data.name={config.name!r} is no known data set; known: '
+        f'{", ".join(_DATASETS)}; or pass one of your own as `dataset`'
+      )
+    types |= _DATASETS[config.name].keys
+  if set(config) != set(types):
+    missing = ', '.join(sorted(set(types) - set(config))) or 'none'
+    unknown = ', '.join(sorted(set(config) - set(types))) or 'none'
     raise ValueError(
       f'config.data has unknown keys ({unknown}) or lacks some ({missing}); '
-      f'it takes exactly {", ".join(_KEY_TYPES)}'
+      f'it takes exactly {", ".join(types)}'
     )
-  for key, kind in _KEY_TYPES.items():
+  for key, kind in types.items():
+    allowed = (int, float) if kind is float else kind
     # A bool is an int to Python.
-    if not isinstance(config[key], kind) or isinstance(config[key], bool):
+    if not isinstance(config[key], allowed) or isinstance(config[key], bool):
       raise ValueError(
         f'config.data.{key}={config[key]!r} must be of type {kind.__name__}'
       )
@@ -165,19 +229,14 @@ def _check_keys(config: ml_collections.ConfigDict) -> None:
 def _find_dataset(
   config: ml_collections.ConfigDict, dataset: dataset_lib.Dataset | None
 ) -> dataset_lib.Dataset:
-  if dataset is not None:
-    if config.name != dataset.name:
-      raise ValueError(
-        f'config.data.name={config.name!r} must be the name of the data set '
-        f'that was passed, {dataset.name!r}'
-      )
-    return dataset
-  if config.name not in _DATASETS:
+  if dataset is None:
+    return _DATASETS[config.name].make(config)
+  if config.name != dataset.name:
     raise ValueError(
-      f'config.data.name={config.name!r} is no known data set; known: '
-      f'{", ".join(_DATASETS)}; or pass one of your own as `dataset`'
+      f'config.data.name={config.name!r} must be the name of the data set '
+      f'that was passed, {dataset.name!r}'
     )
-  return _DATASETS[config.name](config.data_dir)
+  return dataset
 
 
 def _ranges(

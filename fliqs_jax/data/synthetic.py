@@ -1,12 +1,22 @@
-"""Images made of a pattern per class and noise: to try things out, no disk."""
+"""Data made of a pattern and noise: to try things out, with no disk.
+
+Images as a network sees them, and rows as of Criteo; both can be learned.
+"""
 
 import numpy as np
 
+from fliqs_jax.data import criteo
+from fliqs_jax.data import criteo_store
 from fliqs_jax.data import dataset as dataset_lib
+from fliqs_jax.data import images as images_lib
+from fliqs_jax.data import random_bits
 
 # A pattern is this many flat blocks high and wide: coarse enough to survive
 # strides and pooling, and tiny whatever the size of the image.
 _BLOCKS = 4
+
+# Categories of a column of clicks; the n-th is seen about 1/n as often.
+_CATEGORIES = 100
 
 
 def _random_bytes(shape: tuple[int, ...], *key: int) -> np.ndarray:
@@ -17,37 +27,28 @@ def _random_bytes(shape: tuple[int, ...], *key: int) -> np.ndarray:
   return words.view(np.uint8)[:size].reshape(shape)
 
 
-class _Examples:
-  """The examples of one split, made when they are read."""
-
-  def __init__(
-    self, size: int, shape: tuple[int, int, int], num_classes: int, split: int
-  ):
-    self._size, self._shape, self._split = size, shape, split
-    self._patterns = _random_bytes(
-      (num_classes, _BLOCKS, _BLOCKS, shape[-1]), 0, 0
-    )
-
-  def __len__(self) -> int:
-    return self._size
-
-  def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
-    height, width, _ = self._shape
-    label = index % len(self._patterns)
-    rows = np.arange(height) * _BLOCKS // height
-    columns = np.arange(width) * _BLOCKS // width
-    pattern = self._patterns[label][rows[:, None], columns]
-    noise = _random_bytes(self._shape, 1 + self._split, index)
-    return dict(image=pattern // 2 + noise // 2, label=label)
+def _images(
+  size: int, shape: tuple[int, int, int], num_classes: int, split: int
+) -> dataset_lib.Arrays:
+  height, width, channels = shape
+  labels = np.arange(size) % num_classes
+  patterns = _random_bytes((num_classes, _BLOCKS, _BLOCKS, channels), 0, 0)
+  rows = np.arange(height) * _BLOCKS // height
+  columns = np.arange(width) * _BLOCKS // width
+  pixels = np.empty((size, *shape), np.uint8)
+  for i, label in enumerate(labels):
+    pattern = patterns[label][rows[:, None], columns]
+    pixels[i] = pattern // 2 + _random_bytes(shape, 1 + split, i) // 2
+  return dataset_lib.Arrays(image=pixels, label=labels)
 
 
-def dataset(
+def images(
   input_shape: tuple[int, int, int] = (32, 32, 3),
   num_classes: int = 10,
   num_train: int = 1024,
   num_test: int = 256,
 ) -> dataset_lib.Dataset:
-  """Returns a learnable synthetic data set with splits 'train' and 'test'.
+  """Returns a learnable set of images with splits 'train' and 'test'.
 
   Half of every pixel is the pattern of its class, half is noise of its own;
   both splits show the same patterns. Classes are equally frequent.
@@ -67,21 +68,60 @@ def dataset(
       f'{input_shape} in {num_classes} classes: all must be at least 1'
     )
   sizes = dict(train=num_train, test=num_test)
-
-  def open_split(split: str) -> _Examples:
-    return _Examples(
-      sizes[split], input_shape, num_classes, list(sizes).index(split)
-    )
-
   channels = input_shape[-1]
+  # Of the mean of two independent uniform bytes.
+  normalise = images_lib.normaliser((127.0,) * channels, (52.0,) * channels)
   return dataset_lib.Dataset(
     name='synthetic',
     num_classes=num_classes,
-    input_shape=input_shape,
+    inputs={'image': dataset_lib.Spec(input_shape)},
     split_sizes=sizes,
-    # Of the mean of two independent uniform bytes.
-    mean=(127.0,) * channels,
-    std=(52.0,) * channels,
-    open=open_split,
-    in_memory=True,
+    open=lambda split: _images(
+      sizes[split], input_shape, num_classes, list(sizes).index(split)
+    ),
+    train_inputs=lambda columns, bits: dict(image=normalise(columns['image'])),
+    eval_inputs=lambda columns: dict(image=normalise(columns['image'])),
   )
+
+
+def _uniform(split: int, key: int, shape: tuple[int, ...]) -> np.ndarray:
+  words = random_bits.words(1000 * split + key, 0, int(np.prod(shape)))
+  return ((words >> np.uint64(11)) * 2.0**-53).reshape(shape)
+
+
+def _clicks(size: int, split: int) -> np.ndarray:
+  """Returns rows of type `criteo_store.ROW`."""
+  rows = np.zeros(size, criteo_store.ROW)
+  dense_shape = rows['integers'].shape
+  # Most counts are small, some are thousands, a tenth is missing.
+  counts = np.exp(8 * _uniform(split, 1, dense_shape) ** 2) - 1
+  absent = _uniform(split, 2, dense_shape) < 0.1
+  rows['integers'] = np.where(absent, criteo_store.MISSING, counts)
+  ids_shape = rows['categories'].shape
+  rows['categories'] = _CATEGORIES ** _uniform(split, 3, ids_shape)
+  bits = 1 << np.arange(criteo_store.NUM_CATEGORIES, dtype=np.uint32)
+  absent_ids = (_uniform(split, 4, ids_shape) < 0.1).astype(np.uint32)
+  rows['missing'] = absent_ids @ bits
+  # What a click hangs on: the parity of every category, and the first count.
+  odd = (rows['categories'] % 2) * (1 - absent_ids)
+  score = (odd.sum(1) - 8.0) / 2 + criteo.log_transform(rows['integers'])[:, 0]
+  rows['label'] = _uniform(split, 5, (size,)) < 1 / (1 + np.exp(2 - score))
+  return rows
+
+
+def clicks(
+  buckets: int, num_train: int = 8192, num_test: int = 2048
+) -> dataset_lib.Dataset:
+  """Returns a learnable set like Criteo's, with splits 'train' and 'test'.
+
+  Args:
+    buckets: number of buckets that the categories of a column share.
+    num_train: examples of 'train'.
+    num_test: examples of 'test'.
+
+  Raises:
+    ValueError: for a number of buckets that cannot be.
+  """
+  criteo.check_buckets(buckets)
+  splits = dict(train=_clicks(num_train, 0), test=_clicks(num_test, 1))
+  return criteo.table('synthetic_criteo', splits, buckets)

@@ -1,0 +1,272 @@
+"""From Criteo's TSV to rows of fixed width that are mapped into memory.
+
+The format is that of the Kaggle display advertising challenge, 40 fields with
+tabs between them and no header: a label, 0 or 1; 13 integers; 26 categories,
+hexadecimal numbers of up to 8 digits. Integers and categories may be empty.
+
+A TSV of 46 million lines, 11 GB, takes minutes to read and has no random
+access; as rows it is 7.5 GB, and a batch is one gather.
+"""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import re
+import typing
+
+import numpy as np
+
+from fliqs_jax import files
+from fliqs_jax.data import build_once
+
+_LOG = logging.getLogger(__name__)
+
+NUM_INTEGERS, NUM_CATEGORIES = 13, 26
+_NUM_FIELDS = 1 + NUM_INTEGERS + NUM_CATEGORIES
+
+# An integer that is not there.
+MISSING = -(2**31)
+
+ROW = np.dtype(
+  [
+    ('integers', '<i4', NUM_INTEGERS),
+    ('categories', '<u4', NUM_CATEGORIES),
+    # Bit i: category i is not there. Its number could be any, zero too.
+    ('missing', '<u4'),
+    ('label', '<u4'),
+  ]
+)
+
+_ROWS, _INFO = 'rows.bin', 'info.json'
+_VERSION = 1
+_BLOCK_BYTES = 1 << 22
+_BLOCKS_PER_LINE_OF_LOG = 256  # A GB.
+_NAMED = 5  # Malformed lines that an error or a warning names.
+
+# What each byte is worth as a digit; 255 for no digit.
+_DIGITS = np.full(256, 255, np.uint8)
+for _characters, _first in (b'0123456789', 0), (b'abcdef', 10), (b'ABCDEF', 10):
+  _DIGITS[list(_characters)] = _first + np.arange(len(_characters))
+
+
+@dataclasses.dataclass(frozen=True)
+class Malformed:
+  """A line that is not what it must be.
+
+  Attributes:
+    line: its number; the first is 1.
+    problem: what is wrong.
+  """
+
+  line: int
+  problem: str
+
+
+def open_rows(
+  source: pathlib.Path, store: pathlib.Path, max_bad_lines: int
+) -> np.ndarray:
+  """Returns the well-formed lines of a TSV as [N] of type ROW, not yet read.
+
+  Args:
+    source: the TSV; may be gone once it is converted.
+    store: the converted directory; made on first use.
+    max_bad_lines: how many malformed lines may be left out.
+
+  Raises:
+    ValueError: if there are more malformed lines, if there is no TSV, or if it
+      is not the one that was converted.
+  """
+  if not store.exists():
+    _convert(source, store, max_bad_lines)
+  info = json.loads((store / _INFO).read_text())
+  size = source.stat().st_size if source.exists() else info['source_bytes']
+  rows_bytes = (store / _ROWS).stat().st_size
+  if (info['version'], info['source_bytes'], info['rows'] * ROW.itemsize) != (
+    _VERSION,
+    size,
+    rows_bytes,
+  ):
+    raise ValueError(
+      f'{store} was not made from this {source.name}, or by another version of '
+      'this program, or is damaged; delete it, and it is made again'
+    )
+  bad = [Malformed(**line) for line in info['malformed']]
+  if len(bad) > max_bad_lines:
+    raise ValueError(_too_many(source, bad, max_bad_lines))
+  if bad:
+    _LOG.warning('left out: %s', _describe(source, bad))
+  return np.memmap(store / _ROWS, ROW, 'r', shape=(info['rows'],))
+
+
+def _too_many(
+  source: pathlib.Path, bad: Sequence[Malformed], max_bad_lines: int
+) -> str:
+  return (
+    f'config.data.max_bad_lines={max_bad_lines} is exceeded: '
+    f'{_describe(source, bad)}; repair them, or allow so many to be left out'
+  )
+
+
+def _describe(source: pathlib.Path, bad: Sequence[Malformed]) -> str:
+  named = [f'line {line.line} {line.problem}' for line in bad[:_NAMED]]
+  if len(bad) > _NAMED:
+    named.append('...')
+  noun = 'malformed line' if len(bad) == 1 else 'malformed lines'
+  return f'{len(bad)} {noun} in {source}: {"; ".join(named)}'
+
+
+def _convert(
+  source: pathlib.Path, store: pathlib.Path, max_bad_lines: int
+) -> None:
+  if not source.exists():
+    raise ValueError(
+      f'{source} does not exist: it must be the labelled file of the Kaggle '
+      'display advertising challenge, 40 fields with tabs between them'
+    )
+  with build_once.directory(store) as unfinished:
+    if unfinished is None:  # Another process has just made it.
+      return
+    rows, bad, begun = 0, [], source.stat()
+    with source.open('rb') as lines, (unfinished / _ROWS).open('wb') as out:
+      for i, (block, first_line) in enumerate(_blocks(lines)):
+        if i % _BLOCKS_PER_LINE_OF_LOG == 0:
+          percent = 100 * i * _BLOCK_BYTES // max(begun.st_size, 1)
+          _LOG.info('converting %s: %d %%', source, percent)
+        parsed, malformed = parse(block, first_line)
+        bad += malformed
+        if len(bad) > max_bad_lines:
+          raise ValueError(_too_many(source, bad, max_bad_lines))
+        rows += len(parsed)
+        out.write(parsed.tobytes())
+      out.flush()
+      # Without it a power cut may keep the new name and lose the bytes.
+      os.fsync(out.fileno())
+    if not rows:
+      raise ValueError(f'{source} holds no line of 40 fields')
+    files.write_json(
+      unfinished / _INFO,
+      dict(
+        version=_VERSION,
+        source_bytes=begun.st_size,
+        rows=rows,
+        malformed=[dataclasses.asdict(line) for line in bad],
+      ),
+    )
+
+
+def _blocks(lines: typing.BinaryIO) -> Iterator[tuple[bytes, int]]:
+  """Yields whole lines, megabytes at a time, and the number of the first."""
+  rest, line = b'', 1
+  while chunk := lines.read(_BLOCK_BYTES):
+    whole, newline, rest = (rest + chunk).rpartition(b'\n')
+    if newline:
+      yield whole + newline, line
+      line += whole.count(b'\n') + 1
+    elif len(rest) > _BLOCK_BYTES:
+      raise ValueError(
+        f'{lines.name} is no TSV: line {line} does not end within '
+        f'{len(rest)} bytes'
+      )
+  if rest:
+    yield rest + b'\n', line
+
+
+def parse(
+  block: bytes, first_line: int = 1
+) -> tuple[np.ndarray, list[Malformed]]:
+  """Returns the rows of the well-formed lines, and the malformed lines.
+
+  Args:
+    block: whole lines, each with its newline.
+    first_line: number of the first.
+  """
+  text = np.frombuffer(block, np.uint8)
+  separators = np.flatnonzero((text == ord('\t')) | (text == ord('\n')))
+  # Of each line, the index in `separators` of its newline.
+  newlines = np.flatnonzero(text[separators] == ord('\n'))
+  num_fields = np.diff(newlines, prepend=-1)
+  good = num_fields == _NUM_FIELDS
+  ends = separators[np.repeat(good, num_fields)].reshape(-1, _NUM_FIELDS)
+  line_starts = np.append(0, separators[newlines[:-1]] + 1)
+  starts = np.empty_like(ends)
+  starts[:, 0], starts[:, 1:] = line_starts[good], ends[:, :-1] + 1
+  lengths = ends - starts
+
+  rows = np.zeros(len(ends), ROW)
+  last = 1 + NUM_INTEGERS
+  rows['label'] = text[starts[:, 0]] - ord('0')
+  valid = (lengths[:, 0] == 1) & (rows['label'] <= 1)
+  rows['integers'], sound = _integers(
+    text, starts[:, 1:last], lengths[:, 1:last]
+  )
+  valid &= sound.all(1)
+  values, sound = _numbers(text, starts[:, last:], lengths[:, last:], 16, 8)
+  valid &= sound.all(1)
+  rows['categories'] = values
+  absent = (lengths[:, last:] == 0).astype(np.uint32)
+  rows['missing'] = absent @ (1 << np.arange(NUM_CATEGORIES, dtype=np.uint32))
+
+  is_bad = ~good
+  is_bad[good] = ~valid
+  malformed = []
+  for i in np.flatnonzero(is_bad):
+    line = block[line_starts[i] : separators[newlines[i]]]
+    malformed.append(Malformed(first_line + int(i), _problem(line)))
+  return rows[valid], malformed
+
+
+def _numbers(
+  text: np.ndarray,
+  starts: np.ndarray,
+  lengths: np.ndarray,
+  base: int,
+  most_digits: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns int64 values and bool validity of fields; an empty one is 0."""
+  values = np.zeros(starts.shape, np.int64)
+  valid = lengths <= most_digits
+  for i in range(min(most_digits, lengths.max(initial=0))):
+    inside = i < lengths
+    digits = _DIGITS[text[np.where(inside, starts + i, 0)]]
+    valid &= ~inside | (digits < base)
+    values = np.where(inside, values * base + digits, values)
+  return values, valid
+
+
+def _integers(
+  text: np.ndarray, starts: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns int64 values, MISSING where empty, and bool validity."""
+  signed = text[starts] == ord('-')  # An empty field starts at its end.
+  values, valid = _numbers(text, starts + signed, lengths - signed, 10, 10)
+  valid &= ~signed | (lengths > 1)
+  valid &= values < 2**31
+  values = np.where(signed, -values, values)
+  return np.where(valid & (lengths > 0), values, MISSING), valid
+
+
+def _problem(line: bytes) -> str:
+  """Returns what is wrong with a malformed line."""
+  fields = line.split(b'\t')
+  if len(fields) != _NUM_FIELDS:
+    noun = 'field' if len(fields) == 1 else 'fields'
+    return f'has {len(fields)} {noun}, not {_NUM_FIELDS}'
+  if fields[0] not in (b'0', b'1'):
+    return f'has label {_shown(fields[0])}, not 0 or 1'
+  for i, field in enumerate(fields[1 : 1 + NUM_INTEGERS], 1):
+    if not re.fullmatch(rb'(-?\d{1,10})?', field) or abs(int(field or 0)) >= (
+      2**31
+    ):
+      return f'has integer I{i} = {_shown(field)}, no number of 32 bits'
+  for i, field in enumerate(fields[1 + NUM_INTEGERS :], 1):
+    if not re.fullmatch(rb'[\da-fA-F]{0,8}', field):
+      return f'has category C{i} = {_shown(field)}, no 8 hexadecimal digits'
+  raise AssertionError(f'{line!r} is well formed')
+
+
+def _shown(field: bytes) -> str:
+  text = field if len(field) <= 20 else field[:20] + b'...'
+  return repr(text.decode('ascii', 'backslashreplace'))

@@ -1,0 +1,144 @@
+"""Data sets that a user prepared with TFDS, as ArrayRecord; no downloads.
+
+TFDS keeps a data set as DATA_DIR/NAME/VERSION/: dataset_info.json,
+features.json and the shards of each split. A directory in a bucket (gs://,
+needs gcsfs) is read by the same code; tests cover local ones only.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import os
+
+from etils import epath
+import numpy as np
+
+from fliqs_jax.data import dataset as dataset_lib
+
+INFO = 'dataset_info.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A data set that is ready to be read.
+
+  Attributes:
+    directory: that holds its dataset_info.json.
+    split_sizes: number of examples of every split.
+  """
+
+  directory: os.PathLike[str]
+  split_sizes: Mapping[str, int]
+
+  def open(self, split: str) -> dataset_lib.Examples:
+    """Returns the examples of a split; images as they are encoded."""
+    return _Records(self.directory, split)
+
+
+def find(name: str, data_dir: str, how_to_prepare: str) -> Prepared:
+  """Finds the newest version of a prepared data set.
+
+  Args:
+    name: of the data set in TFDS.
+    data_dir: where data sets are kept; '' for TFDS's own place.
+    how_to_prepare: a shell command, for who has not; {data_dir} stands for the
+      directory.
+
+  Raises:
+    ValueError: if there is none, or in a format without random access; the
+      message says what to do.
+  """
+  place = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+  key = f'config.data.data_dir={data_dir!r}'
+  try:
+    root = epath.Path(place).expanduser()
+    versions = {}
+    if (root / name).is_dir():
+      for path in (root / name).iterdir():
+        # TFDS names what it has not finished 'incomplete...'.
+        if _version(path.name) and (path / INFO).exists():
+          versions[_version(path.name)] = path
+    if not versions:
+      raise ValueError(
+        f'{key}: {name!r} is not prepared there; {root / name}/VERSION/{INFO} '
+        'does not exist. Nothing is downloaded for you; prepare it once with '
+        f"TensorFlow (pip install 'fliqs_jax[tensorflow]'): "
+        f'{how_to_prepare.format(data_dir=root)}'
+      )
+    directory = versions[max(versions)]
+    info = json.loads((directory / INFO).read_text())
+    sizes = {
+      split['name']: sum(map(int, split.get('shardLengths', ())))
+      for split in info['splits']
+    }
+  except (OSError, ImportError, KeyError, json.JSONDecodeError) as error:
+    # A bucket whose library is missing is an ImportError; a KeyError is an
+    # unknown kind of bucket, or a description without splits.
+    raise ValueError(f'{key} cannot be read: {error!r}') from error
+  _check_format(key, name, directory, file_format(info))
+  return Prepared(directory, sizes)
+
+
+def file_format(info: Mapping[str, object]) -> str:
+  """Returns the format of the shards, from the content of dataset_info.json."""
+  # Versions of TFDS that knew no other format did not write it down.
+  return str(info['fileFormat']) if 'fileFormat' in info else 'tfrecord'
+
+
+def _version(text: str) -> tuple[int, ...] | None:
+  numbers = text.split('.')
+  if len(numbers) != 3 or not all(n.isdecimal() for n in numbers):
+    return None
+  return tuple(map(int, numbers))
+
+
+def _check_format(
+  key: str, name: str, directory: os.PathLike[str], found: str
+) -> None:
+  if found == 'array_record':
+    return
+  if found == 'tfrecord':
+    remedy = (
+      'convert it once with: python -m fliqs_jax.data.convert '
+      f'{directory} NEW_DATA_DIR/{name}/{directory.name} and set '
+      'config.data.data_dir to NEW_DATA_DIR'
+    )
+  else:
+    # The parts of a split are wrong in TFDS's reader of parquet.
+    remedy = "prepare it again with file_format='array_record'"
+  raise ValueError(
+    f'{key}: {directory} is prepared as {found}, which has no random access; '
+    f'{remedy}'
+  )
+
+
+class _Records:
+  """The examples of one split: a column per feature, encoded as stored."""
+
+  def __init__(self, directory: os.PathLike[str], split: str):
+    import tensorflow_datasets as tfds  # A second, if imported above.
+
+    builder = tfds.builder_from_directory(directory)
+    images = [
+      name
+      for name, feature in builder.info.features.items()
+      if isinstance(feature, tfds.features.Image)
+    ]
+    self._records = builder.as_data_source(
+      split=split,
+      # TFDS decodes with OpenCV or PIL, whichever is there, and warns of PIL.
+      decoders=dict.fromkeys(images, tfds.decode.SkipDecoding()),
+    )
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, numbers: np.ndarray) -> dataset_lib.Columns:
+    records = self._records.__getitems__(numbers.tolist())
+    columns = {}
+    for name in records[0]:
+      column = np.empty(len(records), object)
+      column[:] = [record[name] for record in records]
+      columns[name] = column
+    columns['label'] = columns['label'].astype(np.int64)
+    return columns
