@@ -252,6 +252,7 @@ def _first_dip(errors: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
+  """Prints the table; with `--write` also replaces the file."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument(
     '--write', action='store_true', help=f'write {_TABLE_PATH.name}'

@@ -23,8 +23,8 @@ from fliqs_jax import schedules
 from fliqs_jax import search_space
 from fliqs_jax import train_state
 
-# Added to the uniform format's cost before a target is judged: the expected
-# cost of a settled policy is a float32 sum.
+# Relative, where a target is held against the cheapest and the dearest cost:
+# all of them are float32 sums.
 _TOLERANCE = 1e-6
 
 

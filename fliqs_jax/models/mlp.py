@@ -1,7 +1,6 @@
 """A multi-layer perceptron: the smallest network there is something to search.
 
-Three matrix products with the defaults; enough for tests, and few enough that
-every assignment of formats can be trained (benchmarks/search_quality.py).
+Three matrix products with the defaults: enough for a whole run in a test.
 """
 
 from collections.abc import Sequence
