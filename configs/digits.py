@@ -45,6 +45,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   steps = 40 if arg.smoke else arg.steps
   config = ml_collections.ConfigDict()
   config.seed = arg.seed
+  config.task = 'classification'
   config.model = dict(name='resnet_cifar', depth=8, filters=4)
   config.data = dict(
     name='digits',
@@ -76,10 +77,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     warmup=0.05,
     momentum=0.9,
     weight_decay=5e-4,
+    ema_decay=0.0,
   )
   config.train = dict(
     steps=steps,
     label_smoothing=0.1,
+    mixup=0.0,
+    cutmix=0.0,
     max_loss=100.0,
     log_every=max(1, steps // 75),
     checkpoint_every=max(1, steps // 75) * 15,

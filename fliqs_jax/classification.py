@@ -1,4 +1,4 @@
-"""Loss, qualities and test metrics of image classification."""
+"""The task of classification: loss, qualities, metrics of the test split."""
 
 from collections.abc import Callable, Mapping
 
@@ -8,19 +8,30 @@ import optax
 
 Batch = Mapping[str, jax.Array]
 
+METRIC = 'accuracy'
+
+
+def output_shape(num_classes: int) -> tuple[int, ...]:
+  """Returns the shape of a model's output for one example."""
+  return (num_classes,)
+
 
 def loss(label_smoothing: float) -> Callable:
   """Returns the training loss (logits [N, C], batch) -> (scalar, metrics).
 
-  Softmax cross-entropy with label smoothing, mean over the batch (A.4).
+  Softmax cross-entropy with label smoothing, mean over the batch (A.4). Labels
+  are classes, int [N], or distributions, float [N, C], as mixing makes them.
   """
 
   def smoothed_cross_entropy(logits: jax.Array, batch: Batch):
-    labels = optax.smooth_labels(
-      jax.nn.one_hot(batch['label'], logits.shape[-1]), label_smoothing
-    )
-    value = optax.softmax_cross_entropy(logits, labels).mean()
-    return value, dict(loss=value, accuracy=accuracy(logits, batch))
+    labels = batch['label']
+    if labels.ndim == 1:
+      labels = jax.nn.one_hot(labels, logits.shape[-1])
+    value = optax.softmax_cross_entropy(
+      logits, optax.smooth_labels(labels, label_smoothing)
+    ).mean()
+    correct = _correct(logits, jnp.argmax(labels, axis=-1))
+    return value, dict(loss=value, accuracy=jnp.mean(correct))
 
   return smoothed_cross_entropy
 
@@ -57,6 +68,15 @@ def measure(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     correct=jnp.sum(mask * _correct(logits, batch['label'])),
     cross_entropy=jnp.sum(mask * _cross_entropy(logits, batch['label'])),
     examples=jnp.sum(mask),
+  )
+
+
+def summarize(sums: Mapping[str, float]) -> dict[str, float]:
+  """Returns accuracy, loss (nats) and number of examples from all the sums."""
+  return dict(
+    accuracy=float(sums['correct'] / sums['examples']),
+    loss=float(sums['cross_entropy'] / sums['examples']),
+    examples=int(sums['examples']),
   )
 
 

@@ -134,6 +134,7 @@ _LIST = _of_type(tuple, list)
 # of `data` depend on the data set; both are checked where they are used.
 _SCHEMA: dict[str, Any] = {
   'seed': _count(0),
+  'task': _of_type(str),
   'model': None,
   'data': None,
   'quant': {
@@ -169,10 +170,13 @@ _SCHEMA: dict[str, Any] = {
     'warmup': _number(0, 1),
     'momentum': _number(0, 1),
     'weight_decay': _number(0),
+    'ema_decay': _number(0, 1),
   },
   'train': {
     'steps': _count(1),
     'label_smoothing': _number(0, 1),
+    'mixup': _number(0),
+    'cutmix': _number(0),
     'max_loss': _number(0),
     'log_every': _count(1),
     'checkpoint_every': _count(1),

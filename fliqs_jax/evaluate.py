@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from fliqs_jax import checkpoint
 from fliqs_jax import experiment as experiment_lib
@@ -40,7 +41,9 @@ def settled_statistics(
   model_state = state.model_state
   for i in range(experiment.config.train.settle_batches):
     key = jax.random.fold_in(state.key, steps + i)
-    model_state = settle(state.params, model_state, arch, next(batches), key)
+    model_state = settle(
+      state.served_params, model_state, arch, next(batches), key
+    )
   return model_state
 
 
@@ -58,14 +61,14 @@ def test_metrics(
   """
   model_state = settled_statistics(experiment, state, choices)
   step = jax.jit(
-    train_step.eval_step(experiment.model.apply, experiment.measure)
+    train_step.eval_step(experiment.model.apply, experiment.task.measure)
   )
   arch = experiment.space.expand(choices)
-  totals: dict[str, float] = {}
+  totals: dict[str, np.ndarray] = {}
   for batch in experiment.streams.test():
-    sums = jax.device_get(step(state.params, model_state, arch, batch))
+    sums = jax.device_get(step(state.served_params, model_state, arch, batch))
     for name, value in sums.items():
-      totals[name] = totals.get(name, 0.0) + float(value)
+      totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
   return results.measured(experiment, choices, totals)
 
 

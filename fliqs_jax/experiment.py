@@ -1,9 +1,11 @@
 """From a config to the parts of a run; refuses what cannot work, by key."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import json
 import pathlib
+import types
 from typing import Any
 
 import flax.linen as nn
@@ -12,16 +14,25 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from fliqs_jax import augment
 from fliqs_jax import classification
+from fliqs_jax import click_through
 from fliqs_jax import config_lib
 from fliqs_jax import controller as controller_lib
 from fliqs_jax import cost_model
 from fliqs_jax import data
 from fliqs_jax import models
+from fliqs_jax import optimizers
 from fliqs_jax import quant_spec
 from fliqs_jax import schedules
 from fliqs_jax import search_space
 from fliqs_jax import train_state
+
+# A task is a module that says what is learnt and how it is judged.
+TASKS = {
+  'classification': classification,
+  'click_through': click_through,
+}
 
 # Relative, where a target is held against the cheapest and the dearest cost:
 # all of them are float32 sums.
@@ -43,9 +54,8 @@ class Experiment:
     phases: when what happens.
     controller: of the policy.
     optimizer: of the weights.
-    loss: (outputs, batch) -> (scalar, metrics).
-    quality: (outputs, batch) -> scalar.
-    measure: (outputs, batch) -> dict of sums, over the test split.
+    task: its module: loss, qualities, and metrics of the test split.
+    mix: (key, training batch) -> training batch; None to leave it.
   """
 
   config: ml_collections.ConfigDict
@@ -58,9 +68,8 @@ class Experiment:
   phases: schedules.Phases
   controller: controller_lib.Controller
   optimizer: optax.GradientTransformation
-  loss: Any
-  quality: Any
-  measure: Any
+  task: types.ModuleType
+  mix: Callable | None
 
   def initial_state(self) -> train_state.TrainState:
     """Returns the state before the first step; pure, so it can be traced."""
@@ -74,8 +83,19 @@ class Experiment:
       self.controller,
       jax.random.key(self.config.seed),
       example,
+      keep_average=self.config.optimizer.ema_decay > 0,
       train=False,
     )
+
+  @property
+  def loss(self) -> Callable:
+    """(outputs, batch) -> (scalar, metrics)."""
+    return self.task.loss(self.config.train.label_smoothing)
+
+  @property
+  def quality(self) -> Callable:
+    """(outputs, batch) -> scalar."""
+    return self.task.QUALITIES[self.config.search.quality]
 
   def cost_of(self, choices: Mapping[str, Any]) -> Any:
     """Returns the cost of {decision: [K]}, in the cost's unit."""
@@ -96,22 +116,17 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     config.search.freeze,
   )
   optimizer = _optimizer(config, phases.steps)
+  task = _task(config)
   spec = _spec(config.quant)
   streams = data.make_streams(config.data, config.seed)
+  mix = _mixing(config, streams)
   model = models.build(config.model, streams.num_classes, spec)
+  _check_inputs(config, model, streams)
+  _check_outputs(config, task, model, streams)
   space = search_space.find(model, _example(streams), spec=spec, train=False)
   cost = space.cost(config.cost.kind)
   target = _target(config.cost, cost, space)
   controller = _controller(config, space, cost, target, phases)
-  if config.search.quality not in classification.QUALITIES:
-    raise ValueError(
-      f'search.quality={config.search.quality!r} is unknown; allowed: '
-      f'{", ".join(classification.QUALITIES)}'
-    )
-  if not 0 <= config.train.label_smoothing < 1:
-    raise ValueError(
-      f'train.label_smoothing={config.train.label_smoothing} must be below 1'
-    )
   return Experiment(
     config=config,
     streams=streams,
@@ -123,9 +138,8 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     phases=phases,
     controller=controller,
     optimizer=optimizer,
-    loss=classification.loss(config.train.label_smoothing),
-    quality=classification.QUALITIES[config.search.quality],
-    measure=classification.measure,
+    task=task,
+    mix=mix,
   )
 
 
@@ -233,23 +247,66 @@ def _optimizer(config, steps: int) -> optax.GradientTransformation:
   rate = schedules.learning_rate(
     keys.schedule, keys.learning_rate, steps, round(keys.warmup * steps)
   )
-  if keys.name == 'sgd':
-    return optax.chain(
-      optax.add_decayed_weights(keys.weight_decay, mask=_matrices),
-      optax.sgd(rate, momentum=keys.momentum),
+  if keys.ema_decay == 1:
+    raise ValueError(
+      'optimizer.ema_decay=1 must be below 1: the mean would stay where the '
+      'weights began'
     )
-  if keys.name == 'adamw':
-    return optax.adamw(
-      rate,
-      b1=keys.momentum,
-      weight_decay=keys.weight_decay,
-      mask=_matrices,
-    )
-  raise ValueError(
-    f'optimizer.name={keys.name!r} is unknown; allowed: sgd, adamw'
-  )
+  return optimizers.make(keys.name, rate, keys.momentum, keys.weight_decay)
 
 
-def _matrices(params):
-  """Weight decay is for kernels, not for biases and batch norm."""
-  return jax.tree.map(lambda p: p.ndim > 1, params)
+def _task(config) -> types.ModuleType:
+  if config.task not in TASKS:
+    raise ValueError(
+      f'task={config.task!r} is unknown; allowed: {", ".join(TASKS)}'
+    )
+  task = TASKS[config.task]
+  if config.search.quality not in task.QUALITIES:
+    raise ValueError(
+      f'search.quality={config.search.quality!r} is unknown to '
+      f'task={config.task!r}; allowed: {", ".join(task.QUALITIES)}'
+    )
+  if not 0 <= config.train.label_smoothing < 1:
+    raise ValueError(
+      f'train.label_smoothing={config.train.label_smoothing} must be below 1'
+    )
+  return task
+
+
+def _mixing(config, streams: data.Streams) -> Callable | None:
+  mixup, cutmix = config.train.mixup, config.train.cutmix
+  if not mixup and not cutmix:
+    return None
+  if 'image' not in streams.inputs or config.task != 'classification':
+    raise ValueError(
+      f'train.mixup={mixup} and train.cutmix={cutmix} need images and '
+      "task='classification'; set both to 0"
+    )
+  return augment.mixing(streams.num_classes, mixup, cutmix)
+
+
+def _check_inputs(config, model: nn.Module, streams: data.Streams) -> None:
+  shape = model.input_shape
+  takes = tuple(shape) if isinstance(shape, Mapping) else ('image',)
+  if set(takes) != set(streams.inputs):
+    raise ValueError(
+      f'model.name={config.model.name!r} takes {", ".join(takes)}, but '
+      f'data.name={config.data.name!r} gives {", ".join(streams.inputs)}'
+    )
+  if 'buckets' in config.model and config.model.buckets != config.data.buckets:
+    raise ValueError(
+      f'model.buckets={config.model.buckets} and data.buckets='
+      f'{config.data.buckets} must be the same'
+    )
+
+
+def _check_outputs(config, task, model, streams: data.Streams) -> None:
+  init = functools.partial(model.init_with_output, train=False)
+  outputs, _ = jax.eval_shape(init, jax.random.key(0), _example(streams))
+  expected = task.output_shape(streams.num_classes)
+  if outputs.shape[1:] != expected:
+    raise ValueError(
+      f'model.name={config.model.name!r} gives an output of shape '
+      f'{outputs.shape[1:]} for an example, but task={config.task!r} needs '
+      f'{expected}'
+    )

@@ -14,7 +14,6 @@ SIDES = ('weights', 'activations')
 UNIFORM_BITS = 8  # Of the uniform model that each layer's cost is set against.
 _FILES = ('config.json', 'arch.json', 'result.json', 'history.jsonl')
 _MEASURED = (
-  'accuracy',
   'loss',
   'cost',
   'cost_target',
@@ -52,6 +51,11 @@ class FinishedRun:
   history: Sequence[Mapping[str, Any]]
   layers: Sequence[Mapping[str, Any]]
   reference: str | None
+
+  @property
+  def metric(self) -> str:
+    """What `found` is judged by, a fraction of 1: `accuracy` or `AUC`."""
+    return self.result['metric']
 
   @property
   def searched(self) -> dict[str, Mapping[str, Any]]:
@@ -123,9 +127,10 @@ def read(workdir: str) -> FinishedRun:
     config=config,
     arch=arch,
     result=result,
-    found=_measured(result['found']),
+    found=_measured(result['found'], result['metric']),
     references={
-      name: _measured(model) for name, model in result['references'].items()
+      name: _measured(model, result['metric'])
+      for name, model in result['references'].items()
     },
     history=history,
     layers=layers,
@@ -161,8 +166,9 @@ def _number(value: Any) -> float:
   return float(value) if known else math.nan
 
 
-def _measured(model: Mapping[str, Any]) -> dict[str, Any]:
-  return {**model, **{name: _number(model.get(name)) for name in _MEASURED}}
+def _measured(model: Mapping[str, Any], metric: str) -> dict[str, Any]:
+  numbers = {name: _number(model.get(name)) for name in (metric, *_MEASURED)}
+  return {**model, **numbers}
 
 
 def _layers(

@@ -305,30 +305,32 @@ def cost_per_layer(
 def pareto(
   found: Mapping[str, Any],
   references: Mapping[str, Mapping[str, Any]],
+  metric: str,
   tint: Mapping[str, str],
 ) -> figure_lib.Figure:
-  """Draws test accuracy against cost: the found model and the references.
+  """Draws the test metric against cost: the found model and the references.
 
   Args:
-    found: mapping with `accuracy`, `cost`, `cost_target` and `unit`; a number
+    found: mapping with the metric, `cost`, `cost_target` and `unit`; a number
       that is NaN is not drawn.
     references: the same, by name.
+    metric: name of a fraction of 1, such as `accuracy`.
     tint: colours by format; a reference of another name is grey.
   """
   figure = figure_lib.Figure((5.8, 3.3))
   axes = figure.add_subplot()
   points = [
-    (model['cost'], 100 * model['accuracy'], name)
+    (model['cost'], 100 * model[metric], name)
     for name, model in {'found': found, **references}.items()
-    if np.isfinite([model['cost'], model['accuracy']]).all()
+    if np.isfinite([model['cost'], model[metric]]).all()
   ]
   axes.set_xscale('log')
   axes.margins(0.14, 0.2)
-  for cost, accuracy, name in points:
+  for cost, value, name in points:
     look = {'marker': 'o', 'ms': 8, 'color': tint.get(name, GREY)}
     if name == 'found':
       look = {'marker': '*', 'ms': 15, 'color': _ACCENT, 'zorder': 3}
-    axes.plot(cost, accuracy, **look)
+    axes.plot(cost, value, **look)
   if np.isfinite(found['cost_target']):
     axes.axvline(found['cost_target'], color=GREY, lw=1, ls='--', zorder=0)
     axes.text(
@@ -340,8 +342,8 @@ def pareto(
       va='top',
     )
   seen: list[np.ndarray] = []
-  for cost, accuracy, name in points:
-    spot = axes.transData.transform((cost, accuracy))
+  for cost, value, name in points:
+    spot = axes.transData.transform((cost, value))
     # Formats of equal bits cost the same, so points may nearly coincide: each
     # of them gets its name on another side.
     close = sum(np.all(np.abs(spot - other) < (45, 18)) for other in seen)
@@ -349,14 +351,14 @@ def pareto(
     x, y = ((0, 1), (0, -1), (1, 0), (-1, 0))[close % 4]
     axes.annotate(
       name,
-      (cost, accuracy),
+      (cost, value),
       xytext=(9 * x, 9 * y),
       textcoords='offset points',
       ha=('center', 'left', 'right')[x],
       va=('center', 'bottom', 'top')[y],
       fontweight='bold' if name == 'found' else 'normal',
     )
-  axes.set(xlabel=f'cost, {found["unit"]}', ylabel='test accuracy, %')
+  axes.set(xlabel=f'cost, {found["unit"]}', ylabel=f'test {metric}, %')
   axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
   axes.xaxis.set_major_formatter('{x:,.12g}')
   axes.xaxis.set_minor_formatter(ticker.NullFormatter())

@@ -65,7 +65,9 @@ def _drawings(
       pictures.policy, run.policy_rows, run.searched, tint
     )
   if run.references:
-    result['pareto'] = bind(pictures.pareto, run.found, run.references, tint)
+    result['pareto'] = bind(
+      pictures.pareto, run.found, run.references, run.metric, tint
+    )
   return result
 
 

@@ -199,8 +199,8 @@ def _tiles(run: finished_run.FinishedRun) -> str:
     against += f'{_digits(target)}'
   tiles = [
     (
-      'Test accuracy',
-      _percent(found['accuracy']),
+      f'Test {run.metric}',
+      _percent(found[run.metric]),
       f'{found["examples"]:,} examples, loss {_digits(found["loss"])}',
     ),
     ('Cost', f'{_digits(found["cost"])} {unit}', against),
@@ -262,10 +262,10 @@ def _references(run: finished_run.FinishedRun) -> str:
   decimals = len(_digits(found['cost'], 4).partition('.')[2])
   rows = []
   for name, model in models:
-    ahead = 100 * (model['accuracy'] - found['accuracy'])
+    ahead = 100 * (model[run.metric] - found[run.metric])
     points = f'{ahead:+.2f}'.replace('-', '−')
     cells = [
-      _percent(model['accuracy']),
+      _percent(model[run.metric]),
       '' if model is found or not math.isfinite(ahead) else points,
       _fixed(model['cost'], decimals),
       f'{_fixed(model["cost"] / found["cost"], 2)}×',
@@ -278,7 +278,7 @@ def _references(run: finished_run.FinishedRun) -> str:
       + ''.join(f'<td>{cell}</td>' for cell in cells)
       + '</tr>'
     )
-  head = ['format', 'test accuracy', 'points']
+  head = ['format', f'test {run.metric}', 'points']
   head += [f'cost, {html.escape(found["unit"])}', 'of found']
   head += ['average bits', 'size, kB']
   return _table(head, rows, left=[0])

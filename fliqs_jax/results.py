@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import jax
+import numpy as np
 
 from fliqs_jax import cost_model
 from fliqs_jax import experiment as experiment_lib
@@ -57,14 +58,14 @@ def arch(
 def measured(
   experiment: experiment_lib.Experiment,
   choices: Mapping[str, Any],
-  sums: Mapping[str, float],
+  sums: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
   """Returns quality and costs of one architecture.
 
   Args:
     experiment: the run.
     choices: {decision: [K] one-hot}.
-    sums: of `classification.measure` over the test split.
+    sums: of the task's `measure` over the test split.
   """
   leaves = experiment.space.leaves(choices)
 
@@ -72,9 +73,7 @@ def measured(
     return float(experiment.space.cost(kind)(leaves))
 
   return dict(
-    accuracy=sums['correct'] / sums['examples'],
-    loss=sums['cross_entropy'] / sums['examples'],
-    examples=int(sums['examples']),
+    **experiment.task.summarize(sums),
     cost=float(experiment.cost(leaves)),
     cost_target=experiment.target,
     unit=experiment.cost.unit,

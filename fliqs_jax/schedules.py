@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+# Of the exponential schedule of learning rates.
+_STAIRS, _STAIR = 150, 0.97
+
 ENTROPY = ('cosine', 'linear', 'constant', 'off')
 
 
@@ -116,7 +119,8 @@ def learning_rate(
   """Returns a learning rate schedule with linear warm-up from zero.
 
   Args:
-    kind: `cosine` to zero, or `constant`.
+    kind: `cosine` to zero, `exponential` in 150 stairs of 0.97 (EfficientNet's
+      2.4 epochs each, of the paper's 360), or `constant`.
     base: rate after warm-up.
     steps: length of training.
     warmup_steps: length of the warm-up.
@@ -126,11 +130,16 @@ def learning_rate(
   """
   if kind == 'cosine':
     decay = optax.cosine_decay_schedule(base, max(steps - warmup_steps, 1))
+  elif kind == 'exponential':
+    decay = optax.exponential_decay(
+      base, steps / _STAIRS, _STAIR, staircase=True
+    )
   elif kind == 'constant':
     decay = optax.constant_schedule(base)
   else:
     raise ValueError(
-      f'optimizer.schedule={kind!r} is unknown; allowed: cosine, constant'
+      f'optimizer.schedule={kind!r} is unknown; allowed: cosine, exponential, '
+      'constant'
     )
   if not warmup_steps:
     return decay

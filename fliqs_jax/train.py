@@ -69,6 +69,7 @@ def train_and_evaluate(
     name: _reference(config, name, workdir) for name in config.references
   }
   result = dict(
+    metric=experiment.task.METRIC,
     found=evaluate.test_metrics(experiment, run.state, choices),
     references=references,
     layers=results.layers(experiment, choices),
@@ -193,6 +194,8 @@ def _compile(experiment, run, batch):
     experiment.controller,
     experiment.optimizer,
     experiment.phases,
+    mix=experiment.mix,
+    ema_decay=experiment.config.optimizer.ema_decay,
   )
   began = time.monotonic()
   _LOG.info('compiling the step ...')
@@ -285,9 +288,10 @@ def _progress_line(experiment, step, scalars, timing) -> str:
 def _summarize(result) -> None:
   found = result['found']
   _LOG.info(
-    'test accuracy %.2f %% of %d examples at %.4g %s (target %.4g), '
+    'test %s %.2f %% of %d examples at %.4g %s (target %.4g), '
     '%.2f bits a weight',
-    100 * found['accuracy'],
+    result['metric'],
+    100 * found[result['metric']],
     found['examples'],
     found['cost'],
     found['unit'],

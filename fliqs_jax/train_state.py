@@ -20,6 +20,7 @@ class TrainState:
   Attributes:
     step: [] int32, steps taken.
     params: the model's parameters.
+    average: their running mean, which is what is served; {} if none is kept.
     opt_state: the weights' optimizer.
     model_state: the model's other collections that change (`batch_stats`,
       `quant_stats`).
@@ -29,10 +30,16 @@ class TrainState:
 
   step: jax.Array
   params: Any
+  average: Any
   opt_state: optax.OptState
   model_state: Mapping[str, Any]
   search_state: Any
   key: jax.Array
+
+  @property
+  def served_params(self) -> Any:
+    """The parameters that are evaluated and served."""
+    return self.average or self.params
 
 
 def create(
@@ -42,6 +49,7 @@ def create(
   controller: controller_lib.Controller,
   key: jax.Array,
   *args,
+  keep_average: bool = False,
   **kwargs,
 ) -> TrainState:
   """Returns the state before the first step.
@@ -53,6 +61,7 @@ def create(
     controller: of the policy.
     key: typed PRNG key [].
     *args: what the model is called with.
+    keep_average: whether a running mean of the parameters is kept.
     **kwargs: more of the call.
   """
   init_key, run_key = jax.random.split(key)
@@ -66,6 +75,8 @@ def create(
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
+    # A copy, because a step that is given the state may not own a buffer twice.
+    average=jax.tree.map(jnp.copy, params) if keep_average else {},
     opt_state=optimizer.init(params),
     model_state=model_state,
     search_state=controller.init(space.zeros()),

@@ -15,6 +15,7 @@ import optax
 from fliqs_jax import controller as controller_lib
 from fliqs_jax import data
 from fliqs_jax import layers
+from fliqs_jax import optimizers
 from fliqs_jax import schedules
 from fliqs_jax import search_space
 from fliqs_jax import train_state
@@ -30,6 +31,9 @@ def search_step(
   controller: controller_lib.Controller,
   optimizer: optax.GradientTransformation,
   phases: schedules.Phases,
+  *,
+  mix: Callable | None = None,
+  ema_decay: float = 0.0,
 ) -> Callable:
   """Returns the step `(state, train_batch, valid_batch) -> (state, metrics)`.
 
@@ -42,10 +46,13 @@ def search_step(
       validation batch. A space with nothing open is not judged at all.
     optimizer: of the weights.
     phases: when activation quantization starts.
+    mix: (key, training batch) -> training batch, as of `augment.mixing`.
+    ema_decay: of the running mean of the parameters; 0 keeps none, and must do
+      so if the state was made without.
 
   Returns:
-    A pure function of a `TrainState` and two batches (dicts with `image`, which
-    the model is called with), to be jitted with the state donated.
+    A pure function of a `TrainState` and two batches (dicts of inputs, which
+    the model is called with, and `label`), to be jitted with the state donated.
   """
 
   def step(
@@ -55,6 +62,8 @@ def search_step(
     arch_key, dropout_key = jax.random.split(key)
     proposed = controller.propose(state.search_state, arch_key, state.step)
     model_state = _in_phase(state.model_state, state.step >= phases.act_start)
+    if mix is not None:
+      train_batch = mix(jax.random.fold_in(dropout_key, 1), train_batch)
 
     def train_loss(params):
       arch = space.expand(jax.tree.map(lambda a: a[0], proposed))
@@ -76,6 +85,9 @@ def search_step(
     )
     params = optax.apply_updates(state.params, updates)
     metrics['grad_norm'] = optax.tree.norm(gradients)
+    average = state.average
+    if ema_decay:
+      average = optimizers.averaged(average, params, ema_decay, state.step)
 
     search_state = state.search_state
     if not space.is_fixed:
@@ -90,6 +102,7 @@ def search_step(
     state = state.replace(
       step=state.step + 1,
       params=params,
+      average=average,
       opt_state=opt_state,
       model_state=model_state,
       search_state=search_state,

@@ -6,9 +6,11 @@ import pathlib
 import pytest
 
 from configs import digits
+from configs import recommender_criteo
 from fliqs_jax import config_lib
 from fliqs_jax import cost
 from fliqs_jax import experiment as experiment_lib
+from fliqs_jax import models
 from tests import tiny
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -89,6 +91,8 @@ def test_an_unknown_and_a_missing_key_are_both_named():
     ('search', dict(entropy_beta=-1.0), 'must not be negative'),
     ('optimizer', dict(name='lion'), "optimizer.name='lion'"),
     ('optimizer', dict(schedule='step'), "optimizer.schedule='step'"),
+    ('optimizer', dict(ema_decay=1.0), 'optimizer.ema_decay=1'),
+    ('train', dict(mixup=-0.1), 'train.mixup=-0.1 must be'),
     ('train', dict(checkpoint_every=7), 'multiple of train.log_every'),
     ('train', dict(steps=0), 'train.steps=0 must be'),
     ('train', dict(label_smoothing=1.0), 'label_smoothing'),
@@ -103,6 +107,61 @@ def test_an_unknown_and_a_missing_key_are_both_named():
 def test_what_cannot_work_is_refused_with_its_key(section, values, message):
   with pytest.raises(ValueError, match=message):
     experiment_lib.build(_changed(section, **values))
+
+
+def _task(task, quality, **model):
+  config = tiny.get_config()
+  with config.unlocked(), config.ignore_type():
+    config.task, config.search.quality = task, quality
+    config.train.mixup = config.train.cutmix = 0.0
+    if model:
+      config.model = model
+  return config
+
+
+def test_an_unknown_task_is_refused():
+  with pytest.raises(ValueError, match="'ranking' is unknown; allowed: class"):
+    experiment_lib.build(_task('ranking', 'accuracy'))
+
+
+def test_a_task_s_qualities_are_its_own():
+  with pytest.raises(ValueError, match="'auc' is unknown to task='classif"):
+    experiment_lib.build(_task('classification', 'auc'))
+
+
+def test_a_task_that_the_data_cannot_serve_is_refused():
+  with pytest.raises(ValueError, match='two classes, not 10'):
+    experiment_lib.build(_task('click_through', 'auc'))
+
+
+def test_a_model_that_the_data_cannot_feed_is_refused():
+  fields = models.published('recommender')
+  with pytest.raises(ValueError, match='takes dense, ids, but .* gives image'):
+    experiment_lib.build(_task('classification', 'accuracy', **fields))
+
+
+def test_a_model_whose_output_the_task_cannot_use_is_refused():
+  config = recommender_criteo.get_config('smoke')
+  with config.unlocked():
+    config.task, config.search.quality = 'classification', 'accuracy'
+  with pytest.raises(ValueError, match=r'shape \(\) .* needs \(2,\)'):
+    experiment_lib.build(config)
+
+
+def test_buckets_of_model_and_data_must_agree():
+  config = recommender_criteo.get_config('smoke')
+  with config.unlocked():
+    config.data.buckets = 65
+  with pytest.raises(ValueError, match='model.buckets=64 and data.buckets=65'):
+    experiment_lib.build(config)
+
+
+def test_clicks_are_not_mixed():
+  config = recommender_criteo.get_config('smoke')
+  with config.unlocked():
+    config.train.mixup = 0.2
+  with pytest.raises(ValueError, match='train.mixup=0.2 .* need images'):
+    experiment_lib.build(config)
 
 
 def test_every_key_of_the_schema_is_read():

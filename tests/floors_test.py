@@ -11,9 +11,16 @@ _PACKAGE = pathlib.Path(__file__).parents[1] / 'fliqs_jax'
 
 # From the ground up; a module may import from floors below its own only.
 FLOORS = (
-  ('formats', 'files', 'config_lib', 'schedules', 'policy'),
+  ('formats', 'files', 'config_lib', 'schedules', 'policy', 'optimizers'),
   ('clipping', 'quantize', 'linear', 'cost_model', 'controller', 'metrics'),
-  ('quant_spec', 'fingerprint', 'classification', 'data'),
+  (
+    'quant_spec',
+    'fingerprint',
+    'classification',
+    'click_through',
+    'augment',
+    'data',
+  ),
   ('layers', 'search_space', 'checkpoint'),
   ('models', 'train_state', 'profile'),
   ('train_step', 'cost'),

@@ -95,6 +95,7 @@ def _files(found=None, menu=_MENU, mode='tied'):
     },
     'arch.json': arch,
     'result.json': {
+      'metric': 'accuracy',
       'found': _model(0.9722, 0.8),
       'references': {'INT4': _model(0.9, 0.5), 'INT8': _model(0.95, 2.0)},
       'layers': layers,

@@ -109,5 +109,5 @@ def test_without_warm_up_the_learning_rate_starts_at_its_full_height(
 
 
 def test_an_unknown_learning_rate_schedule_is_an_error():
-  with pytest.raises(ValueError, match='allowed: cosine, constant'):
+  with pytest.raises(ValueError, match='allowed: cosine, exponential'):
     schedules.learning_rate('linear', 0.1, 100, 0)

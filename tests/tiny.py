@@ -1,5 +1,7 @@
 """The smallest search that is whole: an MLP on the real digits, 60 steps.
 
+With all that a run may keep and do: mixed images, a mean of the weights.
+
 python -m fliqs_jax.main --config=tests/tiny.py:seed=1 --workdir=DIR
 """
 
@@ -25,6 +27,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.train.log_every = 5
     config.train.checkpoint_every = 10
     config.train.settle_batches = 3
+    config.train.mixup = 0.2
+    config.train.cutmix = 1.0
+    config.optimizer.ema_decay = 0.9
     if arg.act_clip:
       config.quant.act_clip = arg.act_clip
   return config

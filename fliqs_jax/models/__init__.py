@@ -33,8 +33,9 @@ class Network(NamedTuple):
 MODELS: dict[str, Network] = {
   'mlp': Network(mlp.MLP),
   'resnet_cifar': Network(resnet_cifar.ResNetCifar),
-  'resnet18': Network(resnet.ResNet, dict(depth=18)),
-  'resnet50': Network(resnet.ResNet, dict(depth=50)),
+  **{
+    f'resnet{d}': Network(resnet.ResNet, dict(depth=d)) for d in resnet.DEPTHS
+  },
   'mobilenetv2': Network(mobilenet_v2.MobileNetV2),
   'inceptionv3': Network(inception_v3.InceptionV3),
   **{

@@ -6,6 +6,7 @@ last 1x1 convolution never shrinks below 1280. 53 layers, 17 of them depthwise.
 """
 
 import functools
+import math
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -35,6 +36,8 @@ class MobileNetV2(nn.Module):
   Attributes:
     num_classes: size of the output.
     width: multiplier of all channels.
+    depth: multiplier of the blocks of a stage, rounded up; not 1 only in tests
+      and smoke runs.
     dropout: rate before the classifier.
     conv: constructor of convolutions.
     dense: constructor of dense layers.
@@ -44,9 +47,18 @@ class MobileNetV2(nn.Module):
 
   num_classes: int
   width: float = 1.0
+  depth: float = 1.0
   dropout: float = 0.2
   conv: Any = nn.Conv
   dense: Any = nn.Dense
+
+  def __post_init__(self):
+    if self.width <= 0 or self.depth <= 0:
+      raise ValueError(
+        f'model.width={self.width} and model.depth={self.depth} must be '
+        'positive'
+      )
+    super().__post_init__()
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -65,7 +77,7 @@ class MobileNetV2(nn.Module):
     x = conv(make_divisible(32 * self.width), (3, 3), 2, name='stem')(x)
     x = nn.relu6(norm(name='stem_norm')(x))
     for stage, (expansion, channels, blocks, stride) in enumerate(_STAGES):
-      for block in range(blocks):
+      for block in range(math.ceil(blocks * self.depth)):
         x = _InvertedBottleneck(
           make_divisible(channels * self.width),
           expansion,

@@ -20,7 +20,7 @@ import jax
 
 # Blocks per stage, and whether they are bottlenecks. 10 and 14 are no networks
 # of He et al.: the smallest of either kind, for tests and smoke runs.
-_DEPTHS = {
+DEPTHS = {
   10: ((1, 1, 1, 1), False),
   14: ((1, 1, 1, 1), True),
   18: ((2, 2, 2, 2), False),
@@ -51,8 +51,8 @@ class ResNet(nn.Module):
   dense: Any = nn.Dense
 
   def __post_init__(self):
-    if self.depth not in _DEPTHS:
-      allowed = ', '.join(map(str, _DEPTHS))
+    if self.depth not in DEPTHS:
+      allowed = ', '.join(map(str, DEPTHS))
       raise ValueError(f'model.depth={self.depth} must be one of {allowed}')
     if 64 * self.width < 1:
       raise ValueError(
@@ -75,7 +75,7 @@ class ResNet(nn.Module):
       kernel_init=nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
     )
     filters = int(64 * self.width)
-    blocks, bottleneck = _DEPTHS[self.depth]
+    blocks, bottleneck = DEPTHS[self.depth]
     # Padding is symmetric, as in He et al.: SAME would shift strided windows.
     x = conv(filters, (7, 7), 2, padding=3, name='stem')(x)
     x = nn.relu(norm(name='stem_norm')(x))

@@ -1,0 +1,34 @@
+r"""FLIQS search, MobileNetV2 on ImageNet.
+
+python -m fliqs_jax.main --workdir=$DIR --config.data.data_dir=$DATA \
+    --config=configs/mobilenetv2_imagenet.py:space=int_l,target=1.47
+
+The paper's numbers, not yet measured by us: FLIQS-L at 7.06 GBOPs (target 1.47)
+71.73 % top-1, FLIQS-S at 7.42 (1.54) 71.21 % (Figure 17). Floats: E4M3 72.65
+(Table 7).
+
+Arguments: see imagenet.py. The widths of Figures 17 and 23 are 0.25, 0.5, 1,
+1.4 and 2.
+
+Where the paper is silent: RMSProp's constants, the stairs of the exponential
+schedule and the mean of the weights are those of EfficientNet's code, which
+follows MnasNet's; weight decay 4e-5, dropout 0.2 and batch norm are those of
+TF-Slim's MobileNetV2; random crop and flip. Base rate 0.256 at batch 2048 is
+Table 4's, twice EfficientNet's own 0.016 per 256 images.
+"""
+
+import ml_collections
+
+from configs import imagenet
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  """Returns the config; see imagenet.py for the arguments."""
+  arg = imagenet.parse_arg(arg)
+  return imagenet.mobile_recipe(
+    arg,
+    model=dict(name='mobilenetv2', width=arg.width, depth=1.0, dropout=0.2),
+    smoke_model=dict(width=1 / 8, depth=0.1),
+    image_size=224,
+    weight_decay=4e-5,
+  )

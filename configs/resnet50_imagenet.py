@@ -1,0 +1,31 @@
+r"""FLIQS search, ResNet-50 on ImageNet.
+
+python -m fliqs_jax.main --workdir=$DIR --config.data.data_dir=$DATA \
+    --config=configs/resnet50_imagenet.py:space=int_l,target=1.1
+
+The paper's numbers, not yet measured by us: FLIQS-L at 71.57 GBOPs (target
+1.1) 76.52 % top-1, FLIQS-S at 73.66 (1.13) 76.62 %; INT4 74.91, INT8 77.47
+(Figure 16). Floats: E4M3 77.66 (Table 7).
+
+Arguments: see imagenet.py. The widths of Figures 16 and 22 are 0.5, 0.75, 1,
+1.25, 1.5 and 2.
+
+Where the paper is silent: momentum 0.9 and weight decay 1e-4 are those of He et
+al. 2015, random crop and flip those of Goyal et al. 2017.
+"""
+
+import ml_collections
+
+from configs import imagenet
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  """Returns the config; see imagenet.py for the arguments."""
+  arg = imagenet.parse_arg(arg)
+  return imagenet.residual_recipe(
+    arg,
+    model=dict(name='resnet50', width=arg.width),
+    smoke_model=dict(name='resnet14', width=1 / 8),
+    smoke_image_size=32,
+    weight_decay=1e-4,
+  )

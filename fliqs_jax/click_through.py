@@ -1,0 +1,112 @@
+"""The task of predicting clicks: a logit per example, judged by AUC (A.13)."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Batch = Mapping[str, jax.Array]
+
+METRIC = 'AUC'
+
+# Of the predicted probability, where ranks of a whole split are counted.
+_BINS = 2**16
+
+
+def output_shape(num_classes: int) -> tuple[int, ...]:
+  """Returns the shape of a model's output for one example.
+
+  Raises:
+    ValueError: the data have more than two classes.
+  """
+  if num_classes != 2:
+    raise ValueError(
+      f"task='click_through' needs data with two classes, not {num_classes}"
+    )
+  return ()
+
+
+def loss(label_smoothing: float) -> Callable:
+  """Returns the training loss (logits [N], batch) -> (scalar, metrics).
+
+  Sigmoid cross-entropy, mean over the batch; smoothing moves labels towards
+  one half.
+  """
+
+  def smoothed_cross_entropy(logits: jax.Array, batch: Batch):
+    labels = (1 - label_smoothing) * batch['label'] + label_smoothing / 2
+    value = optax.sigmoid_binary_cross_entropy(logits, labels).mean()
+    return value, dict(loss=value)
+
+  return smoothed_cross_entropy
+
+
+def auc(logits: jax.Array, batch: Batch) -> jax.Array:
+  """Returns the area under the ROC curve [] of one batch.
+
+  The chance that a click has a higher logit than a non-click, ties counting
+  half: Mann-Whitney's U over the number of pairs. 0.5 where there is no pair.
+  """
+  clicks = batch['label'].astype(jnp.float32)
+  number = clicks.sum()
+  pairs = number * (clicks.size - number)
+  # Ranks from their middle, so that float32 sums of them stay near zero.
+  ranks = jax.scipy.stats.rankdata(logits) - (clicks.size + 1) / 2
+  above = jnp.sum(ranks * clicks) / jnp.maximum(pairs, 1)
+  return jnp.where(pairs > 0, 0.5 + above, 0.5)
+
+
+def minus_cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
+  """Returns minus the mean cross-entropy [] in nats."""
+  return -jnp.mean(optax.sigmoid_binary_cross_entropy(logits, batch['label']))
+
+
+QUALITIES = {'auc': auc, 'cross_entropy': minus_cross_entropy}
+
+
+def measure(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+  """Returns sums over the real examples of a padded batch.
+
+  Args:
+    logits: [N].
+    batch: `label` int32 [N] and `mask` float32 [N], 0 where padding.
+
+  Returns:
+    `clicks` and `others` [65536], counts by bin of the predicted probability;
+    `cross_entropy` (nats) and `examples` [].
+  """
+  mask, labels = batch['mask'], batch['label']
+  bins = (jax.nn.sigmoid(logits) * _BINS).astype(jnp.int32)
+  empty = jnp.zeros(_BINS)
+
+  def count(weights):
+    return empty.at[jnp.minimum(bins, _BINS - 1)].add(weights)
+
+  cross_entropy = optax.sigmoid_binary_cross_entropy(logits, labels)
+  return dict(
+    clicks=count(mask * labels),
+    others=count(mask * (1 - labels)),
+    cross_entropy=jnp.sum(mask * cross_entropy),
+    examples=jnp.sum(mask),
+  )
+
+
+def summarize(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+  """Returns AUC, loss (nats) and number of examples from all the sums.
+
+  Pairs in one of 65,536 bins count as ties: the AUC is off by at most half
+  their share of all pairs, and is NaN if there is no pair at all.
+  """
+  clicks, others = (
+    np.asarray(sums[name], np.float64) for name in ('clicks', 'others')
+  )
+  below = np.cumsum(others) - others
+  pairs = clicks.sum() * others.sum()
+  above = np.sum(clicks * (below + others / 2))
+  return dict(
+    AUC=float(above / pairs) if pairs else float('nan'),
+    loss=float(sums['cross_entropy'] / sums['examples']),
+    examples=int(sums['examples']),
+  )

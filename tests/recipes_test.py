@@ -1,0 +1,128 @@
+"""The recipes of configs/: the paper's numbers, and that every one runs."""
+
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from fliqs_jax import config_lib
+from fliqs_jax import experiment as experiment_lib
+
+_ROOT = pathlib.Path(__file__).parents[1]
+# Every file of configs/ that is a recipe; imagenet.py is what some share.
+RECIPES = sorted(
+  path.stem
+  for path in (_ROOT / 'configs').glob('*.py')
+  if path.stem not in ('__init__', 'imagenet')
+)
+IMAGENET = [name for name in RECIPES if name.endswith('_imagenet')]
+# Table 4, as (schedule, optimizer, rate, warm-up and all epochs, start).
+RESIDUAL = ('cosine', 'sgd', 2.64, 10, 350, 15_000)
+MOBILE = ('exponential', 'rmsprop', 0.256, 15, 360, 18_000)
+TABLE_4 = {
+  'resnet18': RESIDUAL,
+  'resnet50': RESIDUAL,
+  'inceptionv3': RESIDUAL,
+  'mobilenetv2': MOBILE,
+  'efficientnet': MOBILE,
+  'deit': ('cosine', 'adamw', 4e-3, 30, 400, 15_000),
+}
+# What the compiler does to go fast at run time takes longer than these runs.
+_COMPILE_FAST = (
+  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+)
+
+
+def _config(name, arg=None):
+  return importlib.import_module(f'configs.{name}').get_config(arg)
+
+
+@pytest.mark.parametrize('name', RECIPES)
+@pytest.mark.parametrize('arg', ['', 'smoke', 'preset=paper,references'])
+def test_a_recipe_has_exactly_the_known_keys(name, arg):
+  config_lib.check(_config(name, arg))
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_every_argument_is_in_the_docstring(name):
+  config = importlib.import_module(f'configs.{name}')
+  shared = importlib.import_module('configs.imagenet').__doc__
+  text = config.__doc__ + (shared if name in IMAGENET else '')
+  with pytest.raises(ValueError, match='allowed: ') as error:
+    config.get_config('?')
+  for argument in str(error.value).partition('allowed: ')[2].split(', '):
+    assert f'  {argument}: ' in text
+
+
+@pytest.mark.parametrize('name', IMAGENET)
+def test_an_imagenet_recipe_is_table_4_s(name):
+  config = _config(name)
+  optimizer, train = config.optimizer, config.train
+  schedule, kind, rate, warmup, epochs, start = TABLE_4[name.split('_')[0]]
+  assert (optimizer.schedule, optimizer.name) == (schedule, kind)
+  assert optimizer.learning_rate == rate
+  # 1,281,167 images in batches of 2048 (A.2): 625.6 steps an epoch.
+  assert config.data.batch_size == 2048
+  assert train.steps == round(epochs * 1_281_167 / 2048)
+  assert optimizer.warmup * epochs == pytest.approx(warmup)
+  assert round(config.quant.act_start * train.steps) == start
+  assert config.quant.act_clip == 4.0
+  assert train.label_smoothing == 0.1  # A.4, as the two below.
+  assert config.search.start == 0.25
+  assert _config(name, 'preset=paper').search.entropy_beta == 0.5
+
+
+@pytest.mark.parametrize('name', IMAGENET)
+def test_the_pareto_curves_train_as_long_as_a_2_says(name):
+  config = _config(name, 'pareto')
+  steps, start = config.train.steps, config.quant.act_start
+  residual = TABLE_4[name.split('_')[0]] is RESIDUAL
+  assert steps == (30_200 if residual else 112_000)
+  assert round(start * steps) == (7500 if residual else 20_000)
+
+
+@pytest.mark.parametrize('name', IMAGENET)
+def test_an_imagenet_recipe_says_how_to_get_the_data(name, tmp_path):
+  config = _config(name)
+  config.data.data_dir = str(tmp_path)
+  with pytest.raises(ValueError, match='imagenet2012'):
+    experiment_lib.build(config)
+
+
+@pytest.mark.parametrize('name', ['efficientnet', 'deit'])
+def test_an_unknown_variant_is_refused(name):
+  with pytest.raises(ValueError, match="variant='b9' is unknown; allowed: "):
+    _config(f'{name}_imagenet', 'variant=b9')
+
+
+# The slowest to compile judge one architecture a step, not four.
+_ARGS = dict.fromkeys(
+  ('inceptionv3_imagenet', 'mobilenetv2_imagenet', 'efficientnet_imagenet'),
+  'smoke,preset=paper,space=fp_s',
+)
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_every_recipe_runs_through_search_evaluation_and_report(name, tmp_path):
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      'fliqs_jax.main',
+      f'--config=configs/{name}.py:{_ARGS.get(name, "smoke")}',
+      f'--workdir={tmp_path}',
+    ],
+    cwd=_ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': _COMPILE_FAST},
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  result = json.loads((tmp_path / 'result.json').read_text())
+  assert 0 <= result['found'][result['metric']] <= 1
+  assert result['compilations'] == 1
+  assert (tmp_path / 'report.html').stat().st_size > 0
