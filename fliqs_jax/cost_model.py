@@ -1,12 +1,14 @@
 """What an architecture costs: bit operations (Eq. 1), size, average bits.
 
-Every cost is a function of the tree of decisions and linear in each leaf, so
+Every cost is a function of the tree of decisions and linear in each of them, so
 the expected cost of a policy is the cost at its probabilities, and its gradient
-is exact.
+is exact. Where one decision scales both sides of a layer, its products are
+summed, not multiplied from sums.
 """
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import types
 from typing import Any
 
 import flax
@@ -17,6 +19,7 @@ from fliqs_jax import formats
 # What is not quantized is served as BF16; a scale is a float32.
 UNQUANTIZED_BITS = 16
 _SCALE_BITS = 32
+_OTHER_BITS = 32
 
 Leaves = Mapping[str, Any]  # {decision leaf's path: [K] one-hot or probability}
 
@@ -33,6 +36,9 @@ class OpShape:
     weight_menu: formats of the weights, or None where not quantized.
     act_menu: formats of the input activations, or None.
     tied: whether one decision sets both.
+    decided: (name of a leaf, what it picks from), where sizes are decided
+      about; the numbers above are those of the largest.
+    spare: number of weights of branches other than the largest.
   """
 
   kind: str = flax.struct.field(pytree_node=False)
@@ -46,13 +52,42 @@ class OpShape:
     pytree_node=False
   )
   tied: bool = flax.struct.field(pytree_node=False)
+  decided: tuple[tuple[str, Any], ...] = flax.struct.field(
+    pytree_node=False, default=()
+  )
+  spare: int = flax.struct.field(pytree_node=False, default=0)
 
-  def leaves(self) -> dict[str, tuple[formats.NumericFormat, ...]]:
-    """Returns {name of an arch leaf of this layer: its menu}."""
+  def leaves(self) -> dict[str, tuple[Any, ...]]:
+    """Returns {name of an arch leaf of this layer: what it picks from}."""
+    picked = {name: size.labels for name, size in self.decided}
+    return self.format_leaves() | picked
+
+  def format_leaves(self) -> dict[str, tuple[formats.NumericFormat, ...]]:
+    """Returns {name of an arch leaf of a format: its menu}."""
     if self.tied:
       return {'format': self.weight_menu}
     menus = {'weights': self.weight_menu, 'activations': self.act_menu}
     return {name: menu for name, menu in menus.items() if menu is not None}
+
+
+@flax.struct.dataclass
+class PerChannel:
+  """Parameters outside of ops, some for each channel: biases, batch norm.
+
+  Attributes:
+    leaf: name of the arch leaf that picks the channels.
+    channels: `sizes.Channels`.
+    params: how many for each channel.
+  """
+
+  leaf: str = flax.struct.field(pytree_node=False)
+  channels: Any = flax.struct.field(pytree_node=False)
+  params: int = flax.struct.field(pytree_node=False)
+
+  @property
+  def allocated(self) -> int:
+    """Number of parameters of all channels."""
+    return self.params * self.channels.size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +129,26 @@ class Op:
     return result
 
 
+  def live(self, leaves: Leaves, *names: str) -> Any:
+    """Returns the expected share of what is allocated that is live.
+
+    Args:
+      leaves: one-hot or probability.
+      names: of the leaves of sizes that count.
+    """
+    factors: dict[str, np.ndarray] = {}
+    leaf_of = {}
+    for name, size in self.shape.decided:
+      if name in names:
+        shares = np.asarray(size.shares)
+        factors[size.decision] = factors.get(size.decision, 1.0) * shares
+        leaf_of[size.decision] = self.leaf(name)
+    result = 1.0
+    for decision, shares in factors.items():
+      result = result * _dot(leaves[leaf_of[decision]], shares)
+    return result
+
+
 def _dot(leaf, values):
   # Not a matmul, whose default precision rounds to bf16 on TPU.
   return (leaf * np.asarray(values, np.float32)).sum(-1)
@@ -103,9 +158,22 @@ def _bits(numeric_format: formats.NumericFormat) -> int:
   return numeric_format.bits
 
 
+_ALL_SIZES = ('input_channels', 'output_channels', 'kernel')
+
+
+def op_macs(op: Op, leaves: Leaves) -> Any:
+  """Returns the layer's expected multiply-accumulates."""
+  return op.shape.macs * op.live(leaves, *_ALL_SIZES)
+
+
+def op_weights(op: Op, leaves: Leaves) -> Any:
+  """Returns the layer's expected number of weights."""
+  return op.shape.weights * op.live(leaves, *_ALL_SIZES)
+
+
 def op_gbops(op: Op, leaves: Leaves) -> Any:
   """Returns the layer's cost b_w * b_a * MACs / 1e9 (Eq. 1, one input)."""
-  return op.expected(leaves, _bits, _bits) * (op.shape.macs / 1e9)
+  return op.expected(leaves, _bits, _bits) * (op_macs(op, leaves) / 1e9)
 
 
 def op_size(op: Op, leaves: Leaves) -> Any:
@@ -114,17 +182,14 @@ def op_size(op: Op, leaves: Leaves) -> Any:
   One float32 scale per output channel, and one for the activations, where the
   format is scaled.
   """
-  shape = op.shape
+  channels = op.shape.channels * op.live(leaves, 'output_channels')
 
-  def weight_bits(f):
-    scales = _SCALE_BITS * shape.channels if f.scaled else 0
-    return f.bits * shape.weights + scales
-
-  def act_bits(f):
+  def scale_bits(f):
     return _SCALE_BITS if f.scaled else 0
 
-  weights = op.expected(leaves, weight_bits, lambda f: 1)
-  return weights + op.expected(leaves, lambda f: 1, act_bits)
+  weights = op_weights(op, leaves) * op.expected(leaves, _bits, lambda f: 1)
+  weight_scales = channels * op.expected(leaves, scale_bits, lambda f: 1)
+  return weights + weight_scales + op.expected(leaves, lambda f: 1, scale_bits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +200,14 @@ class Cost:
     kind: `bops`, `size` or `average_bits`.
     unit: how the numbers are printed.
     ops: the model's ops.
+    others: {path of a leaf: parameters that follow it}.
     constant: what no decision changes, in the unit.
   """
 
   kind: str
   unit: str
   ops: tuple[Op, ...]
+  others: Mapping[str, PerChannel]
   constant: float
 
   def of_op(self, op: Op, leaves: Leaves) -> Any:
@@ -149,19 +216,28 @@ class Cost:
       return op_gbops(op, leaves)
     if self.kind == 'size':
       return op_size(op, leaves) / 1e6
-    weights = sum(o.shape.weights for o in self.ops)
-    share = op.shape.weights / weights
-    return op.expected(leaves, _bits, lambda f: 1) * share
+    weights = sum(op_weights(o, leaves) for o in self.ops)
+    bits = op_weights(op, leaves) * op.expected(leaves, _bits, lambda f: 1)
+    return bits / weights
 
   def __call__(self, leaves: Leaves) -> Any:
     """Returns the (expected) cost of one-hot (or probability) `leaves`, []."""
-    return self.constant + sum(self.of_op(op, leaves) for op in self.ops)
+    cost = self.constant + sum(self.of_op(op, leaves) for op in self.ops)
+    for leaf, other in self.others.items():
+      live = _dot(leaves[leaf], other.channels.counts)
+      cost = cost + live * (other.params * _OTHER_BITS / 1e6)
+    return cost
 
 
 KINDS = {'bops': 'GBOPs', 'size': 'Mbit', 'average_bits': 'bits'}
 
 
-def make(kind: str, ops: tuple[Op, ...], params: int) -> Cost:
+def make(
+  kind: str,
+  ops: tuple[Op, ...],
+  params: int,
+  others: Mapping[str, PerChannel] = types.MappingProxyType({}),
+) -> Cost:
   """Returns a cost function.
 
   Args:
@@ -169,6 +245,7 @@ def make(kind: str, ops: tuple[Op, ...], params: int) -> Cost:
       32 bits, every other parameter) or `average_bits` (per weight).
     ops: the model's ops.
     params: number of all parameters, those outside the ops included.
+    others: {path of a leaf: parameters that follow it}.
 
   Raises:
     ValueError: for another kind.
@@ -179,30 +256,42 @@ def make(kind: str, ops: tuple[Op, ...], params: int) -> Cost:
     )
   if kind != 'bops':  # A shared layer works at each call, but is stored once.
     ops = {op.path: op for op in ops}.values()
-  others = params - sum(op.shape.weights for op in ops)
-  constant = 32 * others / 1e6 if kind == 'size' else 0.0
-  return Cost(kind, KINDS[kind], tuple(ops), constant)
+  constant = 0.0
+  if kind == 'size':
+    rest = params - sum(op.shape.weights + op.shape.spare for op in ops)
+    rest -= sum(other.allocated for other in others.values())
+    constant = _OTHER_BITS * rest / 1e6
+  else:
+    others = {}
+  return Cost(kind, KINDS[kind], tuple(ops), others, constant)
 
 
 def bounds(cost: Cost) -> tuple[float, float]:
   """Returns the cost of the cheapest and of the dearest architecture."""
   # The parts of an op's cost are products or sums of one term per leaf, and no
   # term is negative: each leaf decides for itself, whatever the others are.
+  first = {
+    op.leaf(name): _one_hot(0, len(menu))
+    for op in cost.ops
+    for name, menu in op.shape.leaves().items()
+  }
   extremes = []
   for pick in (min, max):
-    leaves = {
-      op.leaf(name): np.eye(len(menu), dtype=np.float32)[0]
-      for op in cost.ops
-      for name, menu in op.shape.leaves().items()
+    leaves = first | {
+      leaf: _one_hot(
+        other.channels.counts.index(pick(other.channels.counts)),
+        len(other.channels.counts),
+      )
+      for leaf, other in cost.others.items()
     }
     for op in cost.ops:
       for name, menu in op.shape.leaves().items():
+        one_hots = [_one_hot(i, len(menu)) for i in range(len(menu))]
         costs = [
           float(cost.of_op(op, leaves | {op.leaf(name): one_hot}))
-          for one_hot in np.eye(len(menu), dtype=np.float32)
+          for one_hot in one_hots
         ]
-        best = costs.index(pick(costs))
-        leaves[op.leaf(name)] = np.eye(len(menu), dtype=np.float32)[best]
+        leaves[op.leaf(name)] = one_hots[costs.index(pick(costs))]
     extremes.append(float(cost(leaves)))
   return extremes[0], extremes[1]
 
@@ -210,10 +299,15 @@ def bounds(cost: Cost) -> tuple[float, float]:
 def uniform(cost: Cost, numeric_format: str) -> float:
   """Returns the cost with every quantized side of every layer at one format.
 
-  The format need not be on the layers' menus: it is a yardstick for targets.
+  Sizes are the published ones. The format need not be on the layers' menus: it
+  is a yardstick for targets.
   """
   choice = (formats.parse(numeric_format),)
-  leaves, ops = {}, []
+  leaves = {
+    leaf: _one_hot(other.channels.published, len(other.channels.counts))
+    for leaf, other in cost.others.items()
+  }
+  ops = []
   for op in cost.ops:
     shape = dataclasses.replace(
       op.shape,
@@ -221,5 +315,13 @@ def uniform(cost: Cost, numeric_format: str) -> float:
       act_menu=op.shape.act_menu and choice,
     )
     ops.append(Op(op.path, shape))
-    leaves |= {op.leaf(name): np.ones(1) for name in shape.leaves()}
+    leaves |= {op.leaf(name): np.ones(1) for name in shape.format_leaves()}
+    leaves |= {
+      op.leaf(name): _one_hot(size.published, len(size.labels))
+      for name, size in shape.decided
+    }
   return float(dataclasses.replace(cost, ops=tuple(ops))(leaves))
+
+
+def _one_hot(index: int, size: int) -> np.ndarray:
+  return np.eye(size, dtype=np.float32)[index]

@@ -5,8 +5,12 @@ in which the one multiplication is replaced: both operands are put on the grid
 of a format that the `arch` collection chooses, the op runs on grid values with
 a float32 accumulator, and the scales are applied to its result.
 
+Where a layer is told that its sizes are decided about, dead input channels and
+dead taps of its kernel enter neither scales nor statistics.
+
 Collections, per layer:
-  arch: `format` [K] one-hot, or `weights` and `activations` [K].
+  arch: `format` [K] one-hot, or `weights` and `activations` [K]; where its sizes
+    are decided about, `input_channels`, `output_channels` and `kernel` [K].
   quant_stats: `mean`, `mean_square` [], running moments of the input; `count`
     [], batches seen; `active` [], whether activations are quantized yet; `clip`
     [K], threshold of each format as a multiple of the standard deviation.
@@ -27,8 +31,10 @@ import opt_einsum
 from fliqs_jax import clipping
 from fliqs_jax import cost_model
 from fliqs_jax import linear
+from fliqs_jax import live
 from fliqs_jax import quant_spec
 from fliqs_jax import quantize
+from fliqs_jax import sizes
 
 # Of the running moments. The first batches count in full: the weight of batch n
 # is max(1/n, 1 - decay), so the moments need no debiasing.
@@ -40,13 +46,28 @@ class QuantConv(nn.Conv):
 
   Attributes:
     spec: which formats the layer may use; matched against the layer's path.
+    input_channels: which of the input's channels are live; None: all.
+    output_channels: which of the output's channels will be.
+    kernel: how large the kernel is; `kernel_size` is the largest. `SAME`
+      padding only.
   """
 
   spec: quant_spec.QuantSpec = quant_spec.QuantSpec()
+  input_channels: sizes.Channels | None = None
+  output_channels: sizes.Channels | None = None
+  kernel: sizes.Kernel | None = None
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
-    """Applies the convolution: [..., H, W, C] to [..., H', W', features]."""
+    """Applies the convolution: [..., H, W, C] to [..., H', W', features].
+
+    Raises:
+      ValueError: a kernel of which the outermost taps see padding alone.
+    """
+    if self.kernel is not None:
+      _check_kernel(self, inputs.shape)
+      if self.kernel.has_branches:
+        return _branched_conv(self, inputs)
     return _with_op(self, nn.Conv, 'conv_general_dilated', _conv, inputs)
 
 
@@ -55,9 +76,13 @@ class QuantDense(nn.Dense):
 
   Attributes:
     spec: which formats the layer may use; matched against the layer's path.
+    input_channels: which of the input's channels are live; None: all.
+    output_channels: which of the output's channels will be.
   """
 
   spec: quant_spec.QuantSpec = quant_spec.QuantSpec()
+  input_channels: sizes.Channels | None = None
+  output_channels: sizes.Channels | None = None
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -131,32 +156,60 @@ class _Operands:
     self.choices = module.spec.choices('/'.join(module.path))
     # As in linen: what inputs and parameters promote to, unless given.
     self.dtype = module.dtype or jnp.result_type(inputs, module.param_dtype)
+    self.sizes = {
+      name: size
+      for name in ('input_channels', 'output_channels', 'kernel')
+      if (size := getattr(module, name, None)) is not None
+    }
+    self.leaves = {
+      name: live.leaf(module, name, size) for name, size in self.sizes.items()
+    }
 
   def __call__(
     self, x: jax.Array, w: jax.Array, contracted: tuple[int, ...]
   ) -> tuple[quantize.Quantized, quantize.Quantized]:
-    """Returns activations and weights on their grids.
+    """Returns activations and weights on their grids; see the two below."""
+    return self.activations(x), self.weights(w, contracted)
+
+  def weights(
+    self, w: jax.Array, contracted: tuple[int, ...]
+  ) -> quantize.Quantized:
+    """Returns weights on their grid, zero where they are dead.
 
     Args:
-      x: [...] activations, float32.
       w: [...] weights, float32.
       contracted: axes of `w` that the op sums over; the others are channels.
     """
-    x = quantize.unquantized(x.astype(jnp.float32))
-    w = quantize.unquantized(w.astype(jnp.float32))
+    w = w.astype(jnp.float32)
+    alive = self._alive(w.shape)
+    if alive is not None:
+      w = jnp.where(alive, w, 0.0)
+    w = quantize.unquantized(w)
     if (menu := self.choices.weights) is not None:
       one_hot = self._decision('weights')
       # Initialisation wants variables, not values: this halves its program.
       if not self.module.is_initializing():
-        w = self._weights(w.values, contracted, menu, one_hot)
+        w = self._weights(w.values, alive, contracted, menu, one_hot)
+    return self._compute_dtype(w)
+
+  def activations(self, x: jax.Array) -> quantize.Quantized:
+    """Returns activations [...] on their grid, float32 or the layer's dtype."""
+    x = quantize.unquantized(x.astype(jnp.float32))
     if (menu := self.choices.activations) is not None:
       one_hot, stats = self._decision('activations'), self._statistics(menu)
       if not self.module.is_initializing():
         x = self._activations(x.values, menu, one_hot, stats)
-    return self._compute_dtype(x), self._compute_dtype(w)
+    return self._compute_dtype(x)
 
-  def record(self, kind: str, macs: int, weights: int, channels: int) -> None:
-    """Sows what the op costs."""
+  def record(
+    self,
+    kind: str,
+    macs: int,
+    weights: int,
+    channels: int,
+    spare: int = 0,
+  ) -> None:
+    """Sows what the op costs; `spare` weights are those of other branches."""
     shape = cost_model.OpShape(
       kind=kind,
       macs=macs,
@@ -165,8 +218,14 @@ class _Operands:
       weight_menu=self.choices.weights,
       act_menu=self.choices.activations,
       tied=self.choices.tied,
+      decided=tuple(self.sizes.items()),
+      spare=spare,
     )
     self.module.sow('cost', 'ops', shape)
+    outputs = self.sizes.get('output_channels')
+    if outputs is not None and self.module.use_bias:
+      bias = cost_model.PerChannel('output_channels', outputs, 1)
+      self.module.sow('cost', 'others', bias)
 
   def _decision(self, side: str) -> jax.Array:
     leaf = 'format' if self.choices.tied else side
@@ -176,14 +235,38 @@ class _Operands:
       self.module.variable('arch', leaf, jax.nn.one_hot, 0, size)
     return self.module.get_variable('arch', leaf)
 
-  def _weights(self, w, contracted, menu, one_hot):
+  def _several(self, name: str) -> sizes.Channels | sizes.Kernel | None:
+    """Returns a size of the layer if there is more than one to pick."""
+    size = self.sizes.get(name)
+    return size if size is not None and len(size.labels) > 1 else None
+
+  def _alive(self, shape: tuple[int, ...]) -> jax.Array | None:
+    """Returns which weights are live, to broadcast; None: all."""
+    alive = None
+    # A depthwise kernel has no axis of input channels.
+    if (channels := self._several('input_channels')) and shape[-2] > 1:
+      if channels.size != shape[-2]:
+        raise ValueError(
+          f'{"/".join(self.module.path)}: {channels.decision} is of a tensor of '
+          f'{channels.size} channels, but the kernel takes {shape[-2]}'
+        )
+      alive = live.mask(self.leaves['input_channels'], channels)[:, None]
+    kernel = self._several('kernel')
+    if kernel and not kernel.has_branches:
+      size = _pick(self.leaves['kernel'], jnp.asarray(kernel.labels))
+      near = jnp.abs(jnp.arange(kernel.size) - kernel.size // 2) <= size // 2
+      near = (near[:, None] & near[None, :])[:, :, None, None]
+      alive = near if alive is None else alive & near
+    return alive
+
+  def _weights(self, w, alive, contracted, menu, one_hot):
     peak = jnp.max(jnp.abs(w), axis=contracted, keepdims=True)
     multiples = clipping.multiples(self.spec.weight_clip, menu)
     if any(math.isfinite(m) for m in multiples):
       multiple = _pick(one_hot, jnp.asarray(multiples))
-      peak = jnp.minimum(
-        peak, multiple * jnp.std(w, axis=contracted, keepdims=True)
-      )
+      where = None if alive is None else jnp.broadcast_to(alive, w.shape)
+      std = jnp.std(w, axis=contracted, keepdims=True, where=where)
+      peak = jnp.minimum(peak, multiple * std)
     return quantize.quantize(w, quantize.select(menu, one_hot), peak)
 
   def _statistics(self, menu) -> dict[str, nn.Variable]:
@@ -204,8 +287,14 @@ class _Operands:
       count.value += 1
       weight = jnp.maximum(1.0 / count.value, 1.0 - _STATS_DECAY)
       seen = lax.stop_gradient(x)
-      mean.value += weight * (jnp.mean(seen) - mean.value)
-      square.value += weight * (jnp.mean(seen * seen) - square.value)
+      first, second = jnp.mean(seen), jnp.mean(seen * seen)
+      if channels := self._several('input_channels'):
+        # Dead channels are zero: they count in the means' denominator alone.
+        number = live.number(self.leaves['input_channels'], channels)
+        dense = x.shape[-1] / number
+        first, second = first * dense, second * dense
+      mean.value += weight * (first - mean.value)
+      square.value += weight * (second - square.value)
     std = jnp.sqrt(jnp.maximum(square.value - mean.value**2, 0.0))
     threshold = _pick(one_hot, stats['clip'].value) * std
     quantized = quantize.quantize(x, quantize.select(menu, one_hot), threshold)
@@ -263,12 +352,87 @@ def _conv(
 ) -> jax.Array:
   """`lax.conv_general_dilated` with quantized operands; channels last."""
   x, w = operands(lhs, rhs, tuple(range(rhs.ndim - 1)))
+  y = _convolved(x, w, window_strides, padding, **kwargs)
+  operands.record('conv', y.size * rhs[..., 0].size, rhs.size, rhs.shape[-1])
+  return y
+
+
+def _convolved(x, w, window_strides, padding, **kwargs) -> jax.Array:
   y = linear.conv_general_dilated(
     x.values, w.values, window_strides, padding, **kwargs
   )
-  operands.record('conv', y.size * rhs[..., 0].size, rhs.size, rhs.shape[-1])
   y = quantize.rescale(y, x.scale, w.scale)
   return linear.computed_once(y, w.scale)
+
+
+def _check_kernel(module: QuantConv, shape: tuple[int, ...]) -> None:
+  """Refuses sizes of a kernel that the layer cannot have."""
+  kernel, path = module.kernel, '/'.join(module.path)
+  if module.padding != 'SAME':
+    raise ValueError(
+      f'{path}: padding={module.padding!r} fits kernels of one size; a kernel '
+      "that is decided about needs 'SAME'"
+    )
+  height, width = shape[-3:-1]
+  if len(kernel.labels) > 1 and kernel.size > 2 * min(height, width) - 1:
+    raise ValueError(
+      f'{path}: on a map of {height}x{width} the outermost taps of a kernel of '
+      f'{kernel.size} see nothing but padding; leave {kernel.size} out of '
+      f'sizes.kernels={kernel.labels} or use larger images'
+    )
+
+
+def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
+  """A convolution with a kernel of its own for each size, one of them used.
+
+  Where the leaf is no one-hot, all are, weighted by it (the warm-up of TuNAS).
+  """
+  operands = _Operands(module, inputs)
+  leaf, labels = operands.leaves['kernel'], module.kernel.labels
+  groups = module.feature_group_count
+  shape = (inputs.shape[-1] // groups, module.features)
+  kernels = [
+    module.param(
+      f'kernel{k}', module.kernel_init, (k, k, *shape), module.param_dtype
+    )
+    for k in labels
+  ]
+  x = operands.activations(inputs)
+  strides = module.strides or 1
+  window = (strides, strides) if isinstance(strides, int) else tuple(strides)
+
+  def branch(kernel):
+    w = operands.weights(kernel, (0, 1, 2))
+    return _convolved(
+      x,
+      w,
+      window,
+      module.padding,
+      lhs_dilation=(1, 1),
+      rhs_dilation=(1, 1),
+      dimension_numbers=linear.IMAGES,
+      feature_group_count=groups,
+      precision=module.precision,
+    )
+
+  if module.is_initializing():
+    largest = kernels[labels.index(module.kernel.size)]
+    y = branch(largest)
+    operands.record(
+      'conv',
+      macs=y.size * largest[..., 0].size,
+      weights=largest.size,
+      channels=module.features,
+      spare=sum(kernel.size for kernel in kernels) - largest.size,
+    )
+  else:
+    one = [functools.partial(branch, kernel) for kernel in kernels]
+    every = lambda: sum(p * b() for p, b in zip(leaf, one))
+    index = jnp.where(leaf.max() > 0.5, jnp.argmax(leaf), len(labels))
+    y = lax.switch(index, [*one, every])
+  if module.use_bias:
+    y += module.param('bias', module.bias_init, (module.features,))
+  return y.astype(operands.dtype)
 
 
 def _dot_general(

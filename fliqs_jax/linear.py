@@ -16,7 +16,7 @@ from jax import lax
 import jax.numpy as jnp
 
 # Linen's: channels last.
-_IMAGES = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+IMAGES = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 
 def conv_general_dilated(
@@ -48,7 +48,7 @@ def conv_general_dilated(
     [N, H', W', features] float32.
   """
   plain = set(lhs_dilation) | set(rhs_dilation) == {1}
-  if _on_cpu() and plain and dimension_numbers == _IMAGES:
+  if _on_cpu() and plain and dimension_numbers == IMAGES:
     size, kernel, channels = lhs.shape[1:3], rhs.shape[:2], lhs.shape[3]
     if isinstance(padding, str):
       padding = lax.padtype_to_pads(size, kernel, window_strides, padding)

@@ -1,5 +1,7 @@
 """Trees of decisions: what a model leaves open, found by tracing it.
 
+Formats, numbers of channels and sizes of kernels are all decisions.
+
 A policy or an architecture here is a dict {decision: [K] leaf}; the `arch`
 collection that the model reads holds a leaf per layer. Where every decision
 governs one layer the two are the same tree; `expand` is the step between.
@@ -20,31 +22,49 @@ import numpy as np
 from fliqs_jax import cost_model
 from fliqs_jax import formats
 from fliqs_jax import quant_spec
+from fliqs_jax import sizes as sizes_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-  """One choice among K formats.
+  """One choice among K formats, numbers of channels or sizes of a kernel.
 
   Attributes:
-    name: the layer's path, with `/weights` or `/activations` where the layer
-      has two decisions, or the group's name.
-    menu: the K formats.
+    name: of a format the layer's path, with `/weights` or `/activations` where
+      the layer has two, or the group's name; of a size what the network calls
+      it, with `/channels` or `/kernel`.
+    menu: what it picks from: formats or whole numbers.
     leaves: paths of the leaves of `arch` that follow this decision.
+    has_branches: whether weights of its own belong to each entry of the menu,
+      to be warmed up together.
   """
 
   name: str
-  menu: tuple[formats.NumericFormat, ...]
+  menu: tuple[formats.NumericFormat | int, ...]
   leaves: tuple[str, ...]
+  has_branches: bool = False
 
-  def one_hot(self, name: str) -> np.ndarray:
-    """Returns [K] float32 with a one at the format called `name`."""
-    names = [f.name for f in self.menu]
-    if name not in names:
+  @property
+  def kind(self) -> str:
+    """`format`, `channels` or `kernel`."""
+    if isinstance(self.menu[0], formats.NumericFormat):
+      return 'format'
+    return self.name.rpartition('/')[2]
+
+  @property
+  def labels(self) -> tuple[str | int, ...]:
+    """The menu as an arch.json has it: names of formats, numbers."""
+    return tuple(getattr(entry, 'name', entry) for entry in self.menu)
+
+  def one_hot(self, label: str | int) -> np.ndarray:
+    """Returns [K] float32 with a one at the entry called `label`."""
+    if label not in self.labels:
       raise ValueError(
-        f'{name} is not on the menu of {self.name}: {", ".join(names)}'
+        f'{label} is not on the menu of {self.name}: '
+        f'{", ".join(map(str, self.labels))}'
       )
-    return np.eye(len(names), dtype=np.float32)[names.index(name)]
+    index = self.labels.index(label)
+    return np.eye(len(self.menu), dtype=np.float32)[index]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +72,22 @@ class SearchSpace:
   """What a model leaves open.
 
   Attributes:
-    decisions: in the order in which the model calls its layers.
+    decisions: formats, in the order in which the model calls its layers, then
+      sizes.
     ops: the model's ops, quantized or not, in that order.
     params: number of the model's parameters.
+    others: {path of a leaf: parameters outside of ops that follow it}.
+    published: {decision: index of its menu's entry that was published}, of
+      sizes.
   """
 
   decisions: tuple[Decision, ...]
   ops: tuple[cost_model.Op, ...]
   params: int
+  others: Mapping[str, cost_model.PerChannel] = dataclasses.field(
+    default_factory=dict
+  )
+  published: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def size(self) -> float:
@@ -68,12 +96,12 @@ class SearchSpace:
 
   @property
   def is_fixed(self) -> bool:
-    """Whether nothing is open: every menu has one format."""
+    """Whether nothing is open: every menu has one entry."""
     return all(len(d.menu) == 1 for d in self.decisions)
 
   def cost(self, kind: str) -> cost_model.Cost:
     """Returns the model's cost function: `bops`, `size` or `average_bits`."""
-    return cost_model.make(kind, self.ops, self.params)
+    return cost_model.make(kind, self.ops, self.params, self.others)
 
   def relative_cost(self, cost: cost_model.Cost, target: float) -> Callable:
     """Returns {decision: [K]} -> (expected) cost / target."""
@@ -92,17 +120,23 @@ class SearchSpace:
     return traverse_util.unflatten_dict(self.leaves(choices), sep='/')
 
   def uniform(self, name: str) -> dict[str, np.ndarray]:
-    """Returns the architecture with one format everywhere.
+    """Returns the architecture with one format everywhere, of published size.
 
     Layers fixed to another format keep theirs.
 
     Raises:
       ValueError: an open decision does not have the format on its menu.
     """
-    return {
-      d.name: np.ones(1, np.float32) if len(d.menu) == 1 else d.one_hot(name)
-      for d in self.decisions
-    }
+
+    def choice(decision):
+      if len(decision.menu) == 1:
+        return np.ones(1, np.float32)
+      if decision.kind == 'format':
+        return decision.one_hot(name)
+      published = self.published[decision.name]
+      return decision.one_hot(decision.menu[published])
+
+    return {d.name: choice(d) for d in self.decisions}
 
   def only(self) -> dict[str, np.ndarray]:
     """Returns the one architecture of a space with nothing open.
@@ -115,20 +149,27 @@ class SearchSpace:
     return {d.name: np.ones(1, np.float32) for d in self.decisions}
 
   def choices(
-    self, assignment: Mapping[str, tuple[str | None, str | None]]
+    self,
+    assignment: Mapping[str, tuple[str | None, str | None]],
+    sizes: Mapping[str, int],
   ) -> dict[str, np.ndarray]:
     """Returns the architecture that an assignment in names describes.
 
     Args:
       assignment: {layer: (weights, activations)}, as `assignment` returns it.
+      sizes: {decision: number}, as `sizes` returns it.
 
     Raises:
-      ValueError: layers are missing or surplus, a format is not on its menu, or
-        layers that share a decision differ.
+      ValueError: layers or sizes are missing or surplus, a format or a number
+        is not on its menu, or layers that share a decision differ.
     """
     quant_spec.check_layers([op.path for op in self.ops], assignment)
+    self.check_sizes(sizes)
     result: dict[str, np.ndarray] = {}
     for decision in self.decisions:
+      if decision.kind != 'format':
+        result[decision.name] = decision.one_hot(sizes[decision.name])
+        continue
       for leaf in decision.leaves:
         path, _, side = leaf.rpartition('/')
         name = assignment[path][side == 'activations']
@@ -157,6 +198,8 @@ class SearchSpace:
     """
     chosen = {}
     for decision in self.decisions:
+      if decision.kind != 'format':
+        continue
       name = decision.menu[int(np.argmax(choices[decision.name]))].name
       chosen |= dict.fromkeys(decision.leaves, name)
     result = {}
@@ -167,6 +210,32 @@ class SearchSpace:
         chosen.get(op.leaf('activations'), tied),
       )
     return result
+
+  def sizes(self, choices: Mapping[str, Any]) -> dict[str, int]:
+    """Returns {decision: number} of channels and kernels.
+
+    Args:
+      choices: {decision: [K]}; of each the largest entry counts.
+    """
+    return {
+      d.name: d.menu[int(np.argmax(choices[d.name]))]
+      for d in self.decisions
+      if d.kind != 'format'
+    }
+
+  def check_sizes(self, sizes: Mapping[str, int]) -> None:
+    """Checks that sizes are for just the decisions that there are.
+
+    Raises:
+      ValueError: naming those that are missing and those that are surplus.
+    """
+    own = {d.name for d in self.decisions if d.kind != 'format'}
+    if own != set(sizes):
+      raise ValueError(
+        'the sizes of arch.json do not fit the model: it misses '
+        f'{", ".join(sorted(own - set(sizes))) or "none"} and names '
+        f'{", ".join(sorted(set(sizes) - own)) or "none"} that the model lacks'
+      )
 
 
 def find(
@@ -222,7 +291,14 @@ def find(
   params = sum(
     math.prod(p.shape) for p in jax.tree.leaves(variables.get('params', {}))
   )
-  return SearchSpace(_decisions(ops, spec), ops, params)
+  picked = _picked(variables.get('sizes', {}), calls)
+  return SearchSpace(
+    decisions=_decisions(ops, spec) + _size_decisions(picked),
+    ops=ops,
+    params=params,
+    others=_others(cost),
+    published={size.decision: size.published for size in picked.values()},
+  )
 
 
 def _flat(tree: Mapping) -> dict[str, Any]:
@@ -231,10 +307,10 @@ def _flat(tree: Mapping) -> dict[str, Any]:
 
 def _ops(cost: Mapping, calls: list[str]) -> tuple[cost_model.Op, ...]:
   order = {path: i for i, path in reversed(list(enumerate(calls)))}
-  shapes = _flat(cost)
   ops = [
     cost_model.Op(path.removesuffix('ops').rstrip('/'), shape)
-    for path, sown in shapes.items()
+    for path, sown in _flat(cost).items()
+    if path.rpartition('/')[2] == 'ops'
     for shape in sown  # A shared layer is counted once per call.
   ]
   return tuple(sorted(ops, key=lambda op: order[op.path]))
@@ -246,7 +322,7 @@ def _decisions(
   decisions: dict[str, Decision] = {}
   paths = [op.path for op in ops]
   for op in ops:
-    names = op.shape.leaves()
+    names = op.shape.format_leaves()
     for leaf, menu in names.items():
       suffix = f'/{leaf}' if len(names) > 1 else ''
       name = op.path + suffix
@@ -268,4 +344,43 @@ def _decisions(
       path = op.leaf(leaf)
       leaves = known.leaves + ((path,) if path not in known.leaves else ())
       decisions[name] = Decision(name, menu, leaves)
+  return tuple(decisions.values())
+
+
+def _others(cost: Mapping) -> dict[str, cost_model.PerChannel]:
+  """Returns {path of a leaf: parameters that follow it}."""
+  return {
+    '/'.join((path.rpartition('/')[0], other.leaf)): other
+    for path, (other, *_) in _flat(cost).items()
+    if path.rpartition('/')[2] == 'others'
+  }
+
+
+def _picked(
+  recorded: Mapping, calls: list[str]
+) -> dict[str, sizes_lib.Channels | sizes_lib.Kernel]:
+  """Returns {path of a leaf: what it picks from}, in order of calls."""
+  order = {path: i for i, path in reversed(list(enumerate(calls)))}
+  found = {path: first for path, (first, *_) in _flat(recorded).items()}
+  return dict(
+    sorted(found.items(), key=lambda item: order[item[0].rpartition('/')[0]])
+  )
+
+
+def _size_decisions(
+  picked: Mapping[str, sizes_lib.Channels | sizes_lib.Kernel],
+) -> tuple[Decision, ...]:
+  decisions: dict[str, Decision] = {}
+  for leaf, size in picked.items():
+    has_branches = getattr(size, 'has_branches', False)
+    new = Decision(size.decision, size.labels, (), has_branches)
+    known = decisions.get(size.decision, new)
+    if known.menu != size.labels:
+      raise ValueError(
+        f'{leaf} picks from {size.labels}, but shares the decision '
+        f'{size.decision} with {known.leaves[0]}, which picks from {known.menu}'
+      )
+    decisions[size.decision] = dataclasses.replace(
+      known, leaves=(*known.leaves, leaf)
+    )
   return tuple(decisions.values())

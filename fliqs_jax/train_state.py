@@ -70,7 +70,7 @@ def create(
   model_state = {
     name: collection
     for name, collection in variables.items()
-    if name not in ('arch', 'cost')
+    if name not in ('arch', 'cost', 'sizes')
   }
   return TrainState(
     step=jnp.zeros((), jnp.int32),
