@@ -314,9 +314,7 @@ def _mobilenet_macs():
 
 def test_uniform_mobilenets_cost_what_the_paper_says():
   spec = quant_spec.QuantSpec()
-  model = models.build(
-    dict(name='mobilenetv2', width=1.0, dropout=0.2), 1000, spec
-  )
+  model = models.build(models.published('mobilenetv2'), 1000, spec)
   image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
   space = search_space.find(model, image, spec=spec, train=False)
   # A stem, one block of 2 layers, 16 of 3, a top, a head; 17 depthwise.

@@ -423,9 +423,7 @@ def test_finding_allocates_nothing():
 
 def test_mobilenet_at_224_is_found_from_shapes():
   spec = quant_spec.QuantSpec(exclude=('stem',))
-  model = models.build(
-    dict(name='mobilenetv2', width=1.0, dropout=0.2), 1000, spec
-  )
+  model = models.build(models.published('mobilenetv2'), 1000, spec)
   live = len(jax.live_arrays())
   image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
   space = search_space.find(model, image, spec=spec, train=False)
