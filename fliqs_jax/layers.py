@@ -210,6 +210,14 @@ class _Operands:
     spare: int = 0,
   ) -> None:
     """Sows what the op costs; `spare` weights are those of other branches."""
+    # Each group sees its own inputs: a depthwise op grows with its channels
+    # once.
+    grouped = getattr(self.module, 'feature_group_count', 1) > 1
+    scaling = {
+      name: size
+      for name, size in self.sizes.items()
+      if not (grouped and name == 'input_channels')
+    }
     shape = cost_model.OpShape(
       kind=kind,
       macs=macs,
@@ -218,7 +226,7 @@ class _Operands:
       weight_menu=self.choices.weights,
       act_menu=self.choices.activations,
       tied=self.choices.tied,
-      decided=tuple(self.sizes.items()),
+      decided=tuple(scaling.items()),
       spare=spare,
     )
     self.module.sow('cost', 'ops', shape)

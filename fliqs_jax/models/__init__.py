@@ -8,6 +8,7 @@ import flax.linen as nn
 
 from fliqs_jax import layers
 from fliqs_jax import quant_spec
+from fliqs_jax import sizes as sizes_lib
 from fliqs_jax.models import deit
 from fliqs_jax.models import efficientnet
 from fliqs_jax.models import inception_v3
@@ -51,7 +52,7 @@ MODELS: dict[str, Network] = {
 }
 
 # What `build` itself gives a model; not keys of a config.
-_GIVEN = ('conv', 'dense', 'num_classes', 'parent', 'name')
+_GIVEN = ('conv', 'dense', 'num_classes', 'sizes', 'parent', 'name')
 
 
 def published(name: str) -> dict[str, Any]:
@@ -76,7 +77,10 @@ def unquantized(name: str) -> tuple[str, ...]:
 
 
 def build(
-  config: Mapping[str, Any], num_classes: int, spec: quant_spec.QuantSpec
+  config: Mapping[str, Any],
+  num_classes: int,
+  spec: quant_spec.QuantSpec,
+  sizes: sizes_lib.Sizes = sizes_lib.Sizes(),
 ) -> nn.Module:
   """Returns the network that a config names, with quantized layers.
 
@@ -85,9 +89,11 @@ def build(
       network.
     num_classes: size of its output.
     spec: which formats its layers may use.
+    sizes: which of its sizes are open.
 
   Raises:
-    ValueError: unknown name, unknown or missing keys.
+    ValueError: unknown name, unknown or missing keys, sizes that the network
+      cannot leave open.
   """
   keys = dict(config)
   name = keys.pop('name', None)
@@ -102,8 +108,14 @@ def build(
     num_classes=num_classes,
     conv=layers.with_spec(layers.QuantConv, spec),
     dense=layers.with_spec(layers.QuantDense, spec),
+    sizes=sizes,
   )
   fields = network.module.__dataclass_fields__
+  if sizes != sizes_lib.Sizes() and 'sizes' not in fields:
+    raise ValueError(
+      f'model {name} has no sizes to decide about; set sizes.widths and '
+      'sizes.kernels to ()'
+    )
   given = {field: value for field, value in given.items() if field in fields}
   return network.module(**keys, **network.fixed, **given)
 

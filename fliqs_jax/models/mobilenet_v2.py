@@ -5,6 +5,7 @@ channel count, the stem's included, is `make_divisible(c * width, 8)`, and the
 last 1x1 convolution never shrinks below 1280. 53 layers, 17 of them depthwise.
 """
 
+from collections.abc import Sequence
 import functools
 import math
 from typing import Any, ClassVar
@@ -12,15 +13,20 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 
-# Expansion, channels, blocks, stride of the first block.
+from fliqs_jax import live
+from fliqs_jax import sizes as sizes_lib
+
+between = sizes_lib.between
+
+# Expansion, channels, blocks.
 _STAGES = (
-  (1, 16, 1, 1),
-  (6, 24, 2, 2),
-  (6, 32, 3, 2),
-  (6, 64, 4, 2),
-  (6, 96, 3, 1),
-  (6, 160, 3, 2),
-  (6, 320, 1, 1),
+  (1, 16, 1),
+  (6, 24, 2),
+  (6, 32, 3),
+  (6, 64, 4),
+  (6, 96, 3),
+  (6, 160, 3),
+  (6, 320, 1),
 )
 
 
@@ -33,12 +39,19 @@ def make_divisible(channels: float, divisor: int = 8) -> int:
 class MobileNetV2(nn.Module):
   """Inverted bottlenecks with linear projections.
 
+  Open sizes (section 6): the channels of each stage, which its residual blocks
+  share, and the kernel of each depthwise convolution. Expanded channels follow
+  those that are expanded.
+
   Attributes:
     num_classes: size of the output.
     width: multiplier of all channels.
     depth: multiplier of the blocks of a stage, rounded up; not 1 only in tests
       and smoke runs.
+    strides: of the stem and of the first block of each stage; others than the
+      published ones are for small images.
     dropout: rate before the classifier.
+    sizes: which sizes are open.
     conv: constructor of convolutions.
     dense: constructor of dense layers.
   """
@@ -48,7 +61,9 @@ class MobileNetV2(nn.Module):
   num_classes: int
   width: float = 1.0
   depth: float = 1.0
+  strides: Sequence[int] = (2, 1, 2, 2, 2, 1, 2, 1)
   dropout: float = 0.2
+  sizes: sizes_lib.Sizes = sizes_lib.Sizes()
   conv: Any = nn.Conv
   dense: Any = nn.Dense
 
@@ -58,13 +73,18 @@ class MobileNetV2(nn.Module):
         f'model.width={self.width} and model.depth={self.depth} must be '
         'positive'
       )
+    if len(self.strides) != 1 + len(_STAGES) or min(self.strides) < 1:
+      raise ValueError(
+        f'model.strides={tuple(self.strides)} must be {1 + len(_STAGES)} '
+        'positive numbers: of the stem and of each stage'
+      )
     super().__post_init__()
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns logits [N, num_classes] of images [N, H, W, 3]."""
     norm = functools.partial(
-      nn.BatchNorm,
+      live.BatchNorm,
       use_running_average=not train,
       momentum=0.99,
       epsilon=1e-3,
@@ -74,27 +94,38 @@ class MobileNetV2(nn.Module):
       use_bias=False,
       kernel_init=nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
     )
-    x = conv(make_divisible(32 * self.width), (3, 3), 2, name='stem')(x)
-    x = nn.relu6(norm(name='stem_norm')(x))
-    for stage, (expansion, channels, blocks, stride) in enumerate(_STAGES):
+    channels = sizes_lib.constant(make_divisible(32 * self.width))
+    x = conv(channels.size, (3, 3), self.strides[0], name='stem')(x)
+    x = nn.relu6(norm(channels=channels, name='stem_norm')(x))
+    for stage, (expansion, filters, blocks) in enumerate(_STAGES):
+      outputs = self.sizes.channels(
+        f'stage{stage}', make_divisible(filters * self.width), make_divisible
+      )
       for block in range(math.ceil(blocks * self.depth)):
+        name = f'stage{stage}_block{block}'
         x = _InvertedBottleneck(
-          make_divisible(channels * self.width),
+          channels,
+          outputs,
+          self.sizes.kernel(name, 3),
           expansion,
-          stride if block == 0 else 1,
+          self.strides[1 + stage] if block == 0 else 1,
           conv,
           norm,
-          name=f'stage{stage}_block{block}',
+          name=name,
         )(x)
-    x = conv(make_divisible(1280 * max(1, self.width)), (1, 1), name='top')(x)
-    x = nn.relu6(norm(name='top_norm')(x))
+        channels = outputs
+    top = sizes_lib.constant(make_divisible(1280 * max(1, self.width)))
+    x = between(conv, channels, top)(kernel_size=(1, 1), name='top')(x)
+    x = nn.relu6(norm(channels=top, name='top_norm')(x))
     x = x.mean(axis=(1, 2))
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     return self.dense(self.num_classes, name='head')(x)
 
 
 class _InvertedBottleneck(nn.Module):
-  channels: int
+  inputs: sizes_lib.Channels
+  outputs: sizes_lib.Channels
+  kernel: sizes_lib.Kernel
   expansion: int
   strides: int
   conv: Any
@@ -103,18 +134,17 @@ class _InvertedBottleneck(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     residual = x
-    expanded = self.expansion * x.shape[-1]
+    hidden = self.inputs.scaled(lambda count: self.expansion * count)
     if self.expansion > 1:
-      x = self.conv(expanded, (1, 1), name='expand')(x)
-      x = nn.relu6(self.norm(name='expand_norm')(x))
-    x = self.conv(
-      expanded,
-      (3, 3),
-      self.strides,
-      feature_group_count=expanded,
-      name='depthwise',
+      expand = between(self.conv, self.inputs, hidden)
+      x = expand(kernel_size=(1, 1), name='expand')(x)
+      x = nn.relu6(self.norm(channels=hidden, name='expand_norm')(x))
+    depthwise = between(self.conv, hidden, hidden, self.kernel)
+    x = depthwise(
+      strides=self.strides, feature_group_count=hidden.size, name='depthwise'
     )(x)
-    x = nn.relu6(self.norm(name='depthwise_norm')(x))
-    x = self.conv(self.channels, (1, 1), name='project')(x)
-    x = self.norm(name='project_norm')(x)
+    x = nn.relu6(self.norm(channels=hidden, name='depthwise_norm')(x))
+    project = between(self.conv, hidden, self.outputs)
+    x = project(kernel_size=(1, 1), name='project')(x)
+    x = self.norm(channels=self.outputs, name='project_norm')(x)
     return x + residual if residual.shape == x.shape else x
