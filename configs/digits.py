@@ -68,6 +68,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     act_start=0.15,
     arch=arg.arch,
   )
+  config.sizes = dict(widths=(), kernels=(), kernel_weights='branches')
   config.cost = dict(kind='bops', target=arg.target, relative_to='INT4')
   config.search = config_lib.search_keys(arg.preset, steps, arg.gamma)
   config.optimizer = dict(

@@ -147,6 +147,7 @@ def recipe(
     act_start=start,
     arch=arg.arch,
   )
+  config.sizes = dict(widths=(), kernels=(), kernel_weights='branches')
   config.cost = dict(kind='bops', target=arg.target, relative_to='INT4')
   config.search = config_lib.search_keys(arg.preset, steps, arg.gamma)
   config.optimizer = dict(optimizer, warmup=warmup_epochs / epochs)

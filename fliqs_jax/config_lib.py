@@ -148,6 +148,11 @@ _SCHEMA: dict[str, Any] = {
     'act_start': _number(0, 1),
     'arch': _of_type(str),
   },
+  'sizes': {
+    'widths': _LIST,
+    'kernels': _LIST,
+    'kernel_weights': _of_type(str),
+  },
   'cost': {
     'kind': _of_type(str),
     'target': _number(0),

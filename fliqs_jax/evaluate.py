@@ -104,8 +104,10 @@ def evaluate(
     )
   state = restored.state
   if arch:
-    assigned = experiment_lib.assignment(experiment_lib.read_arch(arch))
-    choices = experiment.space.choices(assigned)
+    content = experiment_lib.read_arch(arch)
+    choices = experiment.space.choices(
+      experiment_lib.assignment(content), content['sizes']
+    )
   elif numeric_format:
     choices = experiment.space.uniform(numeric_format)
   else:

@@ -26,6 +26,7 @@ from fliqs_jax import optimizers
 from fliqs_jax import quant_spec
 from fliqs_jax import schedules
 from fliqs_jax import search_space
+from fliqs_jax import sizes as sizes_lib
 from fliqs_jax import train_state
 
 # A task is a module that says what is learnt and how it is judged.
@@ -117,13 +118,18 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   )
   optimizer = _optimizer(config, phases.steps)
   task = _task(config)
-  spec = _spec(config.quant)
+  arch = read_arch(config.quant.arch) if config.quant.arch else None
+  spec = _spec(config.quant, arch)
   streams = data.make_streams(config.data, config.seed)
   mix = _mixing(config, streams)
-  model = models.build(config.model, streams.num_classes, spec)
+  sizes = _sizes(config.sizes, arch)
+  model = models.build(config.model, streams.num_classes, spec, sizes)
   _check_inputs(config, model, streams)
   _check_outputs(config, task, model, streams)
   space = search_space.find(model, _example(streams), spec=spec, train=False)
+  if arch is not None:
+    space.check_sizes(arch['sizes'])
+  _check_sizes(config, space)
   cost = space.cost(config.cost.kind)
   target = _target(config.cost, cost, space)
   controller = _controller(config, space, cost, target, phases)
@@ -162,12 +168,13 @@ def read_arch(path: str | pathlib.Path) -> dict[str, Any]:
     layers, mode = content['layers'], content['mode']
     for sides in layers.values():
       sides['weights'], sides['activations']
+    dict(content['sizes'])
   except OSError as error:
     raise ValueError(f'{path} cannot be read: {error.strerror}') from None
   except (ValueError, KeyError, TypeError, AttributeError):
     raise ValueError(
-      f'{path} is no arch.json: it needs "mode" and "layers", each layer with '
-      '"weights" and "activations"'
+      f'{path} is no arch.json: it needs "mode", "sizes" and "layers", each '
+      'layer with "weights" and "activations"'
     ) from None
   return content | dict(mode=mode)
 
@@ -180,10 +187,42 @@ def assignment(arch: Mapping[str, Any]) -> dict[str, tuple]:
   }
 
 
-def _spec(quant: ml_collections.ConfigDict) -> quant_spec.QuantSpec:
+def _sizes(
+  keys: ml_collections.ConfigDict, arch: Mapping[str, Any] | None
+) -> sizes_lib.Sizes:
+  if arch is None:
+    return sizes_lib.Sizes(keys.widths, keys.kernels, keys.kernel_weights)
+  if keys.widths or keys.kernels:
+    raise ValueError(
+      'quant.arch fixes every size; sizes.widths and sizes.kernels must be '
+      'empty with it'
+    )
+  return sizes_lib.Sizes(found=arch['sizes'])
+
+
+def _check_sizes(config, space: search_space.SearchSpace) -> None:
+  kinds = {d.kind for d in space.decisions}
+  for key, kind in (('widths', 'channels'), ('kernels', 'kernel')):
+    if config.sizes[key] and kind not in kinds:
+      raise ValueError(
+        f'sizes.{key}={config.sizes[key]}: model {config.model.name} has none '
+        'to decide about; set it to ()'
+      )
+  open_sizes = any(
+    d.kind != 'format' and len(d.menu) > 1 for d in space.decisions
+  )
+  if open_sizes and config.cost.kind == 'average_bits':
+    raise ValueError(
+      "cost.kind='average_bits' says nothing about sizes; use 'bops' or 'size' "
+      'where they are open'
+    )
+
+
+def _spec(
+  quant: ml_collections.ConfigDict, arch: Mapping[str, Any] | None
+) -> quant_spec.QuantSpec:
   assigned, mode = None, quant.mode
-  if quant.arch:
-    arch = read_arch(quant.arch)
+  if arch is not None:
     assigned, mode = assignment(arch), arch['mode']
   if quant.act_clip == 'profiled' and not quant.act_start:
     raise ValueError(

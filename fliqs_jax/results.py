@@ -48,6 +48,7 @@ def arch(
       target=experiment.target,
       unit=experiment.cost.unit,
     ),
+    sizes=experiment.space.sizes(choices),
     layers={
       path: dict(weights=weights, activations=activations)
       for path, (weights, activations) in assigned.items()
@@ -86,32 +87,45 @@ def measured(
 def layers(
   experiment: experiment_lib.Experiment, choices: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-  """Returns a row per layer: what it is, its formats and its cost."""
+  """Returns a row per layer: what it is, its formats, sizes and cost.
+
+  Sizes are `input_channels`, `output_channels` and `kernel`, where they are
+  decided about.
+  """
   leaves = experiment.space.leaves(choices)
   assigned = experiment.space.assignment(choices)
   return [
     dict(
       path=op.path,
       kind=op.shape.kind,
-      macs=op.shape.macs,
-      params=op.shape.weights,
+      macs=round(float(cost_model.op_macs(op, leaves))),
+      params=round(float(cost_model.op_weights(op, leaves))),
       weights=assigned[op.path][0],
       activations=assigned[op.path][1],
       gbops=float(cost_model.op_gbops(op, leaves)),
       cost=float(experiment.cost.of_op(op, leaves)),
+      **_sizes(op, leaves),
     )
     for op in experiment.space.ops
   ]
 
 
+def _sizes(op: cost_model.Op, leaves: Mapping[str, Any]) -> dict[str, int]:
+  return {
+    name: size.counts[int(np.argmax(leaves[op.leaf(name)]))]
+    for name, size in op.shape.decided
+  }
+
+
 def decisions(
   experiment: experiment_lib.Experiment, policy: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Returns, per decision, its formats, its layers and its probabilities."""
+  """Returns, per decision, kind, options, layers and probabilities."""
   probabilities = jax.device_get(policy_lib.probabilities(policy))
   return {
     d.name: dict(
-      formats=[f.name for f in d.menu],
+      kind=d.kind,
+      options=list(d.labels),
       layers=sorted({leaf.rpartition('/')[0] for leaf in d.leaves}),
       probabilities=[float(p) for p in probabilities[d.name]],
     )
@@ -130,7 +144,7 @@ def warnings(
   for name, pi in probabilities.items():
     if pi.max() < _SETTLED:
       found.append(
-        f'{name} had not settled: its likeliest format has probability '
+        f'{name} had not settled: its likeliest option has probability '
         f'{pi.max():.2f}'
       )
   choices = jax.device_get(policy_lib.argmax(policy))

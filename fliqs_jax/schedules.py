@@ -43,6 +43,10 @@ class Phases:
     """Returns whether the policy learns at this step, bool []."""
     return (step >= self.search_start) & (step < self.freeze)
 
+  def branch_probability(self, step: jax.Array) -> jax.Array:
+    """Returns how likely all branches learn together: 1 to 0 (A.4)."""
+    return jnp.clip(1.0 - step / max(self.search_start, 1), 0.0, 1.0)
+
   @property
   def search_steps(self) -> int:
     """Steps from the start of the search to the end of training."""

@@ -119,6 +119,23 @@ class SearchSpace:
     """Returns the `arch` collection for {decision: [K] one-hot}."""
     return traverse_util.unflatten_dict(self.leaves(choices), sep='/')
 
+  def together(
+    self, choices: Mapping[str, Any], together: jax.Array
+  ) -> dict[str, Any]:
+    """Returns `choices`, or if `together` the same with all branches in use.
+
+    Args:
+      choices: {decision: [K] one-hot}.
+      together: bool []. Then leaves of branches are 1 / K, which a layer reads
+        as a mean over its branches.
+    """
+    return {
+      d.name: jnp.where(together, 1 / len(d.menu), choices[d.name])
+      if d.has_branches
+      else choices[d.name]
+      for d in self.decisions
+    }
+
   def uniform(self, name: str) -> dict[str, np.ndarray]:
     """Returns the architecture with one format everywhere, of published size.
 

@@ -74,6 +74,11 @@ class Kernel:
     return max(self.labels)
 
   @property
+  def counts(self) -> tuple[int, ...]:
+    """The sizes, as `Channels` has counts."""
+    return self.labels
+
+  @property
   def shares(self) -> tuple[float, ...]:
     """Which part of the largest kernel's taps each has, by label."""
     return tuple((label / self.size) ** 2 for label in self.labels)
@@ -167,7 +172,17 @@ class Sizes:
     )
 
   def _found(self, decision: str) -> int | None:
-    return dict(self.found or ()).get(decision)
+    found = dict(self.found or ())
+    kind = decision.rpartition('/')[2]
+    if decision not in found and any(name.endswith(kind) for name in found):
+      raise ValueError(f'the sizes of arch.json lack {decision}')
+    label = found.get(decision)
+    if label is not None and (not isinstance(label, int) or label < 1):
+      raise ValueError(
+        f'the sizes of arch.json have {decision}={label!r}, which must be a '
+        'whole number, at least 1'
+      )
+    return label
 
 
 def between(

@@ -61,14 +61,19 @@ def search_step(
     key = jax.random.fold_in(state.key, state.step)
     arch_key, dropout_key = jax.random.split(key)
     proposed = controller.propose(state.search_state, arch_key, state.step)
+    chosen = space.together(
+      jax.tree.map(lambda a: a[0], proposed),
+      jax.random.bernoulli(
+        jax.random.fold_in(arch_key, 1), phases.branch_probability(state.step)
+      ),
+    )
     model_state = _in_phase(state.model_state, state.step >= phases.act_start)
     if mix is not None:
       train_batch = mix(jax.random.fold_in(dropout_key, 1), train_batch)
 
     def train_loss(params):
-      arch = space.expand(jax.tree.map(lambda a: a[0], proposed))
       outputs, new_model_state = apply(
-        {'params': params, 'arch': arch, **model_state},
+        {'params': params, 'arch': space.expand(chosen), **model_state},
         data.model_inputs(train_batch),
         train=True,
         mutable=list(model_state),

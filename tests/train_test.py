@@ -73,7 +73,7 @@ def test_the_found_architecture_is_the_frozen_policy(finished):
   result = json.loads((workdir / 'result.json').read_text())
   for layer, decision in result['decisions'].items():
     best = int(np.argmax(decision['probabilities']))
-    assert arch['layers'][layer]['weights'] == decision['formats'][best]
+    assert arch['layers'][layer]['weights'] == decision['options'][best]
 
 
 def test_starting_a_finished_run_again_changes_nothing(finished, capsys):
