@@ -10,6 +10,7 @@ two cores; README.md has the measured results.
 Arguments:
   space: a named space (int_s, int_l, fp_s, fp_l) or one format, which trains
     that uniform network.
+  nas: also search the channels of each layer, 0.5, 1, 1.5 or 2 times.
   mode: tied, weights, activations or separate.
   target: cost target, as a multiple of uniform 4-bit.
   steps: length of training.
@@ -32,6 +33,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   arg = config_lib.parse_arg(
     arg,
     space='int_s',
+    nas=False,
     mode='tied',
     target=1.5,
     steps=1500,
@@ -68,7 +70,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     act_start=0.15,
     arch=arg.arch,
   )
-  config.sizes = dict(widths=(), kernels=(), kernel_weights='branches')
+  config.sizes = dict(
+    widths=(0.5, 1.0, 1.5, 2.0) if arg.nas and not arg.arch else (),
+    kernels=(),
+    kernel_weights='branches',
+  )
   config.cost = dict(kind='bops', target=arg.target, relative_to='INT4')
   config.search = config_lib.search_keys(arg.preset, steps, arg.gamma)
   config.optimizer = dict(

@@ -77,6 +77,8 @@ def recipe(
   mixup: float,
   cutmix: float,
   settle_batches: int,
+  widths: tuple[float, ...] = (),
+  kernels: tuple[int, ...] = (),
 ) -> ml_collections.ConfigDict:
   """Returns the config of a recipe.
 
@@ -98,6 +100,8 @@ def recipe(
     mixup: parameter of its Beta distribution; 0 is off.
     cutmix: the same.
     settle_batches: how many batches the statistics of the found network see.
+    widths: of channels, to search among; none: as published.
+    kernels: sizes of depthwise kernels, to search among; none: as published.
   """
   whole = round(epochs * STEPS_PER_EPOCH)
   steps = pareto_steps if arg.pareto else whole
@@ -147,7 +151,11 @@ def recipe(
     act_start=start,
     arch=arg.arch,
   )
-  config.sizes = dict(widths=(), kernels=(), kernel_weights='branches')
+  config.sizes = dict(
+    widths=() if arg.arch else widths,
+    kernels=() if arg.arch else kernels,
+    kernel_weights='branches',
+  )
   config.cost = dict(kind='bops', target=arg.target, relative_to='INT4')
   config.search = config_lib.search_keys(arg.preset, steps, arg.gamma)
   config.optimizer = dict(optimizer, warmup=warmup_epochs / epochs)
@@ -209,8 +217,8 @@ def mobile_recipe(arg: Any, **network: Any) -> ml_collections.ConfigDict:
 
   Args:
     arg: as of `parse_arg`.
-    **network: what else `recipe` needs: `model`, `smoke_model`, `image_size`
-      and `weight_decay`.
+    **network: what else `recipe` takes: `model`, `smoke_model`, `image_size`,
+      `weight_decay`, and open sizes.
   """
   weight_decay = network.pop('weight_decay')
   return recipe(

@@ -7,8 +7,17 @@ The paper's numbers, not yet measured by us: FLIQS-L at 7.06 GBOPs (target 1.47)
 71.73 % top-1, FLIQS-S at 7.42 (1.54) 71.21 % (Figure 17). Floats: E4M3 72.65
 (Table 7).
 
-Arguments: see imagenet.py. The widths of Figures 17 and 23 are 0.25, 0.5, 1,
-1.4 and 2.
+FLIQNAS (section 6) is the same with `nas`; with one format, `space=INT8,nas`,
+only the architecture is searched. The paper's numbers, not yet measured by us:
+FLIQNAS-L at 13 GBOPs (target 2.7) 74.79 %, at 17 (3.5) 75.65 %; FLIQNAS-S 73.79
+and 75.17 % (Figure 6).
+
+Arguments:
+  nas: also search the channels of each stage, 0.5, 1, 1.5 or 2 times, and the
+    kernel of each depthwise convolution, 3, 5 or 7. The paper says which layers
+    are open, not among what.
+  The others: see imagenet.py. The widths of Figures 17 and 23 are 0.25, 0.5, 1,
+    1.4 and 2.
 
 Where the paper is silent: RMSProp's constants, the stairs of the exponential
 schedule and the mean of the weights are those of EfficientNet's code, which
@@ -23,12 +32,26 @@ from configs import imagenet
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """Returns the config; see imagenet.py for the arguments."""
-  arg = imagenet.parse_arg(arg)
+  """Returns the config; see the file's docstring for the arguments."""
+  arg = imagenet.parse_arg(arg, nas=False)
+  widths, kernels = (0.5, 1.0, 1.5, 2.0), (3, 5, 7)
+  smoke_model = dict(width=1 / 8, depth=0.1)
+  if arg.nas and arg.smoke:
+    # Channels that can be told apart, and maps of 4x4 that a 5x5 kernel fits.
+    smoke_model.update(strides=(2, 1, 2, 2, 1, 1, 1, 1))
+    widths, kernels = (1.0, 2.0), (3, 5)
   return imagenet.mobile_recipe(
     arg,
-    model=dict(name='mobilenetv2', width=arg.width, depth=1.0, dropout=0.2),
-    smoke_model=dict(width=1 / 8, depth=0.1),
+    model=dict(
+      name='mobilenetv2',
+      width=arg.width,
+      depth=1.0,
+      strides=(2, 1, 2, 2, 2, 1, 2, 1),
+      dropout=0.2,
+    ),
+    smoke_model=smoke_model,
     image_size=224,
     weight_decay=4e-5,
+    widths=widths if arg.nas else (),
+    kernels=kernels if arg.nas else (),
   )

@@ -9,6 +9,8 @@ draws AUC against MBOPs (Figure 13) and prints no numbers.
 Arguments:
   space: a named space (int_s, int_l, fp_s, fp_l) or one format, which trains
     that uniform network. The paper searches int_l and fp_l.
+  nas: also search the rank and the width of each hidden layer, 0.25 to 2 times
+    the published one (A.13).
   mode: tied, weights, activations or separate.
   target: cost target, as a multiple of uniform 4-bit.
   steps: length of training; one epoch if not given.
@@ -40,6 +42,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   arg = config_lib.parse_arg(
     arg,
     space='int_l',
+    nas=False,
     mode='tied',
     target=2.0,
     steps=_TRAIN_EXAMPLES // _BATCH_SIZE,
@@ -100,7 +103,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     act_start=0.15,
     arch=arg.arch,
   )
-  config.sizes = dict(widths=(), kernels=(), kernel_weights='branches')
+  widths = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+  config.sizes = dict(
+    widths=widths if arg.nas and not arg.arch else (),
+    kernels=(),
+    kernel_weights='branches',
+  )
   config.cost = dict(kind='bops', target=arg.target, relative_to='INT4')
   config.search = config_lib.search_keys(arg.preset, steps, arg.gamma)
   config.search.update(quality='auc')

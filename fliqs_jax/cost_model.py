@@ -128,7 +128,6 @@ class Op:
         )
     return result
 
-
   def live(self, leaves: Leaves, *names: str) -> Any:
     """Returns the expected share of what is allocated that is live.
 

@@ -22,6 +22,7 @@ from fliqs_jax import checkpoint
 from fliqs_jax import experiment as experiment_lib
 from fliqs_jax import policy as policy_lib
 from fliqs_jax import results
+from fliqs_jax import train_state
 from fliqs_jax import train_step
 
 
@@ -72,21 +73,14 @@ def test_metrics(
   return results.measured(experiment, choices, totals)
 
 
-def evaluate(
-  workdir: str, arch: str = '', numeric_format: str = ''
-) -> dict[str, Any]:
-  """Returns the test metrics of an assignment under a finished run's weights.
-
-  Args:
-    workdir: of a run that reached its last step.
-    arch: path of an arch.json.
-    numeric_format: a uniform format, in place of `arch`.
+def finished(
+  workdir: str,
+) -> tuple[experiment_lib.Experiment, train_state.TrainState]:
+  """Returns a run that reached its last step, and its state there.
 
   Raises:
-    ValueError: an unfinished run, or an assignment that the space lacks.
+    ValueError: no run, or an unfinished one.
   """
-  if arch and numeric_format:
-    raise ValueError('--arch and --format exclude each other; give one')
   path = pathlib.Path(workdir)
   try:
     content = json.loads((path / 'config.json').read_text())
@@ -102,7 +96,25 @@ def evaluate(
       f'{experiment.phases.steps}; finish it first, with the command that '
       'began it'
     )
-  state = restored.state
+  return experiment, restored.state
+
+
+def evaluate(
+  workdir: str, arch: str = '', numeric_format: str = ''
+) -> dict[str, Any]:
+  """Returns the test metrics of an assignment under a finished run's weights.
+
+  Args:
+    workdir: of a run that reached its last step.
+    arch: path of an arch.json.
+    numeric_format: a uniform format, in place of `arch`.
+
+  Raises:
+    ValueError: an unfinished run, or an assignment that the space lacks.
+  """
+  if arch and numeric_format:
+    raise ValueError('--arch and --format exclude each other; give one')
+  experiment, state = finished(workdir)
   if arch:
     content = experiment_lib.read_arch(arch)
     choices = experiment.space.choices(

@@ -61,7 +61,7 @@ class FinishedRun:
   def searched(self) -> dict[str, Mapping[str, Any]]:
     """The decisions that had a choice, by name."""
     decisions = self.result['decisions'].items()
-    return {name: d for name, d in decisions if len(d['formats']) > 1}
+    return {name: d for name, d in decisions if len(d['options']) > 1}
 
   @property
   def marks(self) -> dict[str, int]:
@@ -187,10 +187,12 @@ def _layers(
       'probabilities': {},
     }
   for name, decision in result['decisions'].items():
+    if decision['kind'] != 'format':
+      continue
     # Separate decisions are named for their side; others are one of a mode.
     side = name.split('/')[-1] if arch['mode'] == 'separate' else arch['mode']
     side = side if side in SIDES else SIDES[0]
-    chances = dict(zip(decision['formats'], decision['probabilities']))
+    chances = dict(zip(decision['options'], decision['probabilities']))
     for path in decision['layers']:
       if path not in layers:
         raise ValueError(

@@ -148,7 +148,7 @@ def policy(
   rows = [*history[:-1:stride], history[-1]]
   steps = [row['step'] for row in rows]
   for i, ((name, decision), axes) in enumerate(zip(decisions.items(), grid)):
-    choices = decision['formats']
+    choices = decision['options']
     bands = np.array([row['policy'][name] for row in rows], float).T
     axes.stackplot(steps, bands, colors=[tint[x] for x in choices], linewidth=0)
     axes.set(xlim=(steps[0], steps[-1]), ylim=(0, 1), yticks=(0, 0.5, 1))
@@ -176,7 +176,7 @@ def policy(
     )
   for axes in grid:  # What is left of it.
     axes.set_axis_off()
-  used = {name for d in decisions.values() for name in d['formats']}
+  used = {name for d in decisions.values() for name in d['options']}
   handles = [patches.Patch(color=tint[n], label=n) for n in tint if n in used]
   key(figure, handles, lift=0.22)
   return figure

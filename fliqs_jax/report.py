@@ -33,7 +33,7 @@ def write_report(workdir: str) -> str:
   """
   run = finished_run.read(workdir)
   names = {layer[side] for layer in run.layers for side in finished_run.SIDES}
-  names |= {name for d in run.searched.values() for name in d['formats']}
+  names |= {name for d in run.searched.values() for name in d['options']}
   names |= {name for name in run.references if _is_format(name)}
   # One palette for all: a format has the same shade in every picture.
   tint = pictures.palette(names - {None})

@@ -122,11 +122,12 @@ def decisions(
 ) -> dict[str, Any]:
   """Returns, per decision, kind, options, layers and probabilities."""
   probabilities = jax.device_get(policy_lib.probabilities(policy))
+  layers = {op.path for op in experiment.space.ops}
   return {
     d.name: dict(
       kind=d.kind,
       options=list(d.labels),
-      layers=sorted({leaf.rpartition('/')[0] for leaf in d.leaves}),
+      layers=sorted(layers & {leaf.rpartition('/')[0] for leaf in d.leaves}),
       probabilities=[float(p) for p in probabilities[d.name]],
     )
     for d in experiment.space.decisions
