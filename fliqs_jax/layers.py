@@ -9,7 +9,7 @@ Where a layer is told that its sizes are decided about, dead input channels and
 dead taps of its kernel enter neither scales nor statistics.
 
 Collections, per layer:
-  arch: `format` [K] one-hot, or `weights` and `activations` [K]; where its sizes
+  arch: `format` [K] one-hot, or `weights` and `activations` [K]; where sizes
     are decided about, `input_channels`, `output_channels` and `kernel` [K].
   quant_stats: `mean`, `mean_square` [], running moments of the input; `count`
     [], batches seen; `active` [], whether activations are quantized yet; `clip`
@@ -255,8 +255,8 @@ class _Operands:
     if (channels := self._several('input_channels')) and shape[-2] > 1:
       if channels.size != shape[-2]:
         raise ValueError(
-          f'{"/".join(self.module.path)}: {channels.decision} is of a tensor of '
-          f'{channels.size} channels, but the kernel takes {shape[-2]}'
+          f'{"/".join(self.module.path)}: {channels.decision} is of a tensor '
+          f'of {channels.size} channels, but the kernel takes {shape[-2]}'
         )
       alive = live.mask(self.leaves['input_channels'], channels)[:, None]
     kernel = self._several('kernel')
@@ -435,7 +435,10 @@ def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
     )
   else:
     one = [functools.partial(branch, kernel) for kernel in kernels]
-    every = lambda: sum(p * b() for p, b in zip(leaf, one))
+
+    def every():
+      return sum(p * b() for p, b in zip(leaf, one))
+
     index = jnp.where(leaf.max() > 0.5, jnp.argmax(leaf), len(labels))
     y = lax.switch(index, [*one, every])
   if module.use_bias:

@@ -1,7 +1,7 @@
-"""What a network applies to a tensor of which only the first channels are live.
+"""What a network applies to a tensor whose first channels alone are live.
 
-Dead channels are zero behind these layers, so that sums over channels do not see
-them; whoever takes a mean or a largest value over channels asks for their number.
+Dead channels are zero behind these layers, so that sums over channels do not
+see them; whoever takes a mean over channels asks for their number.
 """
 
 import flax.linen as nn
