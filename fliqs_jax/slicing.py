@@ -5,8 +5,8 @@ python -m fliqs_jax.slicing WORKDIR --out=DIR
 Reads a finished run and writes the run of the network that it found: channels
 that are not live and kernels that were not chosen are gone from parameters,
 statistics and compute. DIR is a workdir as any other, for `evaluate` and
-`report`; its arch.json builds the same network from nothing. Prints one JSON object: the test
-metrics of the sliced network.
+`report`; its arch.json builds the same network from nothing. Prints one JSON
+object: the test metrics of the sliced network.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
