@@ -1,11 +1,17 @@
 r"""Found models against uniform ones on real digits, equally long trained.
 
-python -m benchmarks.digits [--seeds=5] [--steps=1500] [--targets=1.5]
+python -m benchmarks.digits [--seeds=5] [--steps=1500] [--targets=1.5] \
+    [--rows=uniform,formats,paper,sizes]
 
 Trains, per seed, the uniform networks and searches each space to each target
 (multiples of the uniform 4-bit cost) with `configs/digits.py`, every run by the
 same code and for the same number of steps; prints test accuracy and
-cross-entropy against cost, mean and standard deviation over seeds.
+cross-entropy against cost, mean and standard deviation over seeds. Rows:
+
+  uniform  one format everywhere
+  formats  searches of formats alone
+  paper    the same with the paper's controller
+  sizes    searches of channels, at one format and together with formats
 """
 
 import argparse
@@ -13,15 +19,20 @@ import statistics
 import tempfile
 
 from configs import digits
+from fliqs_jax import experiment
 from fliqs_jax import train
 
-_UNIFORM = ('INT4', 'INT8', 'BF16')
-_SEARCHES = (
-  ('int_s', 'default'),
-  ('int_l', 'default'),
-  ('int_s', 'paper'),
-  ('int_l', 'paper'),
-)
+_ROWS = {
+  'uniform': ('space=INT4', 'space=INT8', 'space=BF16'),
+  'formats': ('space=int_s', 'space=int_l'),
+  'paper': ('space=int_s,preset=paper', 'space=int_l,preset=paper'),
+  'sizes': (
+    'space=INT4,nas',
+    'space=INT8,nas',
+    'space=int_s,nas',
+    'space=int_l,nas',
+  ),
+}
 
 
 def _found(arg: str) -> dict:
@@ -49,27 +60,22 @@ def main() -> None:
   parser.add_argument('--seeds', type=int, default=5)
   parser.add_argument('--steps', type=int, default=1500)
   parser.add_argument('--targets', default='1.5')
+  parser.add_argument('--rows', default=','.join(_ROWS))
   args = parser.parse_args()
+  int4 = experiment.build(digits.get_config('space=INT4'))
+  int4_cost = float(int4.cost_of(int4.space.only()))
   print('| network | cost / INT4 | test accuracy % | test cross-entropy |')
   print('|---|---|---|---|')
-  int4_cost = None
-  for name in _UNIFORM:
-    runs = [
-      _found(f'space={name},steps={args.steps},seed={seed}')
-      for seed in range(args.seeds)
-    ]
-    int4_cost = int4_cost or runs[0]['cost']
-    _print_row(f'uniform {name}', runs, int4_cost)
-  for target in args.targets.split(','):
-    for space, preset in _SEARCHES:
-      runs = [
-        _found(
-          f'space={space},preset={preset},target={target},steps={args.steps},'
-          f'seed={seed}'
-        )
-        for seed in range(args.seeds)
-      ]
-      _print_row(f'{space}, {preset}, target {target}', runs, int4_cost)
+  for kind in args.rows.split(','):
+    targets = [''] if kind == 'uniform' else args.targets.split(',')
+    for target in targets:
+      for arg in _ROWS[kind]:
+        arg += f',target={target}' if target else ''
+        runs = [
+          _found(f'{arg},steps={args.steps},seed={seed}')
+          for seed in range(args.seeds)
+        ]
+        _print_row(arg, runs, int4_cost)
 
 
 if __name__ == '__main__':
