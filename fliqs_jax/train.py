@@ -243,11 +243,12 @@ def _limit(config, name: str) -> float:
 
 
 def _reference(config, name: str, workdir: pathlib.Path) -> dict[str, Any]:
-  """Trains the uniform network of one format, by the same code."""
+  """Trains the published network at one format, by the same code."""
   uniform = config.copy_and_resolve_references()
   with uniform.unlocked():
     uniform.quant.formats = name
     uniform.quant.menus, uniform.quant.groups = (), ()
+    uniform.sizes.widths, uniform.sizes.kernels = (), ()
     uniform.references = ()
   _LOG.info('reference: uniform %s', name)
   return train_and_evaluate(uniform, workdir / f'uniform_{name}')['found']
