@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -13,19 +14,28 @@ from fliqs_jax import pictures
 _GAP, _BETWEEN = 0.05, 0.14  # Between cells, between blocks; all in inches.
 _LIFT = 0.14  # From a cell up to one on the shortcut above it.
 _LETTER = 0.05  # What a letter of the names under the cells takes.
+_LINE = 0.125  # What a line within or above a cell takes.
+_PALE = 0.22  # Opacity of what could be there and is not.
 _RAISED = ('shortcut', 'projection', 'downsample')
 
 
 @dataclasses.dataclass(frozen=True)
 class _Canvas:
-  """Where cells are drawn, and what all of them share."""
+  """Where cells are drawn, and what all of them share.
+
+  `above` is the room that sizes take above a cell, `spine` how far below its
+  top the line runs that joins all.
+  """
 
   axes: Any
-  paths: Sequence[str]
+  layers: Sequence[Mapping[str, Any]]
   names: Sequence[Sequence[str | None]]
   tint: Mapping[str, str]
+  kernels: Mapping[int, str]
   width: float
   height: float
+  above: float
+  spine: float
 
 
 def architecture(
@@ -34,8 +44,10 @@ def architecture(
   """Draws one cell per layer in model order, shortcuts above the main row.
 
   Args:
-    layers: mappings with `path`, `weights` and `activations`; the last two are
-      names of formats, or None where the tensor is not quantized.
+    layers: mappings with `path`, `weights`, `activations` and `sizes`; the two
+      in the middle are names of formats, or None where the tensor is not
+      quantized; the last as of `FinishedRun.layers`. Where a layer's output
+      channels were decided about, its cell is filled up to their share.
     tint: colours by format.
   """
   paths = [layer['path'] for layer in layers]
@@ -50,8 +62,21 @@ def architecture(
   )
   figure = figure_lib.Figure()
   axes = figure.add_axes((0, 0, 1, 1))
+  sized = {what for layer in layers for what in layer['sizes']}
+  kernels = pictures.kernel_palette(
+    option
+    for layer in layers
+    if (size := layer['sizes'].get('kernel'))
+    for option in (*size.options, size.count)
+  )
+  height = 0.5 if split else 0.4
+  above = _LINE * (('output_channels' in sized) + 1.2 * ('kernel' in sized))
+  spine = height / 2
+  if 'output_channels' in sized:  # Then a cell may be filled to its foot only.
+    height += 0.2
+    spine = height - 0.05
   canvas = _Canvas(
-    axes, paths, names, tint, min(0.82, width), 0.5 if split else 0.4
+    axes, layers, names, tint, kernels, min(0.82, width), height, above, spine
   )
   bottom, right = 0.0, 0.0
   for row in rows:
@@ -64,11 +89,25 @@ def architecture(
   if split:
     halves = 'halves: weights above, activations below'
     handles.append(patches.Patch(alpha=0, label=halves))
-  pictures.key(figure, handles)
+  explained = _sizes_key(canvas)
+  pictures.key(figure, explained)
+  pictures.key(figure, handles, lift=0.2 * bool(explained))
   figure.set_size_inches(right + 0.2, bottom)
   axes.set(xlim=(-0.1, right + 0.1), ylim=(bottom, 0))
   axes.set_axis_off()
   return figure
+
+
+def _sizes_key(canvas: _Canvas) -> list[patches.Patch]:
+  """Returns what explains sizes."""
+  handles = [
+    patches.Patch(color=colour, label=f'kernel {size}×{size}')
+    for size, colour in canvas.kernels.items()
+  ]
+  if any(_share(layer) < 1 for layer in canvas.layers):
+    label = 'channels not taken, of the most to pick from'
+    handles.append(patches.Patch(color=pictures.GREY, alpha=_PALE, label=label))
+  return handles
 
 
 def _place(path: str) -> tuple[str, bool]:
@@ -127,7 +166,7 @@ def _draw_row(canvas, row, top) -> tuple[float, float]:
   """Draws a row of blocks; returns its bottom and its right end."""
   pitch = canvas.width + _GAP
   leaves = {
-    i: _broken(canvas.paths[i].split('/')[-1], pitch)
+    i: _broken(canvas.layers[i]['path'].split('/')[-1], pitch)
     for block in row
     for i in block['main']
   }
@@ -139,7 +178,8 @@ def _draw_row(canvas, row, top) -> tuple[float, float]:
       i: [pictures.fit(''.join(leaf), 0.85, 6.5)] for i, leaf in leaves.items()
     }
     foot = 0.06 + _LETTER * max(len(leaf[0]) for leaf in leaves.values())
-  y = top + 0.16 + (canvas.height + _LIFT) * any(b['raised'] for b in row)
+  y = top + 0.16 + canvas.above
+  y += (canvas.height + _LIFT + canvas.above) * any(b['raised'] for b in row)
   x = 0.0
   for block in row:
     right = x + _columns([block]) * pitch - _GAP
@@ -159,7 +199,7 @@ def _draw_row(canvas, row, top) -> tuple[float, float]:
       label = pictures.fit(block['name'], right - x + 0.05, 6.5)
       _draw_text(canvas, label, (x + right) / 2, below + 0.045, 0)
     x = right + _BETWEEN
-  middle = [y + canvas.height / 2] * 2
+  middle = [y + canvas.spine] * 2
   canvas.axes.plot(
     [-0.1, right + 0.1], middle, color=pictures.GREY, lw=1, zorder=0
   )
@@ -177,8 +217,8 @@ def _draw_shortcut(canvas, block, x, right, y) -> None:
   """Draws the branch above a block that spans `x` to `right`, if it has one."""
   if not block['raised']:
     return
-  top = y - canvas.height - _LIFT
-  low, high = y + canvas.height / 2, top + canvas.height / 2
+  top = y - canvas.height - _LIFT - canvas.above
+  low, high = y + canvas.spine, top + canvas.spine
   # Short of half the space between blocks: two branches in a row stay two.
   x, right = x - 0.045, right + 0.045
   canvas.axes.plot(
@@ -198,29 +238,74 @@ def _draw_cell(canvas, i, x, y) -> None:
   """Draws layer `i` with its corner at (x, y): one piece, or two halves."""
   names = canvas.names[i]
   pieces = names[:1] if len(set(names)) == 1 else names
-  height = canvas.height / len(pieces)
+  share = _share(canvas.layers[i])
+  if share < 1:
+    _draw_box(canvas, x, y, canvas.height, pictures.GREY, alpha=_PALE)
+  top = y + canvas.height * (1 - share)
+  height = canvas.height * share / len(pieces)
+  inside = height >= _LINE + 0.02
   for k, name in enumerate(pieces):
     colour = canvas.tint[name] if name else pictures.GREY
-    canvas.axes.add_patch(
-      patches.FancyBboxPatch(
-        (x, y + k * height),
-        canvas.width,
-        height - (0.02 if k + 1 < len(pieces) else 0),
-        boxstyle='round,pad=0,rounding_size=0.035',
-        facecolor=colour,
-        linewidth=0,
-      )
-    )
+    gap = 0.02 if k + 1 < len(pieces) else 0
+    _draw_box(canvas, x, top + k * height, height - gap, colour)
+    middle = top + (k + 0.5) * height
+    if not inside:  # Then above, one below the other.
+      middle = top + (k + 0.5 - len(pieces)) * _LINE - 0.01
     canvas.axes.text(
       x + canvas.width / 2,
-      y + (k + 0.5) * height,
+      middle,
       name or '–',
       ha='center',
       va='center_baseline',
-      color=pictures.ink_on(colour),
+      color=pictures.ink_on(colour) if inside else None,
       fontsize=7,
       fontweight='bold',
     )
+  _draw_sizes(canvas, i, x, y)
+
+
+def _share(layer: Mapping[str, Any]) -> float:
+  """Returns to which part a cell is filled."""
+  size = layer['sizes'].get('output_channels')
+  known = size is not None and math.isfinite(size.share)
+  return size.share if known else 1.0
+
+
+def _draw_sizes(canvas, i, x, y) -> None:
+  """Writes the sizes that were decided about above the cell at (x, y)."""
+  sizes = canvas.layers[i]['sizes']
+  if size := sizes.get('output_channels'):
+    text = str(size.count)
+    _draw_text(canvas, text, x + canvas.width / 2, y - _LINE + 0.01, 0)
+  if size := sizes.get('kernel'):
+    y -= canvas.above
+    colour = canvas.kernels[size.count]
+    width = min(canvas.width, 0.32)
+    left = x + (canvas.width - width) / 2
+    _draw_box(canvas, left, y, _LINE, colour, width=width)
+    canvas.axes.text(
+      x + canvas.width / 2,
+      y + _LINE / 2,
+      f'{size.count}×{size.count}',
+      ha='center',
+      va='center_baseline',
+      color=pictures.ink_on(colour),
+      fontsize=6.5,
+    )
+
+
+def _draw_box(canvas, x, y, height, colour, alpha=None, width=None) -> None:
+  canvas.axes.add_patch(
+    patches.FancyBboxPatch(
+      (x, y),
+      width or canvas.width,
+      height,
+      boxstyle='round,pad=0,rounding_size=0.035',
+      facecolor=colour,
+      alpha=alpha,
+      linewidth=0,
+    )
+  )
 
 
 def _draw_text(canvas, text, x, y, rotation) -> None:

@@ -11,6 +11,7 @@ from fliqs_jax import formats
 from fliqs_jax import schedules
 
 SIDES = ('weights', 'activations')
+SIZES = ('input_channels', 'output_channels', 'kernel')
 UNIFORM_BITS = 8  # Of the uniform model that each layer's cost is set against.
 _FILES = ('config.json', 'arch.json', 'result.json', 'history.jsonl')
 _MEASURED = (
@@ -21,6 +22,30 @@ _MEASURED = (
   'average_bits',
 )
 _CURVES = ('loss', 'quality', 'reward', 'cost', 'entropy')
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """A number of channels or a size of a kernel that a layer was given.
+
+  Attributes:
+    count: what the layer has.
+    decision: name of the decision that picked it, None if unknown.
+    label: what was picked; `count` may follow from it, as six times as many.
+    options: what it was picked from.
+    probability: of what was picked, NaN where unknown.
+  """
+
+  count: int
+  decision: str | None = None
+  label: float = math.nan
+  options: tuple[int, ...] = ()
+  probability: float = math.nan
+
+  @property
+  def share(self) -> float:
+    """What was picked as a part of the largest option, NaN where unknown."""
+    return self.label / max(self.options, default=math.nan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +62,9 @@ class FinishedRun:
       finite.
     layers: rows in model order: `path`, `kind`, `weights`, `activations`,
       `macs`, `params`, `cost`; as fractions of their sums, `share` of the cost,
-      `reference_share` of the cost at `UNIFORM_BITS` and `macs_share`; and
-      `probabilities` of the chosen formats, by side. NaN where unknown.
+      `reference_share` of the cost at `UNIFORM_BITS` and `macs_share`;
+      `probabilities` of the chosen formats, by side; and `sizes`, a `Size` for
+      each of `SIZES` that was decided about. NaN where unknown.
     reference: what `reference_share` refers to; None if this kind of cost
       cannot be told from the formats alone.
   """
@@ -62,6 +88,22 @@ class FinishedRun:
     """The decisions that had a choice, by name."""
     decisions = self.result['decisions'].items()
     return {name: d for name, d in decisions if len(d['options']) > 1}
+
+  @property
+  def searched_formats(self) -> dict[str, Mapping[str, Any]]:
+    """Of these, the decisions about formats."""
+    return {n: d for n, d in self.searched.items() if d['kind'] == 'format'}
+
+  @property
+  def searched_sizes(self) -> dict[str, Mapping[str, Any]]:
+    """And the others: about channels first, then about kernels."""
+    sizes = [x for x in self.searched.items() if x[1]['kind'] != 'format']
+    return dict(sorted(sizes, key=lambda x: x[1]['kind']))
+
+  @property
+  def has_sizes(self) -> bool:
+    """Whether any layer's size was decided about, in this run or before."""
+    return any(layer['sizes'] for layer in self.layers)
 
   @property
   def marks(self) -> dict[str, int]:
@@ -122,6 +164,12 @@ def read(workdir: str) -> FinishedRun:
   history = [
     row | {name: _number(row.get(name)) for name in _CURVES} for row in rows
   ]
+  for name, decision in result['decisions'].items():
+    if not {'kind', 'options'} <= set(decision):
+      raise ValueError(
+        f'{os.path.join(workdir, "result.json")} lacks kind or options of the '
+        f'decision {name!r}: another version of fliqs_jax has written it'
+      )
   layers, reference = _layers(arch, result)
   return FinishedRun(
     config=config,
@@ -186,21 +234,11 @@ def _layers(
       **{name: _number(row.get(name)) for name in ('macs', 'params', 'cost')},
       'probabilities': {},
     }
-  for name, decision in result['decisions'].items():
-    if decision['kind'] != 'format':
-      continue
-    # Separate decisions are named for their side; others are one of a mode.
-    side = name.split('/')[-1] if arch['mode'] == 'separate' else arch['mode']
-    side = side if side in SIDES else SIDES[0]
-    chances = dict(zip(decision['options'], decision['probabilities']))
-    for path in decision['layers']:
-      if path not in layers:
-        raise ValueError(
-          f'result.json: decision {name!r} governs layer {path!r}, which '
-          'neither arch.json nor result.json lists'
-        )
-      chance = _number(chances.get(layers[path][side]))
-      layers[path]['probabilities'][side] = chance
+  _join_formats(layers, arch['mode'], result['decisions'])
+  for path, layer in layers.items():
+    layer['sizes'] = _sizes(
+      details.get(path, {}), arch.get('sizes', {}), result['decisions']
+    )
   kind = arch['cost']['kind']
   counted = {'bops': SIDES, 'size': SIDES[:1], 'average_bits': SIDES[:1]}
   counted = counted.get(kind, ())
@@ -214,7 +252,57 @@ def _layers(
     total = math.fsum(cost for cost in costs if math.isfinite(cost))
     for row, cost in zip(rows, costs):
       row[name] = cost / total if total else math.nan
-  return rows, f'uniform {UNIFORM_BITS} bits' if counted else None
+  reference = f'uniform {UNIFORM_BITS} bits'
+  if any(row['sizes'] for row in rows):
+    reference += ' and the found sizes'
+  return rows, reference if counted else None
+
+
+def _join_formats(
+  layers: Mapping[str, dict[str, Any]],
+  mode: str,
+  decisions: Mapping[str, Mapping[str, Any]],
+) -> None:
+  """Adds `probabilities` to layers by path."""
+  for name, decision in decisions.items():
+    if decision['kind'] != 'format':
+      continue
+    # Separate decisions are named for their side; others are one of a mode.
+    side = name.split('/')[-1] if mode == 'separate' else mode
+    side = side if side in SIDES else SIDES[0]
+    chances = dict(zip(decision['options'], decision['probabilities']))
+    for path in decision['layers']:
+      if path not in layers:
+        raise ValueError(
+          f'result.json: decision {name!r} governs layer {path!r}, which '
+          'neither arch.json nor result.json lists'
+        )
+      chance = _number(chances.get(layers[path][side]))
+      layers[path]['probabilities'][side] = chance
+
+
+def _sizes(
+  row: Mapping[str, Any],
+  found: Mapping[str, int],
+  decisions: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Size]:
+  """Returns the sizes of a row of result.json that were decided about."""
+  sizes = {}
+  for what in (what for what in SIZES if what in row):
+    sizes[what] = Size(row[what])
+    name = row.get('decided', {}).get(what)
+    if name is None:
+      continue
+    if name not in decisions or name not in found:
+      raise ValueError(
+        f'{what} of layer {row["path"]!r} follows the decision {name!r}, which '
+        'result.json does not list or arch.json lacks among its sizes'
+      )
+    options = tuple(decisions[name]['options'])
+    chances = dict(zip(options, decisions[name]['probabilities']))
+    chance = _number(chances.get(found[name]))
+    sizes[what] = Size(row[what], name, found[name], options, chance)
+  return sizes
 
 
 def _uniform_cost(layer: Mapping[str, Any], counted: Sequence[str]) -> float:

@@ -4,7 +4,8 @@ Every picture is a function of plain values that returns a figure; `png` turns
 one into bytes, in ink on white or in white on ink. Colours follow the paper's
 Figures 3 and 7: few bits are red, many are green. As that is the worst pair for
 a colour-blind reader, reds are warm, greens are bluish, and no colour stands
-without the format's name.
+without the format's name. Sizes are violet, which no format is, from light to
+dark.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,6 @@ from matplotlib import colors
 from matplotlib import figure as figure_lib
 from matplotlib import lines as lines_lib
 from matplotlib import patches
-from matplotlib import patheffects
 from matplotlib import ticker
 from matplotlib.backends import backend_agg
 import numpy as np
@@ -36,6 +36,7 @@ _BITS_COLOURS = {
   8: '#52b08a',
   16: '#1a7470',
 }
+_SIZES_COLOURS = ('#d9cdf2', '#a488d6', '#4d2f8c')
 GREY = '#a7aeb6'
 _ACCENT = '#4c8dc4'
 _INK, _PAPER = '#22272e', '#ffffff'
@@ -82,6 +83,20 @@ def palette(names: Iterable[str]) -> dict[str, str]:
   return result
 
 
+def shades(count: int) -> list[str]:
+  """Returns so many colours for sizes, from the smallest to the largest."""
+  scale = colors.LinearSegmentedColormap.from_list('sizes', _SIZES_COLOURS)
+  # A single one is of the middle, on which no shade looks like an extreme.
+  at = np.linspace(0, 1, count) if count > 1 else np.full(count, 0.5)
+  return [colors.to_hex(colour) for colour in scale(at)]
+
+
+def kernel_palette(sizes: Iterable[int]) -> dict[int, str]:
+  """Returns a colour for each size of a kernel."""
+  ordered = sorted(set(sizes))
+  return dict(zip(ordered, shades(len(ordered))))
+
+
 def ink_on(colour: str) -> str:
   """Returns black or white, whichever is read more easily on `colour`."""
   linear = [
@@ -119,67 +134,6 @@ def key(
     columnspacing=1.2,
     fontsize=7.5,
   )
-
-
-def policy(
-  history: Sequence[Mapping[str, Any]],
-  decisions: Mapping[str, Mapping[str, Any]],
-  tint: Mapping[str, str],
-) -> figure_lib.Figure:
-  """Draws the probabilities of each decision's formats over the steps.
-
-  Args:
-    history: rows with `step` and `policy`, the latter by decision's name.
-    decisions: mappings with `formats`, by name.
-    tint: colours by format.
-  """
-  few = len(decisions) <= 12
-  # As many panes to a row as their names leave room for.
-  letters = max(map(len, decisions))
-  across = min(6, max(4, int(WIDTH / (letters * 0.0564 + 0.25))))
-  across = min(len(decisions), 4 if few else across)
-  down = math.ceil(len(decisions) / across)
-  pane = WIDTH / max(across, 3)
-  figure = figure_lib.Figure((pane * across, (1.3 if few else 1.0) * down))
-  figure.subplots_adjust(0, 0, 1, 1, 0.1, 0.36)
-  grid = figure.subplots(down, across, squeeze=False).flat
-  # More points than the pane has pixels only cost time.
-  stride = max(1, math.ceil(len(history) / 120))
-  rows = [*history[:-1:stride], history[-1]]
-  steps = [row['step'] for row in rows]
-  for i, ((name, decision), axes) in enumerate(zip(decisions.items(), grid)):
-    choices = decision['options']
-    bands = np.array([row['policy'][name] for row in rows], float).T
-    axes.stackplot(steps, bands, colors=[tint[x] for x in choices], linewidth=0)
-    axes.set(xlim=(steps[0], steps[-1]), ylim=(0, 1), yticks=(0, 0.5, 1))
-    axes.set_title(fit(name, pane - 0.15, 7), fontsize=7, loc='left', pad=3)
-    axes.locator_params('x', nbins=3)
-    axes.tick_params(
-      length=2,
-      labelleft=i % across == 0,
-      labelbottom=i + across >= len(decisions),
-    )
-    last = bands[:, -1]
-    best = int(last.argmax())
-    colour = tint[choices[best]]
-    axes.text(
-      0.96,
-      min(0.9, max(0.1, last[:best].sum() + last[best] / 2)),
-      f'{choices[best]} {last[best]:.2f}',
-      transform=axes.get_yaxis_transform(),
-      ha='right',
-      va='center_baseline',
-      fontsize=7,
-      color=ink_on(colour),
-      # A narrow band is no ground to write on.
-      path_effects=[patheffects.withStroke(linewidth=2.5, foreground=colour)],
-    )
-  for axes in grid:  # What is left of it.
-    axes.set_axis_off()
-  used = {name for d in decisions.values() for name in d['options']}
-  handles = [patches.Patch(color=tint[n], label=n) for n in tint if n in used]
-  key(figure, handles, lift=0.22)
-  return figure
 
 
 def curves(

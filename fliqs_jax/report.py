@@ -13,11 +13,13 @@ import sys
 
 from matplotlib import figure as figure_lib
 
+from fliqs_jax import allocation_picture
 from fliqs_jax import architecture_picture
 from fliqs_jax import files
 from fliqs_jax import finished_run
 from fliqs_jax import formats
 from fliqs_jax import pictures
+from fliqs_jax import policy_picture
 from fliqs_jax import report_page
 
 
@@ -33,7 +35,9 @@ def write_report(workdir: str) -> str:
   """
   run = finished_run.read(workdir)
   names = {layer[side] for layer in run.layers for side in finished_run.SIDES}
-  names |= {name for d in run.searched.values() for name in d['options']}
+  names |= {
+    name for d in run.searched_formats.values() for name in d['options']
+  }
   names |= {name for name in run.references if _is_format(name)}
   # One palette for all: a format has the same shade in every picture.
   tint = pictures.palette(names - {None})
@@ -59,11 +63,17 @@ def _drawings(
       pictures.cost_per_layer, run.layers, tint, run.reference
     ),
   }
-  # One point is no course, and one format no choice.
-  if run.searched and len(run.policy_rows) > 1:
-    result['policy'] = bind(
-      pictures.policy, run.policy_rows, run.searched, tint
-    )
+  if len(run.policy_rows) > 1:  # One point is no course.
+    for name, decisions in (
+      ('policy', run.searched_formats),
+      ('policy_of_sizes', run.searched_sizes),
+    ):
+      if decisions:
+        result[name] = bind(
+          policy_picture.policy, run.policy_rows, decisions, tint
+        )
+  if allocation_picture.panes(run.layers):
+    result['allocation'] = bind(allocation_picture.allocation, run.layers, tint)
   if run.references:
     result['pareto'] = bind(
       pictures.pareto, run.found, run.references, run.metric, tint

@@ -5,16 +5,16 @@ anything.
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import html
 import json
 import math
 
 from fliqs_jax import finished_run
 from fliqs_jax import pictures
+from fliqs_jax import report_tables
+from fliqs_jax import spelling
 
-_SETTLED = 0.9  # Least probability at which a decision counts as made.
-_UNKNOWN = '–'
 _REPRODUCE = """python - <<'END'
 import json, ml_collections
 from fliqs_jax import train
@@ -48,7 +48,7 @@ dd { margin: 0; font-size: 1.6rem; font-weight: 650; line-height: 1.3;
   letter-spacing: -.01em; font-variant-numeric: tabular-nums; }
 dd small { display: block; font-weight: 400; letter-spacing: 0; }
 figure { margin: .2rem 0 0; }
-.wide + figure { margin-top: 1.6rem; }
+.wide + figure, figure + figure { margin-top: 1.6rem; }
 figcaption { max-width: 44rem; margin-bottom: 1rem; }
 .wide { overflow-x: auto; }
 img { display: block; max-width: 100%; height: auto; }
@@ -57,6 +57,9 @@ table { border-collapse: collapse; font-size: .875rem; width: 100%;
 th, td { padding: .32rem .7rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th { font-weight: 500; }
+.tight { font-size: .8rem; }
+.tight th, .tight td { padding: .32rem .33rem; }
+.open { text-decoration: underline; text-underline-offset: .2em; }
 .left, th.left { text-align: left; }
 tr.found td { font-weight: 650; }
 .facts { width: auto; }
@@ -72,15 +75,25 @@ summary { cursor: pointer; margin-top: .8rem; }
   dd { font-size: 1.25rem; } }
 """
 
+_PLURALS = {'format': 'formats', 'channels': 'channels', 'kernel': 'kernels'}
 _CAPTIONS = {
   'architecture': 'Every cell is a layer, in the order of the model, from few '
-  'bits (red) to many (green); layers on a shortcut are raised above the row.',
+  'bits (red) to many (green); layers on a shortcut are raised above the '
+  'row.{sizes}',
   'pareto': 'Up and to the left is better: the star is the found model, the '
-  'dots are the same network with one format everywhere.',
+  'dots are {same} with one format everywhere.',
   'curves': 'What was logged over the steps of the one training run; dashed '
   'lines mark where its phases begin.',
   'policy': 'The probability of each format, by decision, over the steps; a '
   'decision is made once one colour fills the height.',
+  'policy_of_sizes': 'The probability of each number of channels and each size '
+  'of a kernel, by decision, from the smallest (light) to the largest (dark); '
+  'layers that must agree share a decision.',
+  'allocation': 'A dot is a layer, beside others of as many bits and the same '
+  'size; channels are a part of the most that there were to pick from. In the '
+  'paper’s searches (A.7) fewer bits come with more channels and, less '
+  'clearly, with larger kernels. One search is one sample, and layers that '
+  'share a decision are not independent.',
   'cost_per_layer': 'Coloured is the share that each layer takes of the found '
   'model’s cost, blue its share of all multiply-accumulates{uniform}.',
 }
@@ -107,17 +120,20 @@ def render(
     _lede(run),
     _tiles(run),
     f'<h2>{"Found architecture" if run.searched else "Architecture"}</h2>',
-    _figure('architecture', images),
+    _figure('architecture', images, sizes=_sizes(run)),
   ]
+  if 'allocation' in images:
+    body += ['<h2>Bits beside sizes</h2>', _figure('allocation', images)]
   if run.references:
-    body += ['<h2>Beside uniform formats</h2>', _references(run)]
-    body += [_figure('pareto', images)]
+    body += ['<h2>Beside uniform formats</h2>', report_tables.references(run)]
+    same = 'networks' if run.searched_sizes else 'the same network'
+    body += [_figure('pareto', images, same=same)]
   body += ['<h2>Training and search</h2>', _figure('curves', images)]
   body += ['<h2>Policy</h2>', _policy(run, images)]
   uniform = f', grey its share at {run.reference}' if run.reference else ''
   body += ['<h2>Cost of each layer</h2>']
   body += [_figure('cost_per_layer', images, uniform=uniform)]
-  body += ['<h2>Layers</h2>', _layers(run, tint)]
+  body += ['<h2>Layers</h2>', report_tables.layers(run, tint)]
   if run.result['warnings']:
     items = ''.join(
       f'<li>{html.escape(str(text))}</li>' for text in run.result['warnings']
@@ -132,48 +148,18 @@ def render(
   )
 
 
-def _digits(value: float, digits: int = 3) -> str:
-  """Spells a number with so many significant digits, never as 1e6."""
-  if not math.isfinite(value):
-    return _UNKNOWN
-  least = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
-  return f'{value:,.{max(0, least)}f}'
-
-
-def _fixed(value: float, decimals: int) -> str:
-  return f'{value:,.{decimals}f}' if math.isfinite(value) else _UNKNOWN
-
-
-def _percent(fraction: float, digits: int = 2) -> str:
-  known = math.isfinite(fraction)
-  return f'{100 * fraction:.{digits}f}%' if known else _UNKNOWN
-
-
-def _bytes(bits: float) -> str:
-  if not math.isfinite(bits):
-    return _UNKNOWN
-  size, unit = bits / 8, 'B'
-  for larger in ('kB', 'MB', 'GB'):
-    if size >= 1000:
-      size, unit = size / 1000, larger
-  return f'{_digits(size)} {unit}'
-
-
-def _seconds(seconds: float) -> str:
-  minutes, rest = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  if hours:
-    return f'{hours} h {minutes} min'
-  return f'{minutes} min {rest} s' if minutes else f'{seconds:.1f} s'
-
-
 def _lede(run: finished_run.FinishedRun) -> str:
   decisions = len(run.searched)
-  what = (
-    f'One search over {decisions} decisions'
-    if decisions
-    else 'Training with fixed formats'
-  )
+  what = 'Training with fixed formats' + ' and sizes' * run.has_sizes
+  if decisions:
+    what = f'One search over {decisions} decisions'
+  if run.searched_sizes:
+    kinds = [d['kind'] for d in run.searched.values()]
+    what += ': ' + ', '.join(
+      f'{kinds.count(kind)} of {plural}'
+      for kind, plural in _PLURALS.items()
+      if kind in kinds
+    )
   count = len(run.result['warnings'])
   warned = (
     f' <a class="warn" href="#warnings">{count} '
@@ -183,7 +169,7 @@ def _lede(run: finished_run.FinishedRun) -> str:
   )
   return (
     f'<p class="soft">{what}, {run.result["steps"]:,} steps in '
-    f'{_seconds(run.result["wall_seconds"])}.{warned}</p>'
+    f'{spelling.duration(run.result["wall_seconds"])}.{warned}</p>'
   )
 
 
@@ -195,17 +181,20 @@ def _tiles(run: finished_run.FinishedRun) -> str:
   if math.isfinite(target):
     apart = found['cost'] / target - 1
     where = 'above' if apart > 0 else 'below'
-    against = f'{_percent(abs(apart), 1)} {where} the target of '
-    against += f'{_digits(target)}'
+    against = f'{spelling.percent(abs(apart), 1)} {where} the target of '
+    against += f'{spelling.significant(target)}'
+  loss, cost, bits = (
+    spelling.significant(found[key]) for key in ('loss', 'cost', 'average_bits')
+  )
   tiles = [
     (
       f'Test {run.metric}',
-      _percent(found[run.metric]),
-      f'{found["examples"]:,} examples, loss {_digits(found["loss"])}',
+      spelling.percent(found[run.metric]),
+      f'{found["examples"]:,} examples, loss {loss}',
     ),
-    ('Cost', f'{_digits(found["cost"])} {unit}', against),
-    ('Average bits', _digits(found['average_bits']), 'of a weight'),
-    ('Size', _bytes(found['size_bits']), 'of all parameters'),
+    ('Cost', f'{cost} {unit}', against),
+    ('Average bits', bits, 'of a weight'),
+    ('Size', spelling.memory(found['size_bits']), 'of all parameters'),
   ]
   return (
     '<dl>'
@@ -215,6 +204,20 @@ def _tiles(run: finished_run.FinishedRun) -> str:
     )
     + '</dl>'
   )
+
+
+def _sizes(run: finished_run.FinishedRun) -> str:
+  """Says how the picture of the architecture shows sizes, if it does."""
+  sizes = {what for layer in run.layers for what in layer['sizes']}
+  said = ''
+  if 'output_channels' in sizes:
+    said += ' A number above a cell is how many channels the layer puts out'
+    if run.searched_sizes:
+      said += '; the cell is filled up to their part of the most to pick from'
+    said += '.'
+  if 'kernel' in sizes:
+    said += ' Violet is a kernel that was decided about.'
+  return said
 
 
 def _figure(
@@ -238,126 +241,19 @@ def _figure(
   )
 
 
-def _table(
-  head: Sequence[str], rows: Sequence[str], left: Sequence[int]
-) -> str:
-  cells = ''.join(
-    f'<th{" class=left" if i in left else ""}>{name}</th>'
-    for i, name in enumerate(head)
-  )
-  return (
-    f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>'
-    + '\n'.join(rows)
-    + '</tbody></table></div>'
-  )
-
-
-def _references(run: finished_run.FinishedRun) -> str:
-  found = run.found
-  models = sorted(
-    [('found', found), *run.references.items()],
-    key=lambda item: item[1]['cost'],
-  )
-  # One number of decimals to a column, so that the points are below each other.
-  decimals = len(_digits(found['cost'], 4).partition('.')[2])
-  rows = []
-  for name, model in models:
-    ahead = 100 * (model[run.metric] - found[run.metric])
-    points = f'{ahead:+.2f}'.replace('-', '−')
-    cells = [
-      _percent(model[run.metric]),
-      '' if model is found or not math.isfinite(ahead) else points,
-      _fixed(model['cost'], decimals),
-      f'{_fixed(model["cost"] / found["cost"], 2)}×',
-      _fixed(model['average_bits'], 2),
-      _fixed(model['size_bits'] / 8000, 1),
-    ]
-    mark = ' class=found' if model is found else ''
-    rows.append(
-      f'<tr{mark}><td class=left>{html.escape(name)}</td>'
-      + ''.join(f'<td>{cell}</td>' for cell in cells)
-      + '</tr>'
-    )
-  head = ['format', f'test {run.metric}', 'points']
-  head += [f'cost, {html.escape(found["unit"])}', 'of found']
-  head += ['average bits', 'size, kB']
-  return _table(head, rows, left=[0])
-
-
 def _policy(
   run: finished_run.FinishedRun, images: Mapping[str, tuple[bytes, bytes]]
 ) -> str:
   if not run.searched:
+    what = 'option' if run.has_sizes else 'format'
     return (
-      '<p>Nothing was searched: every decision of this run has one format, so '
+      f'<p>Nothing was searched: every decision of this run has one {what}, so '
       'there is no policy to draw.</p>'
     )
-  if 'policy' not in images:
+  names = [n for n in ('policy', 'policy_of_sizes') if n in images]
+  if not names:
     return '<p>The history holds too few policies to draw their course.</p>'
-  return _figure('policy', images)
-
-
-def _chip(name: str | None, tint: Mapping[str, str]) -> str:
-  if not name:
-    return f'<span class=soft>{_UNKNOWN}</span>'
-  colour = tint[name]
-  return (
-    f'<span class=chip style="background:{colour};'
-    f'color:{pictures.ink_on(colour)}">{html.escape(name)}</span>'
-  )
-
-
-def _layers(run: finished_run.FinishedRun, tint: Mapping[str, str]) -> str:
-  """Returns the table of layers, after what is to be said of them all."""
-  largest = max(
-    (x['cost'] for x in run.layers if math.isfinite(x['cost'])), default=0.0
-  )
-  # One number of decimals, so that the points are below each other.
-  decimals = len(_digits(largest, 4).partition('.')[2])
-  rows = []
-  for i, layer in enumerate(run.layers, 1):
-    share = layer['share'] if math.isfinite(layer['share']) else 0
-    chances = layer['probabilities'].values()
-    chance = ' / '.join(_fixed(p, 3) for p in chances)
-    if any(p < _SETTLED for p in chances):
-      chance = f'<span class=warn>unsettled {chance}</span>'
-    cells = [
-      f'<td class=soft>{i}</td>',
-      f'<td class=left>{html.escape(layer["path"])}</td>',
-      f'<td class="left soft">{html.escape(layer["kind"])}</td>',
-      *(f'<td>{_chip(layer[s], tint)}</td>' for s in finished_run.SIDES),
-      *(f'<td>{_fixed(layer[key], 0)}</td>' for key in ('macs', 'params')),
-      f'<td>{_fixed(layer["cost"], decimals)}</td>',
-      f'<td style="background:linear-gradient(to right,var(--bar) '
-      f'{100 * share:.1f}%,transparent 0)">{_percent(layer["share"], 1)}</td>',
-      f'<td>{chance or _UNKNOWN}</td>',
-    ]
-    rows.append(f'<tr>{"".join(cells)}</tr>')
-  head = ['', 'layer', 'kind', 'weights', 'activations', 'MACs', 'parameters']
-  head += [f'cost, {html.escape(run.arch["cost"]["unit"])}', 'share']
-  head += ['probability']
-  return _settled(run) + _table(head, rows, left=[1, 2])
-
-
-def _settled(run: finished_run.FinishedRun) -> str:
-  """Says which decisions the policy left open."""
-  if not run.searched:
-    return '<p>The formats were given, not searched.</p>'
-  open_ = [
-    html.escape(name)
-    for name, decision in run.searched.items()
-    if not max(decision['probabilities']) >= _SETTLED
-  ]
-  if not open_:
-    return (
-      f'<p>All {len(run.searched)} decisions are settled: the policy gives '
-      f'each found format a probability of at least {_SETTLED}.</p>'
-    )
-  return (
-    f'<p><span class=warn>{len(open_)} of {len(run.searched)} decisions are '
-    'unsettled</span>, the policy gives none of their formats a probability of '
-    f'{_SETTLED}: {", ".join(open_)}.</p>'
-  )
+  return '\n'.join(_figure(name, images) for name in names)
 
 
 def _provenance(run: finished_run.FinishedRun) -> str:
@@ -366,8 +262,8 @@ def _provenance(run: finished_run.FinishedRun) -> str:
   facts = {
     'seed': result['seed'],
     'steps': f'{result["steps"]:,}',
-    'wall time': _seconds(result['wall_seconds']),
-    'compiling': _seconds(result['compile_seconds']),
+    'wall time': spelling.duration(result['wall_seconds']),
+    'compiling': spelling.duration(result['compile_seconds']),
     'compilations': result['compilations'],
     'hash of the config': run.arch['config_hash'],
     **run.arch['versions'],

@@ -90,7 +90,7 @@ def layers(
   """Returns a row per layer: what it is, its formats, sizes and cost.
 
   Sizes are `input_channels`, `output_channels` and `kernel`, where they are
-  decided about.
+  decided about; `decided` names the decision of each.
   """
   leaves = experiment.space.leaves(choices)
   assigned = experiment.space.assignment(choices)
@@ -110,11 +110,15 @@ def layers(
   ]
 
 
-def _sizes(op: cost_model.Op, leaves: Mapping[str, Any]) -> dict[str, int]:
-  return {
+def _sizes(op: cost_model.Op, leaves: Mapping[str, Any]) -> dict[str, Any]:
+  if not op.shape.decided:
+    return {}
+  found = {
     name: size.counts[int(np.argmax(leaves[op.leaf(name)]))]
     for name, size in op.shape.decided
   }
+  decided = {name: size.decision for name, size in op.shape.decided}
+  return dict(found, decided=decided)
 
 
 def decisions(

@@ -245,7 +245,7 @@ def _limit(config, name: str) -> float:
 def _reference(config, name: str, workdir: pathlib.Path) -> dict[str, Any]:
   """Trains the published network at one format, by the same code."""
   uniform = config.copy_and_resolve_references()
-  with uniform.unlocked():
+  with uniform.unlocked(), uniform.ignore_type():
     uniform.quant.formats = name
     uniform.quant.menus, uniform.quant.groups = (), ()
     uniform.sizes.widths, uniform.sizes.kernels = (), ()

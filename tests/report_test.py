@@ -2,7 +2,6 @@
 
 import base64
 import html
-import json
 import math
 import pathlib
 import re
@@ -16,114 +15,13 @@ from fliqs_jax import finished_run
 from fliqs_jax import formats
 from fliqs_jax import pictures
 from fliqs_jax import report
+from tests import finished
 
-_MENU = ('INT4', 'INT8', 'BF16')
-_FOUND = {  # Path: format of weights, of activations.
-  'stem': ('INT8', 'INT8'),
-  'stage0/block0/conv0': ('INT4', 'INT4'),
-  'stage0/block0/conv1': ('INT4', 'INT4'),
-  'stage0/block0/shortcut': ('INT8', 'INT8'),
-  'head': (None, None),
-}
 _FILES = ('config.json', 'arch.json', 'result.json', 'history.jsonl')
 
 
-def _model(accuracy, cost):
-  return {
-    'accuracy': accuracy,
-    'loss': 0.1,
-    'cost': cost,
-    'cost_target': 0.9,
-    'unit': 'GBOPs',
-    'gbops': cost,
-    'size_bits': 8000,
-    'average_bits': 4.5,
-    'examples': 360,
-  }
-
-
-def _bits(name):
-  return formats.parse(name).bits if name else 16
-
-
-def _files(found=None, menu=_MENU, mode='tied'):
-  """Returns the contents of a run's files; every layer has 1e9 MACs."""
-  found = found or _FOUND
-  arch = {
-    'schema': 1,
-    'versions': {'fliqs_jax': '0.1.0', 'jax': '0.10', 'flax': '0.12'},
-    'config_hash': 'abc',
-    'mode': mode,
-    'cost': {'kind': 'bops', 'value': 0.8, 'target': 0.9, 'unit': 'GBOPs'},
-    'layers': {
-      path: {'weights': w, 'activations': a} for path, (w, a) in found.items()
-    },
-  }
-  layers = [
-    {
-      'path': path,
-      'kind': 'conv',
-      'macs': 10**9,
-      'params': 100,
-      'weights': w,
-      'activations': a,
-      'gbops': _bits(w) * _bits(a),
-      'cost': _bits(w) * _bits(a),
-    }
-    for path, (w, a) in found.items()
-  ]
-  decisions = {}
-  sides = ('weights', 'activations') if mode == 'separate' else ('',)
-  for path, names in found.items():
-    for side, name in zip(sides, names):
-      if name:
-        decisions[f'{path}/{side}' if side else path] = {
-          'formats': list(menu),
-          'layers': [path],
-          'probabilities': [float(choice == name) for choice in menu],
-        }
-  policy = {name: d['probabilities'] for name, d in decisions.items()}
-  curves = {'quality': -1, 'reward': -0.4, 'cost': 1.8, 'entropy': 9.8}
-  return {
-    'config.json': {
-      'seed': 0,
-      'model': {'name': 'resnet_cifar'},
-      'data': {'name': 'digits'},
-      'quant': {'act_start': 0.15},
-      'search': {'start': 0.25, 'freeze': 0.95},
-      'train': {'steps': 60},
-    },
-    'arch.json': arch,
-    'result.json': {
-      'metric': 'accuracy',
-      'found': _model(0.9722, 0.8),
-      'references': {'INT4': _model(0.9, 0.5), 'INT8': _model(0.95, 2.0)},
-      'layers': layers,
-      'decisions': decisions,
-      'warnings': [],
-      'steps': 60,
-      'compilations': 1,
-      'wall_seconds': 61.2,
-      'compile_seconds': 9.1,
-      'seed': 0,
-    },
-    'history.jsonl': [
-      {'step': step, 'loss': 2.0, 'policy': policy, **curves}
-      for step in (20, 40, 60)
-    ],
-  }
-
-
-def _write(directory, files):
-  for name, content in files.items():
-    rows = content if name == 'history.jsonl' else [content]
-    text = ''.join(json.dumps(row) + '\n' for row in rows)
-    (directory / name).write_text(text)
-  return str(directory)
-
-
 def _report(directory, files):
-  path = report.write_report(_write(directory, files))
+  path = report.write_report(finished.write(directory, files))
   return pathlib.Path(path).read_text(encoding='utf-8')
 
 
@@ -131,7 +29,7 @@ def _report(directory, files):
 def _plain(tmp_path_factory):
   """The directory and the page of a plain run."""
   directory = tmp_path_factory.mktemp('plain')
-  return directory, _report(directory, _files())
+  return directory, _report(directory, finished.files())
 
 
 def test_every_picture_is_beside_the_page_and_embedded_in_it(plain):
@@ -155,11 +53,12 @@ def test_the_page_asks_nothing_of_the_network(plain):
 
 def test_layers_are_listed_in_model_order(tmp_path):
   # Not in the order of the alphabet, nor in that of result.json.
-  files = _files()
+  files = finished.files()
   files['result.json']['layers'].reverse()
   page = _report(tmp_path, files)
   table = page[page.index('<h2>Layers') :]
-  assert re.findall('<td class=left>([^<]*)</td>', table)[:5] == list(_FOUND)
+  paths = re.findall('<td class=left>([^<]*)</td>', table)
+  assert paths[:5] == list(finished.FOUND)
 
 
 def test_the_page_leads_with_accuracy_and_cost_against_the_target(plain):
@@ -172,7 +71,7 @@ def test_the_page_leads_with_accuracy_and_cost_against_the_target(plain):
 
 def test_text_from_the_files_is_escaped(tmp_path):
   name = '<script>alert("x")</script>$_{'
-  files = _files({name: ('INT4', 'INT4'), 'head': ('INT8', 'INT8')})
+  files = finished.files({name: ('INT4', 'INT4'), 'head': ('INT8', 'INT8')})
   files['result.json']['warnings'] = ['<b>loud</b>']
   files['config.json']['model']['name'] = '<i>net</i>'
   files['arch.json']['cost']['unit'] = '<u>'
@@ -185,7 +84,7 @@ def test_text_from_the_files_is_escaped(tmp_path):
 
 @pytest.mark.parametrize('name', _FILES)
 def test_a_missing_file_is_named(tmp_path, name):
-  workdir = _write(tmp_path, _files())
+  workdir = finished.write(tmp_path, finished.files())
   (tmp_path / name).unlink()
   with pytest.raises(FileNotFoundError, match=f'{re.escape(name)} is missing'):
     report.write_report(workdir)
@@ -193,7 +92,7 @@ def test_a_missing_file_is_named(tmp_path, name):
 
 
 def test_a_damaged_line_of_the_history_is_named(tmp_path):
-  workdir = _write(tmp_path, _files())
+  workdir = finished.write(tmp_path, finished.files())
   with open(tmp_path / 'history.jsonl', 'a') as file:
     file.write('{"step": 80, "lo')
   with pytest.raises(ValueError, match='history.jsonl line 4 is not JSON'):
@@ -201,22 +100,22 @@ def test_a_damaged_line_of_the_history_is_named(tmp_path):
 
 
 def test_a_config_without_a_phase_is_refused(tmp_path):
-  files = _files()
+  files = finished.files()
   del files['config.json']['search']['freeze']
   with pytest.raises(ValueError, match='config.json lacks search.freeze'):
     _report(tmp_path, files)
 
 
 def test_a_decision_over_an_unknown_layer_is_refused(tmp_path):
-  files = _files()
+  files = finished.files()
   files['result.json']['decisions']['stem']['layers'] = ['step']
   with pytest.raises(ValueError, match="'stem' governs layer 'step'"):
     _report(tmp_path, files)
 
 
 def test_a_run_with_fixed_formats_says_so_and_has_no_policy(tmp_path):
-  found = dict.fromkeys(_FOUND, ('INT8', 'INT8'))
-  files = _files(found, menu=('INT8',))
+  found = dict.fromkeys(finished.FOUND, ('INT8', 'INT8'))
+  files = finished.files(found, menu=('INT8',))
   files['result.json']['references'] = {}
   page = _report(tmp_path, files)
   assert 'Nothing was searched' in page
@@ -226,7 +125,7 @@ def test_a_run_with_fixed_formats_says_so_and_has_no_policy(tmp_path):
 
 
 def test_numbers_that_are_not_finite_are_left_out(tmp_path):
-  files = _files()
+  files = finished.files()
   rows = files['history.jsonl']
   rows[0] |= {'reward': None, 'loss': math.nan, 'policy': None}
   rows[1] |= {'cost': math.inf, 'entropy': None}
@@ -243,13 +142,13 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path):
 
 
 def test_a_history_of_nothing_still_makes_a_page(tmp_path):
-  files = _files() | {'history.jsonl': []}
+  files = finished.files() | {'history.jsonl': []}
   page = _report(tmp_path, files)
   assert 'too few policies' in page
 
 
 def test_unsettled_decisions_are_marked(tmp_path):
-  files = _files()
+  files = finished.files()
   files['result.json']['decisions']['stem']['probabilities'] = [0.2, 0.7, 0.1]
   page = _report(tmp_path, files)
   assert '1 of 4 decisions are unsettled' in page
@@ -257,7 +156,7 @@ def test_unsettled_decisions_are_marked(tmp_path):
 
 
 def test_shares_are_of_the_found_and_of_the_uniform_cost(tmp_path):
-  run = finished_run.read(_write(tmp_path, _files()))
+  run = finished_run.read(finished.write(tmp_path, finished.files()))
   # 1e9 MACs each: 64, 16, 16, 64 and, not quantized, 256 GBOPs make 416; with
   # 8 bits 64, 64, 64, 64, and 256 as before make 512.
   expected = [(64, 64), (16, 64), (16, 64), (64, 64), (256, 256)]
@@ -268,20 +167,20 @@ def test_shares_are_of_the_found_and_of_the_uniform_cost(tmp_path):
 
 
 def test_separate_decisions_keep_their_sides(tmp_path):
-  files = _files({'conv': ('INT4', 'INT8')}, mode='separate')
+  files = finished.files({'conv': ('INT4', 'INT8')}, mode='separate')
   files['result.json']['decisions']['conv/activations']['probabilities'] = [
     0.05,
     0.95,
     0,
   ]
-  run = finished_run.read(_write(tmp_path, files))
+  run = finished_run.read(finished.write(tmp_path, files))
   # The tallest of each decision: INT4 at 1, INT8 at 0.95.
   assert run.layers[0]['probabilities'] == {'weights': 1, 'activations': 0.95}
   assert '1.000 / 0.950' in _report(tmp_path, files)
 
 
 def test_phases_are_marked_at_their_fraction_of_training(tmp_path):
-  run = finished_run.read(_write(tmp_path, _files()))
+  run = finished_run.read(finished.write(tmp_path, finished.files()))
   # 60 steps: 0.15, 0.25 and 0.95 of them.
   assert list(run.marks.values()) == [9, 15, 57]
 
@@ -289,7 +188,7 @@ def test_phases_are_marked_at_their_fraction_of_training(tmp_path):
 def _cells(found):
   """Returns the texts within the cells as (x, y, text), in drawing order."""
   layers = [
-    {'path': path, 'weights': w, 'activations': a}
+    {'path': path, 'weights': w, 'activations': a, 'sizes': {}}
     for path, (w, a) in found.items()
   ]
   tint = pictures.palette([n for pair in found.values() for n in pair if n])
@@ -312,10 +211,10 @@ def test_the_architecture_wraps_without_losing_a_layer():
 
 
 def test_a_shortcut_is_raised_above_its_block():
-  cells = _cells(_FOUND)
+  cells = _cells(finished.FOUND)
   raised = [text for _, y, text in cells if y == min(c[1] for c in cells)]
   assert raised == ['INT8']
-  assert len(cells) == len(_FOUND)
+  assert len(cells) == len(finished.FOUND)
 
 
 def test_a_cell_is_halved_where_weights_and_activations_differ():
@@ -337,7 +236,7 @@ def test_all_formats_of_a_space_have_colours_of_their_own():
 
 
 def test_the_command_prints_the_page(tmp_path, capsys):
-  report.main([_write(tmp_path, _files())])
+  report.main([finished.write(tmp_path, finished.files())])
   assert capsys.readouterr().out.strip() == str(tmp_path / 'report.html')
 
 
