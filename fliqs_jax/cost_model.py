@@ -72,11 +72,11 @@ class OpShape:
 
 @flax.struct.dataclass
 class PerChannel:
-  """Parameters outside of ops, some for each channel: biases, batch norm.
+  """Parameters outside of ops that follow channels: biases, batch norm.
 
   Attributes:
     leaf: name of the arch leaf that picks the channels.
-    channels: `sizes.Channels`.
+    channels: `sizes.Channels`; or the same with numbers of parameters.
     params: how many for each channel.
   """
 
@@ -127,7 +127,6 @@ class Op:
           leaves[self.leaf(name)], [value(f) for f in menu]
         )
     return result
-
 
   def live(self, leaves: Leaves, *names: str) -> Any:
     """Returns the expected share of what is allocated that is live.

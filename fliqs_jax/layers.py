@@ -9,7 +9,7 @@ Where a layer is told that its sizes are decided about, dead input channels and
 dead taps of its kernel enter neither scales nor statistics.
 
 Collections, per layer:
-  arch: `format` [K] one-hot, or `weights` and `activations` [K]; where its sizes
+  arch: `format` [K] one-hot, or `weights` and `activations` [K]; where sizes
     are decided about, `input_channels`, `output_channels` and `kernel` [K].
   quant_stats: `mean`, `mean_square` [], running moments of the input; `count`
     [], batches seen; `active` [], whether activations are quantized yet; `clip`
@@ -255,12 +255,12 @@ class _Operands:
     if (channels := self._several('input_channels')) and shape[-2] > 1:
       if channels.size != shape[-2]:
         raise ValueError(
-          f'{"/".join(self.module.path)}: {channels.decision} is of a tensor of '
-          f'{channels.size} channels, but the kernel takes {shape[-2]}'
+          f'{"/".join(self.module.path)}: {channels.decision} is of a tensor '
+          f'of {channels.size} channels, but the kernel takes {shape[-2]}'
         )
       alive = live.mask(self.leaves['input_channels'], channels)[:, None]
     kernel = self._several('kernel')
-    if kernel and not kernel.has_branches:
+    if kernel and kernel.is_masked:
       size = _pick(self.leaves['kernel'], jnp.asarray(kernel.labels))
       near = jnp.abs(jnp.arange(kernel.size) - kernel.size // 2) <= size // 2
       near = (near[:, None] & near[None, :])[:, :, None, None]
@@ -381,6 +381,20 @@ def _check_kernel(module: QuantConv, shape: tuple[int, ...]) -> None:
       f'{path}: padding={module.padding!r} fits kernels of one size; a kernel '
       "that is decided about needs 'SAME'"
     )
+  dilations = module.input_dilation, module.kernel_dilation
+  is_dilated = any(d not in (None, 1, (1, 1)) for d in dilations)
+  if kernel.has_branches and (is_dilated or module.mask is not None):
+    raise ValueError(
+      f'{path}: branches of a kernel can have neither dilation nor mask'
+    )
+  strides = module.strides or 1
+  stride = strides if isinstance(strides, int) else max(strides)
+  if kernel.is_masked and min(kernel.labels) < stride:
+    raise ValueError(
+      f'{path}: at a stride of {stride} the pixels that a kernel of '
+      f'{min(kernel.labels)} sees are not those under the centre of a larger '
+      f'one; leave it out of sizes.kernels={kernel.labels}'
+    )
   height, width = shape[-3:-1]
   if len(kernel.labels) > 1 and kernel.size > 2 * min(height, width) - 1:
     raise ValueError(
@@ -435,7 +449,10 @@ def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
     )
   else:
     one = [functools.partial(branch, kernel) for kernel in kernels]
-    every = lambda: sum(p * b() for p, b in zip(leaf, one))
+
+    def every():
+      return sum(p * b() for p, b in zip(leaf, one))
+
     index = jnp.where(leaf.max() > 0.5, jnp.argmax(leaf), len(labels))
     y = lax.switch(index, [*one, every])
   if module.use_bias:

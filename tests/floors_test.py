@@ -11,7 +11,15 @@ _PACKAGE = pathlib.Path(__file__).parents[1] / 'fliqs_jax'
 
 # From the ground up; a module may import from floors below its own only.
 FLOORS = (
-  ('formats', 'files', 'config_lib', 'schedules', 'policy', 'optimizers', 'sizes'),
+  (
+    'formats',
+    'files',
+    'config_lib',
+    'schedules',
+    'policy',
+    'optimizers',
+    'sizes',
+  ),
   ('clipping', 'quantize', 'linear', 'cost_model', 'controller', 'metrics'),
   (
     'live',

@@ -51,6 +51,8 @@ MODELS: dict[str, Network] = {
   'recommender': Network(recommender.Recommender),
 }
 
+AS_PUBLISHED = sizes_lib.Sizes()  # Nothing is open.
+
 # What `build` itself gives a model; not keys of a config.
 _GIVEN = ('conv', 'dense', 'num_classes', 'sizes', 'parent', 'name')
 
@@ -80,7 +82,7 @@ def build(
   config: Mapping[str, Any],
   num_classes: int,
   spec: quant_spec.QuantSpec,
-  sizes: sizes_lib.Sizes = sizes_lib.Sizes(),
+  sizes: sizes_lib.Sizes = AS_PUBLISHED,
 ) -> nn.Module:
   """Returns the network that a config names, with quantized layers.
 
@@ -111,7 +113,7 @@ def build(
     sizes=sizes,
   )
   fields = network.module.__dataclass_fields__
-  if sizes != sizes_lib.Sizes() and 'sizes' not in fields:
+  if sizes != AS_PUBLISHED and 'sizes' not in fields:
     raise ValueError(
       f'model {name} has no sizes to decide about; set sizes.widths and '
       'sizes.kernels to ()'
