@@ -258,7 +258,8 @@ class _Operands:
           f'{"/".join(self.module.path)}: {channels.decision} is of a tensor '
           f'of {channels.size} channels, but the kernel takes {shape[-2]}'
         )
-      alive = live.mask(self.leaves['input_channels'], channels)[:, None]
+      alive = live.mask(self.leaves['input_channels'], channels)
+      alive = alive.reshape((1,) * (len(shape) - 2) + (-1, 1))
     kernel = self._several('kernel')
     if kernel and kernel.is_masked:
       size = _pick(self.leaves['kernel'], jnp.asarray(kernel.labels))
@@ -456,7 +457,10 @@ def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
     index = jnp.where(leaf.max() > 0.5, jnp.argmax(leaf), len(labels))
     y = lax.switch(index, [*one, every])
   if module.use_bias:
-    y += module.param('bias', module.bias_init, (module.features,))
+    bias = module.param(
+      'bias', module.bias_init, (module.features,), module.param_dtype
+    )
+    y += bias.reshape((1,) * (y.ndim - 1) + (-1,))
   return y.astype(operands.dtype)
 
 

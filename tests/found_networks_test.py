@@ -149,8 +149,8 @@ def random_choices(space, seed):
     for d in space.decisions
   }
   if any(d.kind == 'kernel' for d in space.decisions):
-    # Inverted bottlenecks: the first stage as wide as the stem, by choice. There
-    # is a shortcut no more than else.
+    # Inverted bottlenecks: the first stage is by choice as wide as the stem,
+    # and has a shortcut no more than else.
     choices['stage0/channels'] = np.eye(3, dtype=np.float32)[0]
   return choices
 

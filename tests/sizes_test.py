@@ -3,10 +3,13 @@
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
+from fliqs_jax import layers
+from fliqs_jax import live
 from fliqs_jax import models
 from fliqs_jax import quant_spec
 from fliqs_jax import search_space
@@ -188,3 +191,65 @@ def test_the_published_sizes_cost_what_the_published_network_does(
   cost = opened.cost(kind)(opened.leaves(opened.uniform('INT8')))
   # Shares of what is allocated are float32.
   assert float(cost) == pytest.approx(float(expected), rel=1e-6)
+
+
+INPUTS = sizes.Channels('a/channels', (2, 4, 6), (2, 4, 6))
+OUTPUTS = sizes.Channels('b/channels', (3, 5, 8), (3, 5, 8))
+BRANCHES = sizes.Kernel('c/kernel', (3, 5), sizes.BRANCHES)
+MASKED = sizes.Kernel('c/kernel', (3, 5), sizes.MASKED)
+
+
+def conv(kernel, **fields):
+  return sizes.between(layers.QuantConv, INPUTS, OUTPUTS, kernel)(**fields)
+
+
+class TwoLayers(nn.Module):
+  first: sizes.Channels
+  second: sizes.Channels
+
+  @nn.compact
+  def __call__(self, x):
+    x = sizes.between(layers.QuantDense, INPUTS, self.first)(name='first')(x)
+    return sizes.between(layers.QuantDense, self.second, OUTPUTS)(
+      name='second'
+    )(x)
+
+
+def refused(layer, *shape):
+  x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+  search_space.find(layer, x)
+
+
+@pytest.mark.parametrize(
+  ('layer', 'shape', 'message'),
+  [
+    (conv(MASKED), (2, 9, 6), 'map of 2x9 .* kernel of 5 .*'),
+    (conv(MASKED, padding=1), (9, 9, 6), 'padding='),
+    (
+      conv(BRANCHES, kernel_dilation=2),
+      (9, 9, 6),
+      'neither dilation nor mask',
+    ),
+    (conv(MASKED, strides=4), (8, 8, 6), 'stride of 4 .* kernel of 3'),
+    (
+      sizes.between(layers.QuantDense, INPUTS, OUTPUTS)(),
+      (5,),
+      'a/channels .* 6 channels, .* takes 5',
+    ),
+    (live.Mask(INPUTS), (5,), 'a/channels .* 6 channels, .* has 5'),
+    (live.BatchNorm(True, channels=INPUTS), (5,), 'a/channels .* has 5'),
+    (
+      live.Dense(8, input_channels=INPUTS, output_channels=OUTPUTS),
+      (6,),
+      'one decision, but they follow a/channels and b/channels',
+    ),
+    (
+      TwoLayers(OUTPUTS, sizes.Channels('b/channels', (4, 8), (4, 8))),
+      (6,),
+      r'\(4, 8\), but shares the decision b/channels .* \(3, 5, 8\)',
+    ),
+  ],
+)
+def test_sizes_that_do_not_fit_are_refused(layer, shape, message):
+  with pytest.raises(ValueError, match=message):
+    refused(layer, *shape)
