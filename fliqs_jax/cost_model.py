@@ -72,11 +72,11 @@ class OpShape:
 
 @flax.struct.dataclass
 class PerChannel:
-  """Parameters outside of ops, some for each channel: biases, batch norm.
+  """Parameters outside of ops that follow channels: biases, batch norm.
 
   Attributes:
     leaf: name of the arch leaf that picks the channels.
-    channels: `sizes.Channels`.
+    channels: `sizes.Channels`; or the same with numbers of parameters.
     params: how many for each channel.
   """
 
@@ -268,7 +268,9 @@ def make(
 def bounds(cost: Cost) -> tuple[float, float]:
   """Returns the cost of the cheapest and of the dearest architecture."""
   # The parts of an op's cost are products or sums of one term per leaf, and no
-  # term is negative: each leaf decides for itself, whatever the others are.
+  # term is negative: each size decides for itself, whatever the formats are.
+  # The formats come after the sizes: which one is dearest depends on how many
+  # weights share a scale.
   first = {
     op.leaf(name): _one_hot(0, len(menu))
     for op in cost.ops
@@ -284,7 +286,7 @@ def bounds(cost: Cost) -> tuple[float, float]:
       for leaf, other in cost.others.items()
     }
     for op in cost.ops:
-      for name, menu in op.shape.leaves().items():
+      for name, menu in reversed(op.shape.leaves().items()):
         one_hots = [_one_hot(i, len(menu)) for i in range(len(menu))]
         costs = [
           float(cost.of_op(op, leaves | {op.leaf(name): one_hot}))

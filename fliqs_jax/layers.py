@@ -258,9 +258,10 @@ class _Operands:
           f'{"/".join(self.module.path)}: {channels.decision} is of a tensor '
           f'of {channels.size} channels, but the kernel takes {shape[-2]}'
         )
-      alive = live.mask(self.leaves['input_channels'], channels)[:, None]
+      alive = live.mask(self.leaves['input_channels'], channels)
+      alive = alive.reshape((1,) * (len(shape) - 2) + (-1, 1))
     kernel = self._several('kernel')
-    if kernel and not kernel.has_branches:
+    if kernel and kernel.is_masked:
       size = _pick(self.leaves['kernel'], jnp.asarray(kernel.labels))
       near = jnp.abs(jnp.arange(kernel.size) - kernel.size // 2) <= size // 2
       near = (near[:, None] & near[None, :])[:, :, None, None]
@@ -381,6 +382,20 @@ def _check_kernel(module: QuantConv, shape: tuple[int, ...]) -> None:
       f'{path}: padding={module.padding!r} fits kernels of one size; a kernel '
       "that is decided about needs 'SAME'"
     )
+  dilations = module.input_dilation, module.kernel_dilation
+  is_dilated = any(d not in (None, 1, (1, 1)) for d in dilations)
+  if kernel.has_branches and (is_dilated or module.mask is not None):
+    raise ValueError(
+      f'{path}: branches of a kernel can have neither dilation nor mask'
+    )
+  strides = module.strides or 1
+  stride = strides if isinstance(strides, int) else max(strides)
+  if kernel.is_masked and min(kernel.labels) < stride:
+    raise ValueError(
+      f'{path}: at a stride of {stride} the pixels that a kernel of '
+      f'{min(kernel.labels)} sees are not those under the centre of a larger '
+      f'one; leave it out of sizes.kernels={kernel.labels}'
+    )
   height, width = shape[-3:-1]
   if len(kernel.labels) > 1 and kernel.size > 2 * min(height, width) - 1:
     raise ValueError(
@@ -442,7 +457,10 @@ def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
     index = jnp.where(leaf.max() > 0.5, jnp.argmax(leaf), len(labels))
     y = lax.switch(index, [*one, every])
   if module.use_bias:
-    y += module.param('bias', module.bias_init, (module.features,))
+    bias = module.param(
+      'bias', module.bias_init, (module.features,), module.param_dtype
+    )
+    y += bias.reshape((1,) * (y.ndim - 1) + (-1,))
   return y.astype(operands.dtype)
 
 

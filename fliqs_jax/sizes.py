@@ -81,12 +81,17 @@ class Kernel:
   @property
   def shares(self) -> tuple[float, ...]:
     """Which part of the largest kernel's taps each has, by label."""
-    return tuple((label / self.size) ** 2 for label in self.labels)
+    return tuple(label**2 / self.size**2 for label in self.labels)
 
   @property
   def has_branches(self) -> bool:
     """Whether there are several kernels, of which one is used."""
     return self.weights == BRANCHES and len(self.labels) > 1
+
+  @property
+  def is_masked(self) -> bool:
+    """Whether there is one kernel, of which the centre is used."""
+    return self.weights == MASKED and len(self.labels) > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +115,10 @@ class Sizes:
   def __post_init__(self):
     object.__setattr__(self, 'widths', tuple(self.widths))
     object.__setattr__(self, 'kernels', tuple(self.kernels))
-    if self.found is not None:  # What a module holds must be hashable.
-      items = dict(self.found).items()
-      object.__setattr__(self, 'found', tuple(sorted(items)))
+    # What a module holds must be hashable; an arch.json without sizes says as
+    # much as none.
+    found = tuple(sorted(dict(self.found or ()).items())) or None
+    object.__setattr__(self, 'found', found)
     if self.kernel_weights not in (BRANCHES, MASKED):
       raise ValueError(
         f'sizes.kernel_weights={self.kernel_weights!r} is unknown; allowed: '
@@ -123,7 +129,7 @@ class Sizes:
         raise ValueError(
           f'sizes.{key}={values} must be positive, different and rising'
         )
-    if any(k != int(k) or k % 2 == 0 for k in self.kernels):
+    if not all(_is_odd(k) for k in self.kernels):
       raise ValueError(f'sizes.kernels={self.kernels} must be odd, as 3, 5, 7')
 
   def channels(
@@ -161,6 +167,10 @@ class Sizes:
     """
     decision = f'{name}/kernel'
     if (size := self._found(decision)) is not None:
+      if not _is_odd(size):
+        raise ValueError(
+          f'the sizes of arch.json have {decision}={size}, which must be odd'
+        )
       return Kernel(decision, (size,), self.kernel_weights)
     if not self.kernels:
       return Kernel(None, (published,))
@@ -174,10 +184,13 @@ class Sizes:
   def _found(self, decision: str) -> int | None:
     found = dict(self.found or ())
     kind = decision.rpartition('/')[2]
-    if decision not in found and any(name.endswith(kind) for name in found):
-      raise ValueError(f'the sizes of arch.json lack {decision}')
-    label = found.get(decision)
-    if label is not None and (not isinstance(label, int) or label < 1):
+    if decision not in found:
+      if any(name.endswith(f'/{kind}') for name in found):
+        raise ValueError(f'the sizes of arch.json lack {decision}')
+      return None
+    label = found[decision]
+    is_whole = isinstance(label, int) and not isinstance(label, bool)
+    if not is_whole or label < 1:
       raise ValueError(
         f'the sizes of arch.json have {decision}={label!r}, which must be a '
         'whole number, at least 1'
@@ -215,6 +228,10 @@ def between(
 def constant(count: int) -> Channels:
   """Returns channels that nothing decides about."""
   return Channels(None, (count,), (count,))
+
+
+def _is_odd(size: float) -> bool:
+  return size % 2 == 1
 
 
 def _nearest(values: Sequence[int], wanted: int) -> int:

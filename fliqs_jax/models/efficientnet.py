@@ -5,8 +5,8 @@ squeeze-and-excitation in every block, channels `make_divisible(c * width)` with
 stem and head included, `ceil(n * depth)` blocks, drop connect that grows with
 the block.
 
-Squeeze-and-excitation is neither quantized nor counted: its layers are plain
-`nn.Dense`, not the given constructor. That is how the paper's costs (Figures 19
+Squeeze-and-excitation is neither quantized nor counted: its layers are Flax's
+own, not of the given constructor. That is how the paper's costs (Figures 19
 and 25) come out; they cannot tell it from leaving it out. 50, 70, 70, 79 and 97
 layers are counted.
 """
@@ -18,7 +18,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from fliqs_jax import live
+from fliqs_jax import sizes as sizes_lib
 from fliqs_jax.models import mobilenet_v2
+
+between = sizes_lib.between
 
 # Multipliers of width and depth, pixels of the image, rate of dropout.
 _VARIANTS = {
@@ -47,6 +51,10 @@ _DEPTHWISE = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
 class EfficientNet(nn.Module):
   """Inverted bottlenecks with squeeze-and-excitation, scaled as a compound.
 
+  Open sizes: the channels of each stage, which its residual blocks share, and
+  the kernel of each depthwise convolution. Expanded channels and those of
+  squeeze-and-excitation follow the block's input.
+
   Attributes:
     num_classes: size of the output.
     variant: `b0` to `b4`.
@@ -54,6 +62,7 @@ class EfficientNet(nn.Module):
     depth: multiplier of the blocks of a stage, on top of the variant's.
     drop_connect: rate at which the last block would be dropped; that of block i
       of n is i/n of it, and only blocks with a shortcut can be dropped.
+    sizes: which sizes are open.
     conv: constructor of convolutions.
     dense: constructor of the classifier.
   """
@@ -63,6 +72,7 @@ class EfficientNet(nn.Module):
   width: float = 1.0
   depth: float = 1.0
   drop_connect: float = 0.2
+  sizes: sizes_lib.Sizes = sizes_lib.Sizes()
   conv: Any = nn.Conv
   dense: Any = nn.Dense
 
@@ -94,31 +104,39 @@ class EfficientNet(nn.Module):
       return mobilenet_v2.make_divisible(channels * width * self.width)
 
     norm = functools.partial(
-      nn.BatchNorm,
+      live.BatchNorm,
       use_running_average=not train,
       momentum=0.99,
       epsilon=1e-3,
     )
     conv = functools.partial(self.conv, use_bias=False, kernel_init=_FAN_OUT)
-    x = conv(scaled(32), (3, 3), 2, name='stem')(x)
-    x = nn.swish(norm(name='stem_norm')(x))
+    inputs = sizes_lib.constant(scaled(32))
+    x = conv(inputs.size, (3, 3), 2, name='stem')(x)
+    x = nn.swish(norm(channels=inputs, name='stem_norm')(x))
     counts = [math.ceil(n * depth * self.depth) for *_, n, _ in _STAGES]
     index = 0
     for stage, (kernel, expansion, channels, _, stride) in enumerate(_STAGES):
+      outputs = self.sizes.channels(
+        f'stage{stage}', scaled(channels), mobilenet_v2.make_divisible
+      )
       for block in range(counts[stage]):
+        name = f'stage{stage}_block{block}'
         x = _MBConv(
-          scaled(channels),
-          kernel,
+          inputs,
+          outputs,
+          self.sizes.kernel(name, kernel),
           expansion,
           stride if block == 0 else 1,
           self.drop_connect * index / sum(counts),
           conv,
           norm,
-          name=f'stage{stage}_block{block}',
+          name=name,
         )(x, train)
+        inputs = outputs
         index += 1
-    x = conv(scaled(1280), (1, 1), name='top')(x)
-    x = nn.swish(norm(name='top_norm')(x))
+    top = sizes_lib.constant(scaled(1280))
+    x = between(conv, inputs, top)(kernel_size=(1, 1), name='top')(x)
+    x = nn.swish(norm(channels=top, name='top_norm')(x))
     x = x.mean(axis=(1, 2))
     x = nn.Dropout(dropout, deterministic=not train)(x)
     return self.dense(
@@ -129,8 +147,9 @@ class EfficientNet(nn.Module):
 
 
 class _MBConv(nn.Module):
-  channels: int
-  kernel: int
+  inputs: sizes_lib.Channels
+  outputs: sizes_lib.Channels
+  kernel: sizes_lib.Kernel
   expansion: int
   strides: int
   drop: float
@@ -140,29 +159,31 @@ class _MBConv(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     residual = x
-    expanded = self.expansion * x.shape[-1]
+    expanded = self.inputs.scaled(lambda count: self.expansion * count)
     if self.expansion > 1:
-      x = self.conv(expanded, (1, 1), name='expand')(x)
-      x = nn.swish(self.norm(name='expand_norm')(x))
-    x = self.conv(
-      expanded,
-      (self.kernel, self.kernel),
-      self.strides,
-      feature_group_count=expanded,
+      expand = between(self.conv, self.inputs, expanded)
+      x = expand(kernel_size=(1, 1), name='expand')(x)
+      x = nn.swish(self.norm(channels=expanded, name='expand_norm')(x))
+    x = between(self.conv, expanded, expanded, self.kernel)(
+      strides=self.strides,
+      feature_group_count=expanded.size,
       kernel_init=_DEPTHWISE,
       name='depthwise',
     )(x)
-    x = nn.swish(self.norm(name='depthwise_norm')(x))
+    x = nn.swish(self.norm(channels=expanded, name='depthwise_norm')(x))
     # Squeezed to a share of the block's own input, not of the expanded one.
-    squeezed = max(1, int(residual.shape[-1] * _SQUEEZE))
+    squeezed = self.inputs.scaled(lambda count: max(1, int(count * _SQUEEZE)))
     gate = x.mean(axis=(1, 2), keepdims=True)
-    gate = nn.Dense(squeezed, kernel_init=_FAN_OUT, name='squeeze')(gate)
-    gate = nn.swish(gate)
-    gate = nn.Dense(expanded, kernel_init=_FAN_OUT, name='excite')(gate)
+    squeeze = between(live.Dense, expanded, squeezed)
+    gate = nn.swish(squeeze(kernel_init=_FAN_OUT, name='squeeze')(gate))
+    excite = between(live.Dense, squeezed, expanded)
+    gate = excite(kernel_init=_FAN_OUT, name='excite')(gate)
     x = x * nn.sigmoid(gate)
-    x = self.conv(self.channels, (1, 1), name='project')(x)
-    x = self.norm(name='project_norm')(x)
-    if residual.shape != x.shape:
+    project = between(self.conv, expanded, self.outputs)
+    x = project(kernel_size=(1, 1), name='project')(x)
+    x = self.norm(channels=self.outputs, name='project_norm')(x)
+    # Stages that happen to be equally wide have no shortcut between them.
+    if residual.shape != x.shape or self.inputs != self.outputs:
       return x
     x = nn.Dropout(
       self.drop, broadcast_dims=(1, 2, 3), deterministic=not train

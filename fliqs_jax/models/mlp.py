@@ -9,13 +9,19 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 
+from fliqs_jax import live
+from fliqs_jax import sizes as sizes_lib
+
 
 class MLP(nn.Module):
   """Dense layers with ReLU over the flattened input.
 
+  Open sizes: the width of each hidden layer.
+
   Attributes:
     num_classes: size of the output.
     hidden: widths of the hidden layers.
+    sizes: which sizes are open.
     dense: constructor of dense layers.
   """
 
@@ -23,6 +29,7 @@ class MLP(nn.Module):
 
   num_classes: int
   hidden: Sequence[int] = (32, 32)
+  sizes: sizes_lib.Sizes = sizes_lib.Sizes()
   dense: Any = nn.Dense
 
   @nn.compact
@@ -30,6 +37,12 @@ class MLP(nn.Module):
     """Returns logits [N, num_classes] of images [N, ...]."""
     del train
     x = x.reshape((x.shape[0], -1))
+    channels = sizes_lib.constant(x.shape[-1])
     for i, features in enumerate(self.hidden):
-      x = nn.relu(self.dense(features, name=f'hidden{i}')(x))
-    return self.dense(self.num_classes, name='head')(x)
+      width = self.sizes.channels(f'hidden{i}', features)
+      layer = sizes_lib.between(self.dense, channels, width)
+      x = nn.relu(layer(name=f'hidden{i}')(x))
+      x = live.Mask(width, name=f'hidden{i}_mask')(x)
+      channels = width
+    classes = sizes_lib.constant(self.num_classes)
+    return sizes_lib.between(self.dense, channels, classes)(name='head')(x)

@@ -147,4 +147,6 @@ class _InvertedBottleneck(nn.Module):
     project = between(self.conv, hidden, self.outputs)
     x = project(kernel_size=(1, 1), name='project')(x)
     x = self.norm(channels=self.outputs, name='project_norm')(x)
-    return x + residual if residual.shape == x.shape else x
+    # Stages that happen to be equally wide have no shortcut between them.
+    same = residual.shape == x.shape and self.inputs == self.outputs
+    return x + residual if same else x

@@ -16,15 +16,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fliqs_jax import live
+from fliqs_jax import sizes as sizes_lib
+
 
 class Recommender(nn.Module):
   """Logit of a click from 13 continuous and 26 categorical features.
+
+  Open sizes (A.13): rank and width of each hidden layer, which are the channels
+  of V and of U.
 
   Attributes:
     buckets: hash buckets of each categorical feature.
     embedding_dim: size of the vector of a category.
     hidden: widths of the hidden layers.
     ranks: ranks of the hidden layers' products.
+    sizes: which sizes are open.
     dense: constructor of dense layers.
   """
 
@@ -38,6 +45,7 @@ class Recommender(nn.Module):
   embedding_dim: int = 16
   hidden: Sequence[int] = (512,) * 4
   ranks: Sequence[int] = (128,) * 4
+  sizes: sizes_lib.Sizes = sizes_lib.Sizes()
   dense: Any = nn.Dense
 
   def __post_init__(self):
@@ -73,7 +81,16 @@ class Recommender(nn.Module):
     y = jnp.concatenate(
       [x['dense'], embedded.reshape((ids.shape[0], -1))], axis=1
     )
-    for i, (width, rank) in enumerate(zip(self.hidden, self.ranks)):
-      y = self.dense(rank, use_bias=False, name=f'hidden{i}_v')(y)
-      y = nn.relu(self.dense(width, name=f'hidden{i}_u')(y))
-    return self.dense(1, name='head')(y)[:, 0]
+    between = sizes_lib.between
+    channels = sizes_lib.constant(y.shape[-1])
+    for i, sizes in enumerate(zip(self.hidden, self.ranks)):
+      v, u = f'hidden{i}_v', f'hidden{i}_u'
+      width = self.sizes.channels(u, sizes[0])
+      rank = self.sizes.channels(v, sizes[1])
+      y = between(self.dense, channels, rank)(use_bias=False, name=v)(y)
+      y = live.Mask(rank, name=f'{v}_mask')(y)
+      y = nn.relu(between(self.dense, rank, width)(name=u)(y))
+      y = live.Mask(width, name=f'{u}_mask')(y)
+      channels = width
+    head = between(self.dense, channels, sizes_lib.constant(1))
+    return head(name='head')(y)[:, 0]

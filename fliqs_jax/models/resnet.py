@@ -18,6 +18,11 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 
+from fliqs_jax import live
+from fliqs_jax import sizes as sizes_lib
+
+between = sizes_lib.between
+
 # Blocks per stage, and whether they are bottlenecks. 10 and 14 are no networks
 # of He et al.: the smallest of either kind, for tests and smoke runs.
 DEPTHS = {
@@ -34,10 +39,14 @@ DEPTHS = {
 class ResNet(nn.Module):
   """ResNet-18, -50 and their kin.
 
+  Open sizes: the channels of each stage, which its blocks and shortcuts share,
+  and the inner channels of each block, one number for both of a bottleneck.
+
   Attributes:
     num_classes: size of the output.
     depth: layers with parameters, projections not counted.
     width: multiplier of all channels.
+    sizes: which sizes are open.
     conv: constructor of convolutions.
     dense: constructor of dense layers.
   """
@@ -47,6 +56,7 @@ class ResNet(nn.Module):
   num_classes: int
   depth: int = 50
   width: float = 1.0
+  sizes: sizes_lib.Sizes = sizes_lib.Sizes()
   conv: Any = nn.Conv
   dense: Any = nn.Dense
 
@@ -64,7 +74,7 @@ class ResNet(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns logits [N, num_classes] of images [N, H, W, 3]."""
     norm = functools.partial(
-      nn.BatchNorm,
+      live.BatchNorm,
       use_running_average=not train,
       momentum=0.9,
       epsilon=1e-5,
@@ -77,28 +87,38 @@ class ResNet(nn.Module):
     filters = int(64 * self.width)
     blocks, bottleneck = DEPTHS[self.depth]
     # Padding is symmetric, as in He et al.: SAME would shift strided windows.
+    channels = sizes_lib.constant(filters)
     x = conv(filters, (7, 7), 2, padding=3, name='stem')(x)
-    x = nn.relu(norm(name='stem_norm')(x))
+    x = nn.relu(norm(channels=channels, name='stem_norm')(x))
     x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
     for stage, count in enumerate(blocks):
+      inner = filters * 2**stage
+      outputs = self.sizes.channels(
+        f'stage{stage}', 4 * inner if bottleneck else inner
+      )
       for block in range(count):
+        name = f'stage{stage}_block{block}'
         x = _Block(
-          filters * 2**stage,
+          channels,
+          self.sizes.channels(name, inner),
+          outputs,
           2 if stage > 0 and block == 0 else 1,
           bottleneck,
           block == 0,
           conv,
           norm,
-          name=f'stage{stage}_block{block}',
+          name=name,
         )(x)
+        channels = outputs
     x = x.mean(axis=(1, 2))
-    return self.dense(
-      self.num_classes, kernel_init=nn.initializers.normal(0.01), name='head'
-    )(x)
+    head = between(self.dense, channels, sizes_lib.constant(self.num_classes))
+    return head(kernel_init=nn.initializers.normal(0.01), name='head')(x)
 
 
 class _Block(nn.Module):
-  filters: int
+  inputs: sizes_lib.Channels
+  inner: sizes_lib.Channels
+  outputs: sizes_lib.Channels
   strides: int
   bottleneck: bool
   project: bool
@@ -107,26 +127,34 @@ class _Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    convs = [(self.filters, 3, self.strides), (self.filters, 3, 1)]
+    convs = [(self.inner, 3, self.strides), (self.outputs, 3, 1)]
     if self.bottleneck:
       convs = [
-        (self.filters, 1, 1),
-        (self.filters, 3, self.strides),
-        (4 * self.filters, 1, 1),
+        (self.inner, 1, 1),
+        (self.inner, 3, self.strides),
+        (self.outputs, 1, 1),
       ]
     shortcut = x
     if self.project:
-      channels = convs[-1][0]
-      shortcut = self.conv(channels, (1, 1), self.strides, name='shortcut')(x)
-      shortcut = self.norm(name='shortcut_norm')(shortcut)
+      shortcut = between(self.conv, self.inputs, self.outputs)(
+        kernel_size=(1, 1), strides=self.strides, name='shortcut'
+      )(x)
+      norm = self.norm(channels=self.outputs, name='shortcut_norm')
+      shortcut = norm(shortcut)
+    inputs = self.inputs
     for i, (channels, size, strides) in enumerate(convs):
       is_last = i == len(convs) - 1
-      x = self.conv(
-        channels, (size, size), strides, padding=size // 2, name=f'conv{i}'
+      x = between(self.conv, inputs, channels)(
+        kernel_size=(size, size),
+        strides=strides,
+        padding=size // 2,
+        name=f'conv{i}',
       )(x)
       x = self.norm(
+        channels=channels,
         scale_init=nn.initializers.constant(0.0 if is_last else 1.0),
         name=f'norm{i}',
       )(x)
       x = nn.relu(x + shortcut if is_last else x)
+      inputs = channels
     return x

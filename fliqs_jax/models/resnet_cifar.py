@@ -11,16 +11,26 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 
+from fliqs_jax import live
+from fliqs_jax import sizes as sizes_lib
+
+between = sizes_lib.between
+
 _STAGES = 3
 
 
 class ResNetCifar(nn.Module):
   """ResNet-8, -14, -20, ... for images of 8 to 32 pixels.
 
+  Open sizes: the channels of each stage, which its blocks and shortcuts share
+  (the first with the stem, whose output is its shortcut), and the inner
+  channels of each block.
+
   Attributes:
     num_classes: size of the output.
     depth: 6n + 2 layers with parameters.
     filters: channels of the first stage; they double at each stage.
+    sizes: which sizes are open.
     conv: constructor of convolutions.
     dense: constructor of dense layers.
   """
@@ -30,6 +40,7 @@ class ResNetCifar(nn.Module):
   num_classes: int
   depth: int = 20
   filters: int = 16
+  sizes: sizes_lib.Sizes = sizes_lib.Sizes()
   conv: Any = nn.Conv
   dense: Any = nn.Dense
 
@@ -46,45 +57,59 @@ class ResNetCifar(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns logits [N, num_classes] of images [N, H, W, C]."""
     norm = functools.partial(
-      nn.BatchNorm, use_running_average=not train, momentum=0.9
+      live.BatchNorm, use_running_average=not train, momentum=0.9
     )
     conv = functools.partial(
       self.conv,
       use_bias=False,
       kernel_init=nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
     )
-    x = conv(self.filters, (3, 3), name='stem')(x)
-    x = nn.relu(norm(name='stem_norm')(x))
+    channels = self.sizes.channels('stage0', self.filters)
+    image = sizes_lib.constant(x.shape[-1])
+    x = between(conv, image, channels)(kernel_size=(3, 3), name='stem')(x)
+    x = nn.relu(norm(channels=channels, name='stem_norm')(x))
     for stage in range(_STAGES):
+      filters = self.filters * 2**stage
+      outputs = self.sizes.channels(f'stage{stage}', filters)
       for block in range((self.depth - 2) // 6):
-        strides = 2 if stage > 0 and block == 0 else 1
+        name = f'stage{stage}_block{block}'
         x = _Block(
-          self.filters * 2**stage,
-          strides,
+          channels,
+          self.sizes.channels(name, filters),
+          outputs,
+          stage > 0 and block == 0,
           conv,
           norm,
-          name=f'stage{stage}_block{block}',
+          name=name,
         )(x)
+        channels = outputs
     x = x.mean(axis=(1, 2))
-    return self.dense(self.num_classes, name='head')(x)
+    classes = sizes_lib.constant(self.num_classes)
+    return between(self.dense, channels, classes)(name='head')(x)
 
 
 class _Block(nn.Module):
-  filters: int
-  strides: int
+  inputs: sizes_lib.Channels
+  inner: sizes_lib.Channels
+  outputs: sizes_lib.Channels
+  shrinks: bool
   conv: Any
   norm: Any
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    shortcut = x
-    x = self.conv(self.filters, (3, 3), self.strides, name='conv0')(x)
-    x = nn.relu(self.norm(name='norm0')(x))
-    x = self.conv(self.filters, (3, 3), name='conv1')(x)
-    x = self.norm(name='norm1')(x)
-    if shortcut.shape != x.shape:
-      shortcut = self.conv(self.filters, (1, 1), self.strides, name='shortcut')(
+    shortcut, strides = x, 2 if self.shrinks else 1
+    conv0 = between(self.conv, self.inputs, self.inner)
+    x = conv0(kernel_size=(3, 3), strides=strides, name='conv0')(x)
+    x = nn.relu(self.norm(channels=self.inner, name='norm0')(x))
+    conv1 = between(self.conv, self.inner, self.outputs)
+    x = conv1(kernel_size=(3, 3), name='conv1')(x)
+    x = self.norm(channels=self.outputs, name='norm1')(x)
+    if self.shrinks:
+      project = between(self.conv, self.inputs, self.outputs)
+      shortcut = project(kernel_size=(1, 1), strides=2, name='shortcut')(
         shortcut
       )
-      shortcut = self.norm(name='shortcut_norm')(shortcut)
+      norm = self.norm(channels=self.outputs, name='shortcut_norm')
+      shortcut = norm(shortcut)
     return nn.relu(x + shortcut)
