@@ -197,7 +197,7 @@ def _sizes(
       'quant.arch fixes every size; sizes.widths and sizes.kernels must be '
       'empty with it'
     )
-  return sizes_lib.Sizes(found=arch['sizes'] or None)
+  return sizes_lib.Sizes(found=arch['sizes'])
 
 
 def _check_sizes(config, space: search_space.SearchSpace) -> None:
