@@ -8,10 +8,13 @@ Everything else is reached through its module.
 from fliqs_jax.controller import make as make_controller
 from fliqs_jax.cost_model import uniform as uniform_cost
 from fliqs_jax.formats import NumericFormat
+from fliqs_jax.found import coverage
+from fliqs_jax.intercept import searchable
 from fliqs_jax.layers import QuantConv
 from fliqs_jax.layers import QuantDense
 from fliqs_jax.layers import QuantDenseGeneral
 from fliqs_jax.layers import QuantEinsum
+from fliqs_jax.layers import set_activation_quantization
 from fliqs_jax.layers import with_spec
 from fliqs_jax.policy import argmax
 from fliqs_jax.quant_spec import QuantSpec
@@ -29,12 +32,15 @@ __all__ = [
   'QuantEinsum',
   'QuantSpec',
   'argmax',
+  'coverage',
   'create_state',
   'eval_step',
   'find_decisions',
   'make_controller',
   'phases',
   'search_step',
+  'searchable',
+  'set_activation_quantization',
   'uniform_cost',
   'with_spec',
 ]

@@ -178,16 +178,17 @@ def find(
   """Finds a model's decisions by tracing its `init`; allocates nothing.
 
   Args:
-    model: built with this project's layers.
+    model: built with this project's layers, or made searchable by `intercept`.
     *args: what the model is called with, arrays or `jax.ShapeDtypeStruct`. MACs
       are counted for exactly this input, so its batch size should be 1.
     spec: the spec that the layers were given; its patterns are checked and its
-      groups tied.
+      groups tied. The model's own `spec`, if it has one, unless given.
     **kwargs: more of the call, static.
 
   Raises:
     ValueError: the model has no quantizable layer, or `spec` does not fit it.
   """
+  spec = spec or getattr(model, 'spec', None)
   calls: list[str] = []
 
   def note_order(call, call_args, call_kwargs, context):
@@ -200,7 +201,9 @@ def find(
 
   variables = jax.eval_shape(init, *args)
   cost = variables.get('cost', {})
-  if not {path.rpartition('/')[0] for path in _flat(cost)} <= set(calls):
+  if not {_caller(path, sown) for path, sown in _flat(cost).items()} <= set(
+    calls
+  ):
     # nn.jit has traced the first of several equal modules and repeated the
     # result for the others; see each of them.
     calls.clear()
@@ -215,10 +218,14 @@ def find(
   if not ops:
     raise ValueError(
       'the model has no layer that could be quantized; build it with '
-      'QuantConv, QuantDense, QuantDenseGeneral or QuantEinsum'
+      'QuantConv, QuantDense, QuantDenseGeneral or QuantEinsum, or make it '
+      'searchable'
     )
   if spec is not None:
-    spec.check([op.path for op in ops])
+    spec.check(
+      dict.fromkeys(op.layer for op in ops),
+      dict.fromkeys(op.path for op in ops if op.stack),
+    )
   params = sum(
     math.prod(p.shape) for p in jax.tree.leaves(variables.get('params', {}))
   )
@@ -229,15 +236,32 @@ def _flat(tree: Mapping) -> dict[str, Any]:
   return traverse_util.flatten_dict(tree, sep='/')
 
 
+def _caller(path: str, sown: tuple) -> str:
+  """Returns the path of the module whose call has sown an op's cost."""
+  path = path.removesuffix('ops').rstrip('/')
+  # The products of an attention are named after it.
+  shape = getattr(sown[0], 'shape', sown[0])
+  return path.rpartition('/')[0] if shape.kind == 'attend' else path
+
+
 def _ops(cost: Mapping, calls: list[str]) -> tuple[cost_model.Op, ...]:
   order = {path: i for i, path in reversed(list(enumerate(calls)))}
-  shapes = _flat(cost)
-  ops = [
-    cost_model.Op(path.removesuffix('ops').rstrip('/'), shape)
-    for path, sown in shapes.items()
-    for shape in sown  # A shared layer is counted once per call.
-  ]
-  return tuple(sorted(ops, key=lambda op: order[op.path]))
+  ops = []
+  for path, sown in _flat(cost).items():
+    place = order[_caller(path, sown)]
+    path = path.removesuffix('ops').rstrip('/')
+    for shape in sown:  # A shared layer is counted once per call.
+      if isinstance(shape, cost_model.Stacked):
+        ops += [
+          (
+            place,
+            cost_model.Op(f'{path}/@{i}', shape.shape, path, shape.shared),
+          )
+          for i in range(shape.length)
+        ]
+      else:
+        ops.append((place, cost_model.Op(path, shape)))
+  return tuple(op for _, op in sorted(ops, key=lambda placed: placed[0]))
 
 
 def _decisions(
@@ -249,9 +273,9 @@ def _decisions(
     names = op.shape.leaves()
     for leaf, menu in names.items():
       suffix = f'/{leaf}' if len(names) > 1 else ''
-      name = op.path + suffix
+      name = (op.stack if op.shared else op.path) + suffix
       for group, pattern in spec.groups if spec else ():
-        if fnmatch.fnmatchcase(op.path, pattern):
+        if any(fnmatch.fnmatchcase(p, pattern) for p in {op.path, op.layer}):
           name = group + suffix
           if group in paths:
             raise ValueError(
