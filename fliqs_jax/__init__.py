@@ -19,6 +19,7 @@ from fliqs_jax.layers import with_spec
 from fliqs_jax.policy import argmax
 from fliqs_jax.quant_spec import QuantSpec
 from fliqs_jax.schedules import phases
+from fliqs_jax.search_space import SearchSpace
 from fliqs_jax.search_space import find as find_decisions
 from fliqs_jax.train_state import create as create_state
 from fliqs_jax.train_step import eval_step
@@ -31,6 +32,7 @@ __all__ = [
   'QuantDenseGeneral',
   'QuantEinsum',
   'QuantSpec',
+  'SearchSpace',
   'argmax',
   'coverage',
   'create_state',

@@ -222,8 +222,10 @@ def _reason(path: str, classes: dict[str, type[nn.Module]]) -> str:
   ]
   if not known:
     return 'of no module that was called'
-  # A module that holds parameters for another, as DenseParams of an LSTM.
-  names = ' of '.join(dict.fromkeys(c.__name__ for c in known[:2]))
+  names = known[0].__name__
+  if known[0].__module__.startswith('flax.') and len(known) > 1:
+    # It may hold parameters for another, as DenseParams does for an LSTM.
+    names += f' of {known[1].__name__}'
   if issubclass(known[0], nn.Embed):
     return 'Embed is quantized by choice: embed=True'
   if issubclass(known[0], _NORMS):
@@ -231,5 +233,5 @@ def _reason(path: str, classes: dict[str, type[nn.Module]]) -> str:
   if any(c.__name__ == 'ToLinen' for k in known for c in k.__mro__):
     return 'an NNX module, into which linen cannot see'
   if issubclass(known[0], (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv)):
-    return f"{names} does not call its linen class's __call__"
+    return f"{names} does not run its linen class's __call__ in real floats"
   return f'{names} multiplies on its own, outside of any layer'

@@ -80,9 +80,8 @@ def searchable(
   """
   if not isinstance(model, nn.Module):
     raise ValueError(
-      f'{type(model).__name__} is not a linen module. The layers of an NNX '
-      'model cannot be intercepted, wrapped by nnx.bridge or not; write its '
-      'layers in linen, or use QuantDense and its like through nnx.bridge.ToNNX'
+      f'{type(model).__name__} is not a linen module; the layers of an NNX '
+      'model cannot be intercepted, wrapped by nnx.bridge or not'
     )
   if model.scope is not None:
     raise ValueError(
@@ -243,9 +242,6 @@ class Searchable:
     def intercept(call, args, kwargs, context):
       module = context.module
       seen.extend(c.__name__ for c in type(module).__mro__)
-      linen_class = _linen_class(context)
-      if linen_class is None or any(module.scope is s for s in replaced):
-        return call(*args, **kwargs)
       if isinstance(module, _OURS):
         raise ValueError(
           f'{"/".join(module.path) or "the model"} is a '
@@ -253,6 +249,9 @@ class Searchable:
           'layers, which would be quantized twice; give find_decisions the '
           'model itself'
         )
+      linen_class = _linen_class(context)
+      if linen_class is None or any(module.scope is s for s in replaced):
+        return call(*args, **kwargs)
       replaced.append(module.scope)
       try:
         return self._call(linen_class, call, args, kwargs, context)
@@ -267,6 +266,8 @@ class Searchable:
     state = carried_lib.LayerState(module)
     path = state.path
     if linen_class is nn.Embed and not self.embed:
+      return call(*args, **kwargs)
+    if not _is_float(module):  # No layer to us; `coverage` says so.
       return call(*args, **kwargs)
     if linen_class is nn.MultiHeadDotProductAttention:
       if not self.attention:
@@ -338,14 +339,19 @@ def _refuse(module, linen_class, path) -> None:
       reason = 'its attention_fn takes no qk_attn_weights_einsum'
     if module.precision is not None:
       reason = 'its precision is given, which linen forbids beside an einsum'
-  dtype = module.dtype or module.param_dtype
-  if not jnp.issubdtype(dtype, jnp.floating):
-    reason = f'its dtype {jnp.dtype(dtype).name} is not a float'
   if reason:
     raise ValueError(
       f'{path or "the model"} ({type(module).__name__}) cannot be quantized: '
       f'{reason}; add its path to quant.exclude'
     )
+
+
+def _is_float(module) -> bool:
+  return all(
+    jnp.issubdtype(dtype, jnp.floating)
+    for dtype in (module.dtype, module.param_dtype)
+    if dtype is not None
+  )
 
 
 def _names(mutable, variables) -> tuple[str, ...]:

@@ -188,7 +188,10 @@ def find(
   Raises:
     ValueError: the model has no quantizable layer, or `spec` does not fit it.
   """
-  spec = spec or getattr(model, 'spec', None)
+  if spec is None and isinstance(
+    own := getattr(model, 'spec', None), quant_spec.QuantSpec
+  ):
+    spec = own
   calls: list[str] = []
 
   def note_order(call, call_args, call_kwargs, context):

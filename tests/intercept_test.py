@@ -368,6 +368,27 @@ def test_the_products_of_attention_multiply_what_is_on_the_grid():
   assert sorted(changed['quant_stats']['av']['activations']) == ['active']
 
 
+def test_an_attention_may_be_shared():
+  class Shared(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      attention = nn.MultiHeadDotProductAttention(2, name='attention')
+      return attention(attention(x))
+
+  x = random((1, 4, 6))
+  model = intercept.searchable(Shared(), attention=True)
+  variables = init(model, x)
+  same(variables['params'], init(Shared(), x)['params'])
+  space = search_space.find(model, x)
+  assert len(space.decisions) == 6
+  assert len(space.ops) == 12
+  _, changed = jax.jit(lambda v: model.apply(v, x, mutable=['quant_stats']))(
+    variables
+  )
+  stats = changed['quant_stats']['attention']
+  assert stats['query']['count'] == stats['qk']['weights']['count'] == 2
+
+
 @pytest.mark.parametrize(
   ('mode', 'leaves'),
   [
