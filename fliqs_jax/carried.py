@@ -20,12 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fliqs_jax import cost_model
-
 _NAME = '_quant'
 _OUTSIDE = 'carried'
 _LAYOUT = 'layout'
-_MARK = 'fliqs call '
+# Begins the names of what `LayerState.mark` leaves in a program.
+MARK = 'fliqs call '
 # A transform may stack `params` along any of these first axes.
 _PAD = (1, 1, 1, 1)
 # Known sizes, to see which axis that was.
@@ -112,14 +111,14 @@ class LayerState:
     """Leaves a sign in the traced program that the layer was called.
 
     How often a transform calls a layer, and for how many slices, shows in the
-    program alone; `calls` reads it there.
+    program alone; `repeats.calls` reads it there.
     """
     if self.module.is_initializing() and self._is_carried('cost'):
 
       def mark(x):
         return jnp.not_equal(x, x)  # JAX drops what only hands on.
 
-      mark.__name__ = f'{_MARK}{x.size} {self.path}'
+      mark.__name__ = f'{MARK}{x.size} {self.path}'
       jax.jit(mark)(x)
 
   def _is_carried(self, collection: str) -> bool:
@@ -169,7 +168,7 @@ def merge(variables: Mapping[str, Any]) -> dict[str, Any]:
   """
   variables = dict(variables)
   stats, carried = _without(variables.get('quant_stats', {}), _OUTSIDE)
-  arch = _stacked(variables.get('arch', {}))
+  arch = _stacked(variables.get('arch', {}), stats)
   params = variables.get('params', {})
   for path, state in carried.items():
     decisions = arch
@@ -180,7 +179,7 @@ def merge(variables: Mapping[str, Any]) -> dict[str, Any]:
       lambda leaf, lead=lead: jnp.reshape(leaf, (*lead, leaf.shape[-1])),
       decisions,
     )
-    params = _with(params, path, _NAME, {**state, 'arch': decisions})
+    params = with_entry(params, path, _NAME, {**state, 'arch': decisions})
   merged = dict(params=params, quant_stats=stats, arch=arch)
   return {**variables, **{k: v for k, v in merged.items() if v}}
 
@@ -200,7 +199,7 @@ def split(variables: Mapping[str, Any]) -> tuple[dict[str, Any], dict]:
   for path, state in carried.items():
     outside = {k: v for k, v in state.items() if k in ('quant_stats', _LAYOUT)}
     if _LAYOUT in state:
-      variables['quant_stats'] = _with(
+      variables['quant_stats'] = with_entry(
         variables.get('quant_stats', {}), path, _OUTSIDE, outside
       )
       decisions = jax.tree.map(
@@ -208,7 +207,9 @@ def split(variables: Mapping[str, Any]) -> tuple[dict[str, Any], dict]:
         state.get('arch', {}),
       )
       for key, value in _apart(decisions).items():
-        variables['arch'] = _with(variables.get('arch', {}), path, key, value)
+        variables['arch'] = with_entry(
+          variables.get('arch', {}), path, key, value
+        )
   return variables, carried
 
 
@@ -256,14 +257,27 @@ def _apart(tree):
   return result
 
 
-def _stacked(tree):
-  """The way back: leaves [steps, K] from `@0`, `@1`, ..."""
+def _stacked(tree, stats):
+  """The way back: leaves [steps, K] from `@0`, `@1`, ...
+
+  Scans of scans, if they took `quant_stats` along, have left their shape there.
+  """
   if not isinstance(tree, Mapping):
     return tree
   steps = [tree[f'@{i}'] for i in range(len(tree)) if f'@{i}' in tree]
-  result = {k: _stacked(v) for k, v in tree.items() if not k.startswith('@')}
+  result = {
+    k: _stacked(v, stats.get(k, {}) if isinstance(stats, Mapping) else {})
+    for k, v in tree.items()
+    if not k.startswith('@')
+  }
   if steps:
-    result |= jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps)
+    lead = (len(steps),)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(stats):
+      if path[-1].key == 'active':
+        lead = jnp.shape(leaf)
+    result |= jax.tree.map(
+      lambda *leaves: jnp.stack(leaves).reshape((*lead, -1)), *steps
+    )
   return result
 
 
@@ -283,130 +297,9 @@ def _without(tree, name, path=()):
   return rest, found
 
 
-def _with(tree, path, name, value):
+def with_entry(tree, path, name, value):
   """Returns the tree with an entry more."""
   if not path:
     return {**tree, name: value}
   head, *rest = path
-  return {**tree, head: _with(tree.get(head, {}), rest, name, value)}
-
-
-def calls(program) -> dict[str, list[float]]:
-  """Returns {layer: [times, ...]}: one entry for each place of a call.
-
-  Args:
-    program: jaxpr of the model's initialisation.
-  """
-  found: dict[str, list[float]] = {}
-
-  def walk(jaxpr, times):
-    for equation in jaxpr.eqns:
-      name = str(equation.params.get('name', ''))
-      if name.startswith(_MARK):
-        if not equation.invars:
-          continue  # What nn.scan's look for constants leaves behind.
-        size, _, path = name.removeprefix(_MARK).partition(' ')
-        slices = equation.invars[0].aval.size / max(int(size), 1)
-        found.setdefault(path, []).append(times * slices)
-        continue
-      if equation.primitive.name == 'scan':
-        inside = times * equation.params['length']
-      else:
-        inside = times
-      for value in jax.tree.leaves(
-        list(equation.params.values()), is_leaf=_is_program
-      ):
-        if _is_program(value):
-          walk(getattr(value, 'jaxpr', value), inside)
-
-  walk(program.jaxpr, 1)
-  return found
-
-
-def _is_program(value):
-  return hasattr(value, 'eqns') or hasattr(value, 'jaxpr')
-
-
-def costs(
-  variables: Mapping[str, Any],
-  carried: Mapping[tuple[str, ...], Any],
-  called: Mapping[str, list[float]],
-  shared: bool,
-) -> dict[str, Any]:
-  """Returns the `cost` collection with what transforms repeat.
-
-  Args:
-    variables: as `split` returns them.
-    carried: what was carried.
-    called: as `calls` returns it.
-    shared: whether all steps of a stack share a decision.
-
-  Raises:
-    ValueError: the repetitions of a layer cannot be known or not be quantized.
-  """
-  cost = variables.get('cost', {})
-  cost = _stacked_natively(cost, variables, shared)
-  for path, state in carried.items():
-    for parts, shapes in _records(state.get('cost', {})):
-      layer = '/'.join((*path, *parts))
-      steps = length(state)
-      if steps is None:  # Nothing is quantized.
-        steps = _ratio(variables['params'], path, shapes[0])
-      stacked = steps > 1 or is_stacked(state)
-      times = called.get(layer, [])
-      if len(times) != len(shapes):
-        raise ValueError(
-          f'{layer}: {len(shapes)} calls, of which {len(times)} show in the '
-          'traced program: nn.jit takes modules for equal and traces the first '
-          'alone; give them different fields, or leave nn.jit to the caller'
-        )
-      repeated = [_repeat(layer, s, t / steps) for s, t in zip(shapes, times)]
-      if stacked:
-        repeated = [cost_model.Stacked(s, steps, shared) for s in repeated]
-      cost = _with(cost, (*path, *parts), 'ops', tuple(repeated))
-  return cost
-
-
-def _repeat(layer, shape, times):
-  if times > 1 and shape.act_menu is not None:
-    raise ValueError(
-      f'{layer} has the same weights in all {times:g} steps of a transform, '
-      'which therefore cannot keep statistics of its inputs: exclude it, use '
-      "mode='weights', or carry the collections arch and quant_stats through "
-      'the transform (variable_broadcast and variable_carry of nn.scan)'
-    )
-  return shape.replace(macs=round(shape.macs * times))
-
-
-def _records(tree, parts=()):
-  for key, value in tree.items():
-    if key == 'ops':
-      yield parts, value
-    else:
-      yield from _records(value, (*parts, key))
-
-
-def _ratio(params, path, shape):
-  """Returns how often the weights of one step fit into a parameter."""
-  for key in path:
-    params = params.get(key, {})
-  sizes = [
-    jnp.size(nn.meta.unbox(params[name]))
-    for name in ('kernel', 'embedding')
-    if name in params
-  ]
-  return sizes[0] // shape.weights if sizes and shape.weights else 1
-
-
-def _stacked_natively(cost, variables, shared):
-  """Marks what a transform that takes all collections along has stacked."""
-  for parts, shapes in _records(cost):
-    arch = variables.get('arch', {})
-    for key in parts:
-      arch = arch.get(key, {})
-    steps = sum(key.startswith('@') for key in arch)
-    steps = steps or _ratio(variables.get('params', {}), parts, shapes[0])
-    if steps > 1:
-      stacked = tuple(cost_model.Stacked(s, steps, shared) for s in shapes)
-      cost = _with(cost, parts, 'ops', stacked)
-  return cost
+  return {**tree, head: with_entry(tree.get(head, {}), rest, name, value)}

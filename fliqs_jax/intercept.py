@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from fliqs_jax import carried as carried_lib
 from fliqs_jax import layers
 from fliqs_jax import quant_spec
+from fliqs_jax import repeats
 from fliqs_jax import unhooked
 
 STACKS = ('separate', 'shared')
@@ -148,10 +149,8 @@ class Searchable:
     self._check_stacks(variables, carried)
     # How often transforms call a layer shows in the program alone.
     traced = any('cost' in state for state in carried.values())
-    called = carried_lib.calls(jax.make_jaxpr(run)()) if traced else {}
-    cost = carried_lib.costs(
-      variables, carried, called, self.stacks == 'shared'
-    )
+    called = repeats.calls(jax.make_jaxpr(run)()) if traced else {}
+    cost = repeats.costs(variables, carried, called, self.stacks == 'shared')
     if not cost and 'ToLinen' in seen:
       raise ValueError(
         'the model is an NNX model in nnx.bridge.ToLinen: linen calls the '
