@@ -62,12 +62,12 @@ def test_a_classifier_of_real_digits_is_searched():
 
 
 def test_a_language_model_of_real_text_is_searched():
-  result = search_text.search(steps=150)
+  result = search_text.search(steps=120)
   losses = result['losses']
   # ln 128 = 4.85 at first; characters drawn by their frequency have 3.1.
   assert losses[0] > 4.5
-  assert losses[-20:].mean() < 2.9
-  assert result['test_loss'] < 2.9
+  assert losses[-20:].mean() < 3.0
+  assert result['test_loss'] < 3.0
   assert abs(result['bits'] - search_text.BITS) < 0.5
   missed = {m.path for m in result['coverage'].missed}
   assert 'positions' in missed

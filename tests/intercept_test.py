@@ -230,18 +230,26 @@ def test_an_embedding_is_quantized_by_choice():
   same(*(m.apply(table, tokens) for m in (excluded, nn.Embed(7, 3))))
 
 
+def by_key(key, shape, dtype=jnp.float32):
+  """An initializer that tells keys apart and compiles fast."""
+  key = jax.random.key_data(key)[1] % 1000 / 1000 - 0.5
+  ramp = jnp.cos(jnp.arange(np.prod(shape)))
+  return (key + ramp).reshape(shape).astype(dtype)
+
+
 class Zoo(nn.Module):
   """Most of linen, the way models are written."""
 
   def setup(self):
-    self.embed = nn.Embed(11, 8)
-    self.conv = nn.Conv(8, (3,))
-    self.attention = nn.MultiHeadDotProductAttention(2)
-    self.local = nn.ConvLocal(8, (3,), use_bias=False)
-    self.transpose = nn.ConvTranspose(8, (3,))
-    self.mlp = nn.Sequential([nn.Dense(12), nn.gelu, nn.Dense(8)])
-    self.einsum = nn.Einsum((8, 2, 4), 'btd,dhk->bthk')
-    self.general = nn.DenseGeneral(8, axis=(-2, -1))
+    how = dict(kernel_init=by_key)
+    self.embed = nn.Embed(11, 8, embedding_init=by_key)
+    self.conv = nn.Conv(8, (3,), **how)
+    self.attention = nn.MultiHeadDotProductAttention(2, **how)
+    self.local = nn.ConvLocal(8, (3,), use_bias=False, **how)
+    self.transpose = nn.ConvTranspose(8, (3,), **how)
+    self.mlp = nn.Sequential([nn.Dense(12, **how), nn.gelu, nn.Dense(8, **how)])
+    self.einsum = nn.Einsum((8, 2, 4), 'btd,dhk->bthk', **how)
+    self.general = nn.DenseGeneral(8, axis=(-2, -1), **how)
     self.norm = nn.BatchNorm()
 
   def __call__(self, tokens, train):
@@ -372,7 +380,9 @@ def test_an_attention_may_be_shared():
   class Shared(nn.Module):
     @nn.compact
     def __call__(self, x):
-      attention = nn.MultiHeadDotProductAttention(2, name='attention')
+      attention = nn.MultiHeadDotProductAttention(
+        2, kernel_init=by_key, name='attention'
+      )
       return attention(attention(x))
 
   x = random((1, 4, 6))
@@ -446,7 +456,7 @@ class Twins(nn.Module):
     block = Block
     if self.transform:
       block = getattr(nn, self.transform)(Block)
-    shared = self.dense(8, name='shared')
+    shared = self.dense(8, kernel_init=by_key, name='shared')
     x = block(self.dense, name='b')(block(self.dense, name='a')(shared(x)))
     return shared(x)
 
@@ -456,7 +466,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    return nn.tanh(self.dense(8, name='dense')(x))
+    return nn.tanh(self.dense(8, kernel_init=by_key, name='dense')(x))
 
 
 QUANT_DENSE = layers.with_spec(layers.QuantDense, SEPARATE)

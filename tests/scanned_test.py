@@ -13,6 +13,7 @@ from fliqs_jax import intercept
 from fliqs_jax import layers
 from fliqs_jax import quant_spec
 from fliqs_jax import search_space
+from tests.intercept_test import by_key
 from tests.intercept_test import chosen
 from tests.intercept_test import close
 from tests.intercept_test import init
@@ -32,8 +33,10 @@ class Body(nn.Module):
 
   @nn.compact
   def __call__(self, x, _=None):
-    h = nn.gelu(self.dense(12, name='up')(nn.LayerNorm()(x)))
-    return x + self.dense(8, name='down')(h), None
+    h = nn.gelu(
+      self.dense(12, kernel_init=by_key, name='up')(nn.LayerNorm()(x))
+    )
+    return x + self.dense(8, kernel_init=by_key, name='down')(h), None
 
 
 class Stack(nn.Module):
@@ -352,4 +355,4 @@ def test_a_transformer_of_scanned_blocks_is_covered():
   plain = jax.jit(Transformer().apply)({'params': variables['params']}, x)
   errors = [np.abs(y - plain).max() for y in outputs]
   assert 0 < errors[0] < errors[1] < errors[2]
-  assert errors[0] < 0.03
+  assert errors[0] < 0.05 * np.abs(plain).max()
