@@ -8,14 +8,18 @@ Everything else is reached through its module.
 from fliqs_jax.controller import make as make_controller
 from fliqs_jax.cost_model import uniform as uniform_cost
 from fliqs_jax.formats import NumericFormat
+from fliqs_jax.found import coverage
+from fliqs_jax.intercept import searchable
 from fliqs_jax.layers import QuantConv
 from fliqs_jax.layers import QuantDense
 from fliqs_jax.layers import QuantDenseGeneral
 from fliqs_jax.layers import QuantEinsum
+from fliqs_jax.layers import set_activation_quantization
 from fliqs_jax.layers import with_spec
 from fliqs_jax.policy import argmax
 from fliqs_jax.quant_spec import QuantSpec
 from fliqs_jax.schedules import phases
+from fliqs_jax.search_space import SearchSpace
 from fliqs_jax.search_space import find as find_decisions
 from fliqs_jax.train_state import create as create_state
 from fliqs_jax.train_step import eval_step
@@ -28,13 +32,17 @@ __all__ = [
   'QuantDenseGeneral',
   'QuantEinsum',
   'QuantSpec',
+  'SearchSpace',
   'argmax',
+  'coverage',
   'create_state',
   'eval_step',
   'find_decisions',
   'make_controller',
   'phases',
   'search_step',
+  'searchable',
+  'set_activation_quantization',
   'uniform_cost',
   'with_spec',
 ]

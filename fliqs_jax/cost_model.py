@@ -90,12 +90,41 @@ class PerChannel:
     return self.params * self.channels.size
 
 
+@flax.struct.dataclass
+class Stacked:
+  """The same op in each step of a scan, or each slice of a vmap; all static.
+
+  Attributes:
+    shape: of one step's op.
+    length: number of steps that have weights of their own.
+    shared: whether one decision governs all of them.
+  """
+
+  shape: OpShape = flax.struct.field(pytree_node=False)
+  length: int = flax.struct.field(pytree_node=False)
+  shared: bool = flax.struct.field(pytree_node=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class Op:
-  """One op of a model: where it stands and what it does."""
+  """One op of a model: where it stands and what it does.
+
+  Attributes:
+    path: of its layer; a step of a stack has `/@3` after it.
+    shape: what it does.
+    stack: path of the stack's layer, without the step, or empty.
+    shared: whether the stack has one decision.
+  """
 
   path: str
   shape: OpShape
+  stack: str = ''
+  shared: bool = False
+
+  @property
+  def layer(self) -> str:
+    """The path that the rules of a spec see."""
+    return self.stack or self.path
 
   def leaf(self, name: str) -> str:
     """Returns the path of one of the op's leaves in `arch`."""
@@ -315,7 +344,7 @@ def uniform(cost: Cost, numeric_format: str) -> float:
       weight_menu=op.shape.weight_menu and choice,
       act_menu=op.shape.act_menu and choice,
     )
-    ops.append(Op(op.path, shape))
+    ops.append(dataclasses.replace(op, shape=shape))
     leaves |= {op.leaf(name): np.ones(1) for name in shape.format_leaves()}
     leaves |= {
       op.leaf(name): _one_hot(size.published, len(size.labels))

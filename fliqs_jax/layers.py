@@ -68,7 +68,7 @@ class QuantConv(nn.Conv):
       _check_kernel(self, inputs.shape)
       if self.kernel.has_branches:
         return _branched_conv(self, inputs)
-    return _with_op(self, nn.Conv, 'conv_general_dilated', _conv, inputs)
+    return _quantized(self, nn.Conv, inputs)
 
 
 class QuantDense(nn.Dense):
@@ -87,7 +87,7 @@ class QuantDense(nn.Dense):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Applies the layer: [..., C] to [..., features]."""
-    return _with_op(self, nn.Dense, 'dot_general', _dot_general, inputs)
+    return _quantized(self, nn.Dense, inputs)
 
 
 class QuantDenseGeneral(nn.DenseGeneral):
@@ -102,7 +102,7 @@ class QuantDenseGeneral(nn.DenseGeneral):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Applies the layer over `axis` of the inputs."""
-    return _with_op(self, nn.DenseGeneral, 'dot_general', _dot_general, inputs)
+    return _quantized(self, nn.DenseGeneral, inputs)
 
 
 class QuantEinsum(nn.Einsum):
@@ -141,19 +141,37 @@ def set_activation_quantization(quant_stats: Any, active: Any) -> Any:
 
   def switch(path, leaf):
     if path[-1].key == 'active':
-      return jnp.asarray(active, leaf.dtype)
+      # A scanned layer has one for each step.
+      return jnp.broadcast_to(jnp.asarray(active, leaf.dtype), jnp.shape(leaf))
     return leaf
 
   return jax.tree_util.tree_map_with_path(switch, quant_stats)
 
 
 class _Operands:
-  """Quantizes the two operands of one layer's op and records its shape."""
+  """Quantizes the two operands of one layer's op and records its shape.
 
-  def __init__(self, module: nn.Module, inputs: jax.Array):
+  Attributes:
+    module: the layer.
+    spec: its rules; the layer's own, unless given.
+    state: what holds the layer's variables: the layer itself, or what has its
+      methods `variable`, `has_variable`, `get_variable`, `sow` and
+      `is_mutable_collection`.
+    choices: the formats it may use.
+    dtype: of its result.
+  """
+
+  def __init__(
+    self,
+    module: nn.Module,
+    inputs: jax.Array,
+    spec: quant_spec.QuantSpec | None = None,
+    state: Any = None,
+  ):
     self.module = module
-    self.spec = module.spec
-    self.choices = module.spec.choices('/'.join(module.path))
+    self.spec = spec or module.spec
+    self.state = state or module
+    self.choices = self.spec.choices('/'.join(module.path))
     # As in linen: what inputs and parameters promote to, unless given.
     self.dtype = module.dtype or jnp.result_type(inputs, module.param_dtype)
     self.sizes = {
@@ -229,19 +247,19 @@ class _Operands:
       decided=tuple(scaling.items()),
       spare=spare,
     )
-    self.module.sow('cost', 'ops', shape)
+    self.state.sow('cost', 'ops', shape)
     outputs = self.sizes.get('output_channels')
     if outputs is not None and self.module.use_bias:
       bias = cost_model.PerChannel('output_channels', outputs, 1)
-      self.module.sow('cost', 'others', bias)
+      self.state.sow('cost', 'others', bias)
 
   def _decision(self, side: str) -> jax.Array:
     leaf = 'format' if self.choices.tied else side
-    if not self.module.has_variable('arch', leaf):
+    if not self.state.has_variable('arch', leaf):
       # A model that nobody searches yet runs at its first format.
       size = len(getattr(self.choices, side))
-      self.module.variable('arch', leaf, jax.nn.one_hot, 0, size)
-    return self.module.get_variable('arch', leaf)
+      self.state.variable('arch', leaf, jax.nn.one_hot, 0, size)
+    return self.state.get_variable('arch', leaf)
 
   def _several(self, name: str) -> sizes.Channels | sizes.Kernel | None:
     """Returns a size of the layer if there is more than one to pick."""
@@ -279,7 +297,7 @@ class _Operands:
     return quantize.quantize(w, quantize.select(menu, one_hot), peak)
 
   def _statistics(self, menu) -> dict[str, nn.Variable]:
-    variable = functools.partial(self.module.variable, 'quant_stats')
+    variable = functools.partial(self.state.variable, 'quant_stats')
     multiples = clipping.multiples(self.spec.first_act_clip, menu)
     return dict(
       mean=variable('mean', jnp.zeros, ()),
@@ -290,9 +308,9 @@ class _Operands:
     )
 
   def _activations(self, x, menu, one_hot, stats):
-    self.module.sow('act_inputs', 'x', x)  # For `profile`; else nothing.
+    self.state.sow('act_inputs', 'x', x)  # For `profile`; else nothing.
     mean, square, count = stats['mean'], stats['mean_square'], stats['count']
-    if self.module.is_mutable_collection('quant_stats'):
+    if self.state.is_mutable_collection('quant_stats'):
       count.value += 1
       weight = jnp.maximum(1.0 / count.value, 1.0 - _STATS_DECAY)
       seen = lax.stop_gradient(x)
@@ -333,21 +351,29 @@ def _twin(module: nn.Module, linen_class: type[nn.Module], **replaced: Any):
   return linen_class(**{**fields, 'parent': module.scope, **replaced})
 
 
-def _with_op(module, linen_class, field: str, op: Callable, inputs):
-  """Applies the linen layer with its op replaced by a quantized one.
-
-  Operands stay float32 until they are on the grid, and the bias is added to the
-  float32 result, which is rounded once to the layer's dtype.
-  """
+def _quantized(module, linen_class: type[nn.Module], inputs):
+  """Applies one of this file's layers that has a hook for its op."""
+  field, _ = _HOOKS[linen_class]
   for given in (field, f'{field}_cls'):
     if getattr(module, given) is not None:
       raise ValueError(
         f'{type(module).__name__} was given {given}, which is what '
         'quantization replaces'
       )
-  operands = _Operands(module, inputs)
-  op = functools.partial(op, operands)
-  twin = _twin(module, linen_class, promote_dtype=_keep_float32, **{field: op})
+  return _with_op(_Operands(module, inputs), linen_class, inputs)
+
+
+def _with_op(operands: _Operands, linen_class: type[nn.Module], inputs):
+  """Applies the linen layer with its op replaced by a quantized one.
+
+  Operands stay float32 until they are on the grid, and the bias is added to the
+  float32 result, which is rounded once to the layer's dtype.
+  """
+  field, op = _HOOKS[linen_class]
+  hooks = {field: functools.partial(op, operands), f'{field}_cls': None}
+  twin = _twin(
+    operands.module, linen_class, promote_dtype=_keep_float32, **hooks
+  )
   return twin(inputs).astype(operands.dtype)
 
 
@@ -534,3 +560,11 @@ def _einsum(operands: _Operands, einsum_str: str, inputs) -> jax.Array:
   x_scale, w_scale, bias = after
   y = quantize.rescale(y, x_scale, w_scale)
   return (y if bias is None else y + bias).astype(operands.dtype)
+
+
+# Where linen lets an op be replaced, and by what.
+_HOOKS = {
+  nn.Conv: ('conv_general_dilated', _conv),
+  nn.Dense: ('dot_general', _dot_general),
+  nn.DenseGeneral: ('dot_general', _dot_general),
+}

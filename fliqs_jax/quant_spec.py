@@ -105,14 +105,28 @@ class QuantSpec:
   def choices(self, path: str) -> Choices:
     """Returns what the layer at `path` may choose from."""
     if self.assignment is not None:
-      weights, activations = dict(self.assignment).get(path, (None, None))
-      return self._choices(weights, activations)
+      return self._choices(*self._assigned(path))
     if any(fnmatch.fnmatchcase(path, pattern) for pattern in self.exclude):
       return Choices(None, None, False)
     for pattern, menu in self.menus:
       if fnmatch.fnmatchcase(path, pattern):
         return self._choices(menu, menu)
     return self._choices(self.formats, self.formats)
+
+  def _assigned(self, path: str) -> tuple[Menu | None, Menu | None]:
+    """Returns the menus of one format that an assignment has for a layer."""
+    steps = {
+      sides
+      for name, sides in self.assignment
+      if name == path or name.rpartition('/@')[0] == path
+    }
+    if len(steps) > 1:
+      raise ValueError(
+        f'quant.arch: the steps of {path}, which is scanned, have different '
+        'formats, and one program cannot fix them; leave the formats open and '
+        'apply the model to space.expand(space.choices(assignment))'
+      )
+    return next(iter(steps), (None, None))
 
   def _choices(self, weights: Menu | None, activations: Menu | None) -> Choices:
     return Choices(
@@ -121,26 +135,29 @@ class QuantSpec:
       self.mode == 'tied' and weights is not None,
     )
 
-  def check(self, paths: Iterable[str]) -> None:
+  def check(self, paths: Iterable[str], steps: Iterable[str] = ()) -> None:
     """Checks the rules against the paths of a model's layers.
+
+    Args:
+      paths: of the layers.
+      steps: of the steps of scanned layers, which may be grouped one by one.
 
     Raises:
       ValueError: a pattern matches no layer, two rules match one layer, or an
         assignment does not fit; the message names every such layer.
     """
-    paths = list(paths)
+    paths, steps = list(paths), list(steps)
     listed = ', '.join(paths)
     if self.assignment is not None:
-      self._check_assignment(paths)
+      stacks = {step.rpartition('/@')[0] for step in steps}
+      self._check_assignment([p for p in paths if p not in stacks] + steps)
     rules = [('quant.exclude', pattern) for pattern in self.exclude]
     rules += [('quant.menus', pattern) for pattern, _ in self.menus]
-    for rules_of_a_kind in (
-      rules,
-      [(f'quant.groups[{name}]', pattern) for name, pattern in self.groups],
-    ):
+    groups = [(f'quant.groups[{name}]', p) for name, p in self.groups]
+    for rules_of_a_kind, names in ((rules, paths), (groups, paths + steps)):
       owner: dict[str, str] = {}
       for key, pattern in rules_of_a_kind:
-        matched = fnmatch.filter(paths, pattern)
+        matched = fnmatch.filter(names, pattern)
         if not matched:
           raise ValueError(
             f'{key}: the pattern {pattern!r} matches no layer; layers: {listed}'

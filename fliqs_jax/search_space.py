@@ -7,7 +7,7 @@ collection that the model reads holds a leaf per layer. Where every decision
 governs one layer the two are the same tree; `expand` is the step between.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import fnmatch
 import math
@@ -264,16 +264,20 @@ def find(
   """Finds a model's decisions by tracing its `init`; allocates nothing.
 
   Args:
-    model: built with this project's layers.
+    model: built with this project's layers, or made searchable by `intercept`.
     *args: what the model is called with, arrays or `jax.ShapeDtypeStruct`. MACs
       are counted for exactly this input, so its batch size should be 1.
     spec: the spec that the layers were given; its patterns are checked and its
-      groups tied.
+      groups tied. The model's own `spec`, if it has one, unless given.
     **kwargs: more of the call, static.
 
   Raises:
     ValueError: the model has no quantizable layer, or `spec` does not fit it.
   """
+  if spec is None and isinstance(
+    own := getattr(model, 'spec', None), quant_spec.QuantSpec
+  ):
+    spec = own
   calls: list[str] = []
 
   def note_order(call, call_args, call_kwargs, context):
@@ -286,7 +290,8 @@ def find(
 
   variables = jax.eval_shape(init, *args)
   cost = variables.get('cost', {})
-  if not {path.rpartition('/')[0] for path in _flat(cost)} <= set(calls):
+  callers = {_caller(path, sown) for path, sown in _sown_ops(cost)}
+  if not callers <= set(calls):
     # nn.jit has traced the first of several equal modules and repeated the
     # result for the others; see each of them.
     calls.clear()
@@ -301,10 +306,14 @@ def find(
   if not ops:
     raise ValueError(
       'the model has no layer that could be quantized; build it with '
-      'QuantConv, QuantDense, QuantDenseGeneral or QuantEinsum'
+      'QuantConv, QuantDense, QuantDenseGeneral or QuantEinsum, or make it '
+      'searchable'
     )
   if spec is not None:
-    spec.check([op.path for op in ops])
+    spec.check(
+      dict.fromkeys(op.layer for op in ops),
+      dict.fromkeys(op.path for op in ops if op.stack),
+    )
   params = sum(
     math.prod(p.shape) for p in jax.tree.leaves(variables.get('params', {}))
   )
@@ -322,15 +331,38 @@ def _flat(tree: Mapping) -> dict[str, Any]:
   return traverse_util.flatten_dict(tree, sep='/')
 
 
+def _sown_ops(cost: Mapping) -> Iterator[tuple[str, tuple]]:
+  """Yields the path of every op's layer, and the shapes of its calls."""
+  for path, sown in _flat(cost).items():
+    layer, _, name = path.rpartition('/')
+    if name == 'ops':
+      yield layer, sown
+
+
+def _caller(path: str, sown: tuple) -> str:
+  """Returns the path of the module whose call has sown an op's cost."""
+  # The products of an attention are named after it.
+  shape = getattr(sown[0], 'shape', sown[0])
+  return path.rpartition('/')[0] if shape.kind == 'attend' else path
+
+
 def _ops(cost: Mapping, calls: list[str]) -> tuple[cost_model.Op, ...]:
   order = {path: i for i, path in reversed(list(enumerate(calls)))}
-  ops = [
-    cost_model.Op(path.removesuffix('ops').rstrip('/'), shape)
-    for path, sown in _flat(cost).items()
-    if path.rpartition('/')[2] == 'ops'
-    for shape in sown  # A shared layer is counted once per call.
-  ]
-  return tuple(sorted(ops, key=lambda op: order[op.path]))
+  ops = []
+  for path, sown in _sown_ops(cost):
+    place = order[_caller(path, sown)]
+    for shape in sown:  # A shared layer is counted once per call.
+      if isinstance(shape, cost_model.Stacked):
+        ops += [
+          (
+            place,
+            cost_model.Op(f'{path}/@{i}', shape.shape, path, shape.shared),
+          )
+          for i in range(shape.length)
+        ]
+      else:
+        ops.append((place, cost_model.Op(path, shape)))
+  return tuple(op for _, op in sorted(ops, key=lambda placed: placed[0]))
 
 
 def _decisions(
@@ -342,9 +374,9 @@ def _decisions(
     names = op.shape.format_leaves()
     for leaf, menu in names.items():
       suffix = f'/{leaf}' if len(names) > 1 else ''
-      name = op.path + suffix
+      name = (op.stack if op.shared else op.path) + suffix
       for group, pattern in spec.groups if spec else ():
-        if fnmatch.fnmatchcase(op.path, pattern):
+        if any(fnmatch.fnmatchcase(p, pattern) for p in {op.path, op.layer}):
           name = group + suffix
           if group in paths:
             raise ValueError(
