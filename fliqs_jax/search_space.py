@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import fnmatch
 import math
+import types
 from typing import Any
 
 from flax import traverse_util
@@ -168,7 +169,7 @@ class SearchSpace:
   def choices(
     self,
     assignment: Mapping[str, tuple[str | None, str | None]],
-    sizes: Mapping[str, int],
+    sizes: Mapping[str, int] = types.MappingProxyType({}),
   ) -> dict[str, np.ndarray]:
     """Returns the architecture that an assignment in names describes.
 
