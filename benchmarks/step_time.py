@@ -1,26 +1,36 @@
 r"""What a search step costs: time, memory and compilation, as ratios.
 
-python -m benchmarks.step_time [--network=cnn,depthwise] [--rounds=20]
+python -m benchmarks.step_time [--network=resnet18,deit_ti16] [--step=stock,3]
 
-Compares, for one network and batch, variants of the same fused step (training
-batch forward and backward, update, validation forward, controller):
+Compares, for one network and batch, training steps that differ in one thing:
 
-  float    every layer excluded from quantization, same model code
+  stock    what training costs without us: the same network of `nn.Conv` and
+           `nn.Dense` as they come, forward, backward and update
+  train    the same with our layers, unquantized: only how products are computed
+           differs
+  float    our fused step (training batch forward and backward, update, judging
+           on the validation batch, controller), every layer left unquantized
   int8     uniform INT8: menus of one format, nothing to choose
   3        three formats (int_s) in every layer
   16       sixteen formats (fp_l) in every layer
 
-All variants are compiled first and then run interleaved in one process; a
-figure is the median over rounds of the ratio to `float` within a round, with
-the quartiles. Memory is XLA's own analysis of the compiled step. The step of
-`float` and `int8` judges its one architecture as often as the search step does,
-so that only quantization differs.
+`float` and `int8` judge their one architecture as often as the search step
+does, so that only quantization differs. All steps are compiled first and then
+run interleaved in one process; a figure is the median over rounds of a ratio
+within a round, with the quartiles. Memory is XLA's own analysis of the compiled
+step.
+
+Compilation is timed twice, tracing included: with an empty persistent
+compilation cache, and again from that cache with JAX's own caches cleared,
+which is what the second run of a program waits for.
 """
 
 import argparse
 from collections.abc import Callable
 import dataclasses
+import functools
 import statistics
+import tempfile
 import time
 from typing import Any
 
@@ -40,122 +50,198 @@ from fliqs_jax import search_space
 from fliqs_jax import train_state
 from fliqs_jax import train_step
 
+# Fields that are not as published, pixels, batch.
 NETWORKS = {
-  'cnn': (dict(name='resnet_cifar', depth=20, filters=16), 32, 64),
-  'depthwise': (dict(name='mobilenetv2', width=1.0, dropout=0.2), 64, 64),
+  'resnet_cifar': (dict(), 32, 64),
+  'resnet18': (dict(), 64, 16),
+  'mobilenetv2': (dict(), 64, 64),
+  # Patches of 8 and not 16, so that there are 65 tokens and not 17.
+  'deit_ti16': (dict(patch=8), 64, 16),
+  'efficientnet_b0': (dict(), 64, 32),
+  'inceptionv3': (dict(), 80, 8),
 }
 
-VARIANTS = {
+STEPS = {
+  'stock': None,
+  'train': dict(exclude=('*',), judged=False),
   'float': dict(exclude=('*',)),
   'int8': dict(formats='INT8'),
   '3': dict(formats='int_s'),
   '16': dict(formats='fp_l'),
 }
 
+_CLASSES = 10
+_LOSS = classification.loss(0.1)
+_OPTIMIZER = optax.sgd(0.01, momentum=0.9)
+
 
 @dataclasses.dataclass
 class Compiled:
-  """One variant, ready to run."""
+  """One step, ready to run."""
 
   step: Callable
   state: Any
   compile_seconds: float
+  cached_seconds: float
   temporary_mb: float
 
 
-def _compile(model_config, size: int, batch_size: int, variant) -> Compiled:
-  spec = quant_spec.QuantSpec(**variant, act_clip=4.0)
-  model = models.build(model_config, 10, spec)
-  image = jnp.zeros((1, size, size, 3))
+def _stock(model_config, image) -> tuple[Callable, Any]:
+  """Returns a plain training step and its state."""
+  keys = {k: v for k, v in model_config.items() if k != 'name'}
+  network = models.MODELS[model_config['name']]
+  model = network.module(num_classes=_CLASSES, **keys, **network.fixed)
+  init = jax.jit(functools.partial(model.init, train=False))
+  variables = dict(init(jax.random.key(0), image))
+  params = variables.pop('params')
+
+  def step(state, batch, unused_batch):
+    params, model_state, opt_state, key = state
+    key, dropout_key = jax.random.split(key)
+
+    def train_loss(params):
+      outputs, new_model_state = model.apply(
+        {'params': params, **model_state},
+        batch['image'],
+        train=True,
+        mutable=list(model_state),
+        rngs={'dropout': dropout_key},
+      )
+      value, metrics = _LOSS(outputs, batch)
+      return value, (new_model_state, metrics)
+
+    (_, (model_state, metrics)), gradients = jax.value_and_grad(
+      train_loss, has_aux=True
+    )(params)
+    updates, opt_state = _OPTIMIZER.update(gradients, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return (params, model_state, opt_state, key), metrics
+
+  return step, (params, variables, _OPTIMIZER.init(params), jax.random.key(1))
+
+
+def _ours(model_config, image, judged=True, **quant) -> tuple[Callable, Any]:
+  """Returns the fused step and its state."""
+  spec = quant_spec.QuantSpec(**quant, act_clip=4.0)
+  model = models.build(model_config, _CLASSES, spec)
   space = search_space.find(model, image, spec=spec, train=False)
-  if space.is_fixed:
-    # A decision that governs nothing, so that this step judges as well.
-    idle = search_space.Decision('idle', formats.menu('int_s'), ())
+  apply = model.apply
+  if space.is_fixed and judged:
+    # A decision that changes nothing, so that this step judges as well.
+    idle = search_space.Decision('idle', formats.menu('int_s'), ('idle',))
     space = dataclasses.replace(space, decisions=(*space.decisions, idle))
+    apply = functools.partial(_apply_idle, model)
   cost = space.cost('bops')
   target = cost_model.uniform(cost, 'INT8')
-  steps = 1000
-  phases = schedules.phases(steps, 0.0, 0.0, 1.0)
+  phases = schedules.phases(1000, 0.0, 0.0, 1.0)
   search = controller.make('default', space.relative_cost(cost, target), phases)
-  optimizer = optax.sgd(0.01, momentum=0.9)
-  state = train_state.create(
-    model, space, optimizer, search, jax.random.key(0), image, train=False
-  )
+  state = jax.jit(
+    lambda key: train_state.create(
+      model, space, _OPTIMIZER, search, key, image, train=False
+    )
+  )(jax.random.key(0))
   step = train_step.search_step(
-    model.apply,
-    classification.loss(0.1),
+    apply,
+    _LOSS,
     classification.minus_cross_entropy,
     space,
     search,
-    optimizer,
+    _OPTIMIZER,
     phases,
   )
+  return step, state
+
+
+def _apply_idle(model, variables, x, **kwargs):
+  """Applies the model; XLA cannot tell that architectures are equal.
+
+  It would judge one of them and take the result four times.
+  """
+  return model.apply(
+    variables, x + 0.0 * variables['arch']['idle'][0], **kwargs
+  )
+
+
+def _compile(network: str, variant) -> Compiled:
+  fields, size, batch_size = NETWORKS[network]
+  model_config = models.published(network) | fields
+  image = jnp.zeros((1, size, size, 3))
+  make = functools.partial(_ours, **variant) if variant else _stock
+  step, state = make(model_config, image)
   rng = np.random.default_rng(0)
   batch = dict(
     image=rng.normal(size=(batch_size, size, size, 3)).astype(np.float32),
-    label=rng.integers(0, 10, batch_size).astype(np.int32),
+    label=rng.integers(0, _CLASSES, batch_size).astype(np.int32),
   )
-  lowered = jax.jit(step, donate_argnums=0).lower(state, batch, batch)
-  began = time.perf_counter()
-  compiled = lowered.compile()
-  seconds = time.perf_counter() - began
+  seconds = []
+  for _ in range(2):
+    jax.clear_caches()
+    began = time.perf_counter()
+    lowered = jax.jit(step, donate_argnums=0).lower(state, batch, batch)
+    compiled = lowered.compile()
+    seconds.append(time.perf_counter() - began)
   memory = compiled.memory_analysis()
   return Compiled(
     lambda state: compiled(state, batch, batch)[0],
     state,
-    seconds,
+    *seconds,
     memory.temp_size_in_bytes / 1e6,
   )
 
 
-def _measure(network: str, rounds: int, steps: int) -> None:
-  model_config, size, batch_size = NETWORKS[network]
-  variants = {
-    name: _compile(model_config, size, batch_size, variant)
-    for name, variant in VARIANTS.items()
-  }
-  ratios = {name: [] for name in variants}
-  milliseconds = {name: [] for name in variants}
+def _measure(network: str, names: list[str], rounds: int, steps: int) -> None:
+  variants = {name: _compile(network, STEPS[name]) for name in names}
+  seconds = {name: [] for name in names}
   for round_ in range(rounds + 1):
-    times = {}
     for name, variant in variants.items():
       began = time.perf_counter()
       for _ in range(steps):
         variant.state = variant.step(variant.state)
       jax.block_until_ready(variant.state)
-      times[name] = (time.perf_counter() - began) / steps
-    if round_ == 0:
-      continue  # The first touches cold memory.
-    for name, seconds in times.items():
-      ratios[name].append(seconds / times['float'])
-      milliseconds[name].append(1e3 * seconds)
+      if round_ > 0:  # The first touches cold memory.
+        seconds[name].append((time.perf_counter() - began) / steps)
+
+  def ratio(over, under):
+    if not {over, under} <= set(names):
+      return ''
+    ratios = [a / b for a, b in zip(seconds[over], seconds[under])]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f'{middle:.2f} ({low:.2f} to {high:.2f})'
+
+  _, size, batch_size = NETWORKS[network]
   print(
-    f'\n{network}: {model_config["name"]}, {size}x{size}, batch {batch_size}, '
-    f'{rounds} rounds of {steps} steps'
+    f'\n{network}, {size}x{size}, batch {batch_size}, {rounds} rounds of '
+    f'{steps} steps'
   )
-  print('| step | time / float | quartiles | ms | memory / int8 | compile s |')
-  print('|---|---|---|---|---|---|')
+  print(
+    '| step | stock / time | time / float | ms | memory MB | compile s | '
+    'from cache s |'
+  )
+  print('|---|---|---|---|---|---|---|')
   for name, variant in variants.items():
-    low, middle, high = statistics.quantiles(ratios[name], n=4)
-    memory = variant.temporary_mb / variants['int8'].temporary_mb
     print(
-      f'| {name} | {middle:.3f} | {low:.3f} to {high:.3f} | '
-      f'{statistics.median(milliseconds[name]):.1f} | {memory:.3f} '
-      f'({variant.temporary_mb:.1f} MB) | {variant.compile_seconds:.1f} |'
+      f'| {name} | {ratio("stock", name)} | {ratio(name, "float")} | '
+      f'{1e3 * statistics.median(seconds[name]):.1f} | '
+      f'{variant.temporary_mb:.1f} | {variant.compile_seconds:.1f} | '
+      f'{variant.cached_seconds:.1f} |',
     )
-  paired = statistics.median(a / b for a, b in zip(ratios['16'], ratios['3']))
-  print(f'16 formats / 3 formats: {paired:.3f}')
+  if paired := ratio('16', '3'):
+    print(f'16 formats / 3 formats: {paired}')
 
 
 def main() -> None:
   """Measures and prints a table per network."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--network', default=','.join(NETWORKS))
+  parser.add_argument('--step', default=','.join(STEPS))
   parser.add_argument('--rounds', type=int, default=20)
   parser.add_argument('--steps', type=int, default=3)
   args = parser.parse_args()
-  for network in args.network.split(','):
-    _measure(network, args.rounds, args.steps)
+  with tempfile.TemporaryDirectory() as cache:
+    jax.config.update('jax_compilation_cache_dir', cache)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+    for network in args.network.split(','):
+      _measure(network, args.step.split(','), args.rounds, args.steps)
 
 
 if __name__ == '__main__':

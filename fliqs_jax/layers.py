@@ -496,13 +496,7 @@ def _dot_general(
   """`lax.dot_general` with quantized operands."""
   (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
   x, w = operands(lhs, rhs, tuple(rhs_contract))
-  y = lax.dot_general(
-    x.values,
-    w.values,
-    dimension_numbers,
-    precision=precision,
-    preferred_element_type=jnp.float32,
-  )
+  y = linear.dot_general(x.values, w.values, dimension_numbers, precision)
   lhs_free = lhs.ndim - len(lhs_contract) - len(lhs_batch)
   rhs_free = [
     i for i in range(rhs.ndim) if i not in (*rhs_contract, *rhs_batch)

@@ -1,15 +1,16 @@
-"""Convolutions in the form that is fast on the backend.
+"""Convolutions and dense layers in the form that is fast on the backend.
 
 XLA's CPU kernels for depthwise and 1x1 convolutions, for maps smaller than the
 kernel and for the weight gradients of all of these are up to a hundred times
 slower than the same sums written as matrix products or shifted multiply-adds
-(benchmarks/convolution.py). Same mathematics, another order of summation; sums
-of grid values are exact in float32, so there not even that shows. TPU and GPU
-get XLA's own convolution.
+(benchmarks/step_time.py, `stock` against `train`). Same mathematics, another
+order of summation; sums of grid values are exact in float32, so there not even
+that shows. TPU and GPU get XLA's own ops.
 """
 
 from collections.abc import Sequence
 import functools
+import math
 
 import jax
 from jax import lax
@@ -55,21 +56,14 @@ def conv_general_dilated(
     if feature_group_count == channels == rhs.shape[3] > 1:
       how = (kernel, tuple(window_strides), tuple(map(tuple, padding)))
       return _depthwise(lhs.astype(jnp.float32), _taps(rhs), *how)
-    small = max(kernel) > 1 and min(size) < max(kernel)
-    if feature_group_count == 1 and (kernel == (1, 1) or small):
+    if feature_group_count == 1 and _as_matmul(
+      size, kernel, window_strides, padding
+    ):
       padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
       patches = jnp.concatenate(
         _windows(padded, kernel, window_strides), axis=-1
       )
-      rows = patches.reshape((-1, patches.shape[3]))
-      weights = rhs.reshape((-1, rhs.shape[3]))
-      y = jnp.matmul(
-        rows,
-        weights,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-      )
-      return y.reshape((*patches.shape[:3], -1))
+      return _matmul(patches, rhs.reshape((-1, rhs.shape[3])), 1, precision)
   return lax.conv_general_dilated(
     lhs,
     rhs,
@@ -79,6 +73,39 @@ def conv_general_dilated(
     rhs_dilation=rhs_dilation,
     dimension_numbers=dimension_numbers,
     feature_group_count=feature_group_count,
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def dot_general(
+  lhs: jax.Array,
+  rhs: jax.Array,
+  dimension_numbers: lax.DotDimensionNumbers,
+  precision: lax.PrecisionLike,
+) -> jax.Array:
+  """`lax.dot_general` with a float32 result.
+
+  Args:
+    lhs: [...] activations.
+    rhs: [...] weights.
+    dimension_numbers: as of `lax.dot_general`.
+    precision: of the products.
+
+  Returns:
+    [...] float32.
+  """
+  (lhs_contract, rhs_contract), (lhs_batch, _) = dimension_numbers
+  summed = len(rhs_contract)
+  last = tuple(range(lhs.ndim - summed, lhs.ndim))
+  first = tuple(range(summed))
+  dense = (tuple(lhs_contract), tuple(rhs_contract)) == (last, first)
+  if _on_cpu() and dense and not lhs_batch:
+    return _matmul(lhs, rhs, summed, precision)
+  return lax.dot_general(
+    lhs,
+    rhs,
+    dimension_numbers,
     precision=precision,
     preferred_element_type=jnp.float32,
   )
@@ -115,6 +142,41 @@ _computed_once.defvjp(
 
 def _on_cpu() -> bool:
   return jax.default_backend() == 'cpu'
+
+
+def _as_matmul(size, kernel, strides, padding) -> bool:
+  """Returns whether windows are so few that they may be written out.
+
+  Those of a 1x1 kernel are the map itself. Else the map is smaller than the
+  kernel, or the result is and the windows overlap: XLA spreads a strided
+  convolution's gradient out with zeros and then takes the slow path all the
+  same.
+  """
+  if max(kernel) == 1:
+    return True
+  results = [
+    (n + sum(pad) - k) // s + 1
+    for n, k, s, pad in zip(size, kernel, strides, padding, strict=True)
+  ]
+  overlap = max(strides) < max(kernel)
+  return min(size) < max(kernel) or (overlap and min(results) < max(kernel))
+
+
+def _matmul(lhs, rhs, summed: int, precision) -> jax.Array:
+  """Sums over the last axes of `lhs` and the first `summed` ones of `rhs`.
+
+  As a product of matrices: with more axes than two XLA would transpose the
+  incoming gradient for that of the weights, element by element.
+  """
+  rows, columns = lhs.shape[: lhs.ndim - summed], rhs.shape[summed:]
+  terms = math.prod(rhs.shape[:summed])
+  y = jnp.matmul(
+    lhs.reshape((math.prod(rows), terms)),
+    rhs.reshape((terms, math.prod(columns))),
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
+  return y.reshape((*rows, *columns))
 
 
 def _windows(padded, kernel, strides) -> list[jax.Array]:
@@ -155,10 +217,16 @@ def _depthwise_fwd(x, taps, kernel, strides, padding):
 def _depthwise_bwd(kernel, strides, padding, residuals, g):
   x, taps = residuals
   padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  tap_gradients = [
-    jnp.sum(window * g, axis=(0, 1, 2))
-    for window in _windows(padded, kernel, strides)
-  ]
+  # All taps in one pass over an image. As sums of their own each would have its
+  # windows written out first, because XLA leaves a sum of a single array to a
+  # library that cannot read a slice.
+  products = [window * g for window in _windows(padded, kernel, strides)]
+  per_image = lax.reduce(
+    products,
+    [jnp.zeros((), g.dtype)] * len(products),
+    lambda sums, terms: [a + b for a, b in zip(sums, terms, strict=True)],
+    (1, 2),
+  )
   # The input's gradient is again a depthwise convolution: of the gradient,
   # spread out by the strides, with the kernel turned round.
   config = [(0, 0, 0)]
@@ -169,7 +237,7 @@ def _depthwise_bwd(kernel, strides, padding, residuals, g):
     config.append((low, high, strides[axis] - 1))
   spread_out = lax.pad(g, jnp.zeros((), g.dtype), (*config, (0, 0, 0)))
   windows = _windows(spread_out, kernel, (1, 1))
-  return _weighted(windows, taps[::-1]), jnp.stack(tap_gradients)
+  return _weighted(windows, taps[::-1]), jnp.stack(per_image).sum(axis=1)
 
 
 _depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)

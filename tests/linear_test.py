@@ -17,8 +17,14 @@ _CASES = {
   'depthwise': ((2, 5, 6, 8), (3, 3, 1, 8), (1, 1), 'SAME', 8),
   'depthwise strided': ((2, 7, 6, 8), (5, 5, 1, 8), (2, 2), 'SAME', 8),
   'depthwise padded': ((2, 7, 6, 8), (3, 3, 1, 8), (1, 2), ((2, 0), (1, 1)), 8),
+  'depthwise on one pixel': ((3, 1, 1, 8), (3, 3, 1, 8), (1, 1), 'SAME', 8),
+  'depthwise with a rest': ((2, 6, 8, 8), (3, 2, 1, 8), (2, 3), 'VALID', 8),
   'small map': ((2, 2, 2, 8), (3, 3, 8, 4), (1, 1), 'SAME', 1),
   'small map strided': ((2, 2, 3, 8), (3, 3, 8, 4), (2, 2), 'SAME', 1),
+  'small result': ((2, 4, 4, 8), (3, 3, 8, 4), (2, 2), ((1, 1), (1, 1)), 1),
+  'small odd result': ((2, 5, 7, 8), (5, 3, 8, 4), (2, 3), 'VALID', 1),
+  'small in one direction': ((2, 9, 4, 8), (1, 7, 8, 4), (1, 1), 'SAME', 1),
+  'apart': ((2, 8, 8, 3), (4, 4, 3, 4), (4, 4), 'VALID', 1),
   'usual': ((2, 6, 6, 8), (3, 3, 8, 4), (1, 1), 'SAME', 1),
   'grouped': ((2, 6, 6, 8), (3, 3, 4, 4), (1, 1), 'SAME', 2),
 }
@@ -48,11 +54,47 @@ def test_values_and_gradients_equal_those_of_lax(case):
   # Small integers: every sum is exact in float32, so equal means equal.
   x = jnp.asarray(rng.integers(-7, 8, x_shape), jnp.float32)
   w = jnp.asarray(rng.integers(-7, 8, w_shape), jnp.float32)
-  theirs, their_vjp = jax.vjp(_convolve(lax.conv_general_dilated, *how), x, w)
-  ours, our_vjp = jax.vjp(_convolve(linear.conv_general_dilated, *how), x, w)
-  np.testing.assert_array_equal(ours, theirs)
-  g = jnp.asarray(rng.integers(-7, 8, ours.shape), jnp.float32)
-  for a, b in zip(our_vjp(g), their_vjp(g), strict=True):
+  _assert_equal(
+    _convolve(linear.conv_general_dilated, *how),
+    _convolve(lax.conv_general_dilated, *how),
+    x,
+    w,
+  )
+
+
+# activations, weights, ((contracted), (batch))
+_DENSE_CASES = {
+  'rows': ((6, 8), (8, 5), (((1,), (0,)), ((), ()))),
+  'tokens': ((2, 3, 8), (8, 5), (((2,), (0,)), ((), ()))),
+  'one vector': ((8,), (8, 5), (((0,), (0,)), ((), ()))),
+  'no rows': ((0, 8), (8, 5), (((1,), (0,)), ((), ()))),
+  'several axes': ((2, 3, 4, 5), (4, 5, 2, 3), (((2, 3), (0, 1)), ((), ()))),
+  'other axes': ((2, 8, 3), (5, 8), (((1,), (1,)), ((), ()))),
+  'crossed axes': ((2, 4, 5), (5, 4, 3), (((1, 2), (1, 0)), ((), ()))),
+  'batch': ((2, 3, 8), (2, 8, 5), (((2,), (1,)), ((0,), (0,)))),
+}
+
+
+@pytest.mark.parametrize('case', _DENSE_CASES)
+def test_dense_values_and_gradients_equal_those_of_lax(case):
+  x_shape, w_shape, numbers = _DENSE_CASES[case]
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.integers(-7, 8, x_shape), jnp.float32)
+  w = jnp.asarray(rng.integers(-7, 8, w_shape), jnp.float32)
+  _assert_equal(
+    lambda x, w: linear.dot_general(x, w, numbers, None),
+    lambda x, w: lax.dot_general(x, w, numbers),
+    x,
+    w,
+  )
+
+
+def _assert_equal(ours, theirs, x, w):
+  y, vjp = jax.vjp(ours, x, w)
+  their_y, their_vjp = jax.vjp(theirs, x, w)
+  np.testing.assert_array_equal(y, their_y)
+  g = jnp.asarray(np.random.default_rng(1).integers(-7, 8, y.shape), y.dtype)
+  for a, b in zip(vjp(g), their_vjp(g), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
