@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import json
 import pathlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -72,21 +72,26 @@ def test_metrics(
   return results.measured(experiment, choices, totals)
 
 
-def evaluate(
-  workdir: str, arch: str = '', numeric_format: str = ''
-) -> dict[str, Any]:
-  """Returns the test metrics of an assignment under a finished run's weights.
+class Finished(NamedTuple):
+  """A finished run, read back.
 
-  Args:
-    workdir: of a run that reached its last step.
-    arch: path of an arch.json.
-    numeric_format: a uniform format, in place of `arch`.
+  Attributes:
+    experiment: its parts.
+    state: its last `TrainState`.
+    found: the architecture it found, {decision: [K] one-hot}.
+  """
+
+  experiment: experiment_lib.Experiment
+  state: Any
+  found: dict[str, np.ndarray]
+
+
+def restore(workdir: str) -> Finished:
+  """Returns a finished run.
 
   Raises:
-    ValueError: an unfinished run, or an assignment that the space lacks.
+    ValueError: no workdir of a run, or an unfinished run.
   """
-  if arch and numeric_format:
-    raise ValueError('--arch and --format exclude each other; give one')
   path = pathlib.Path(workdir)
   try:
     content = json.loads((path / 'config.json').read_text())
@@ -102,15 +107,50 @@ def evaluate(
       f'{experiment.phases.steps}; finish it first, with the command that '
       'began it'
     )
-  state = restored.state
+  policy = restored.state.search_state.policy
+  found = jax.device_get(policy_lib.argmax(policy))
+  return Finished(experiment, restored.state, found)
+
+
+def choose(
+  run: Finished, arch: str = '', numeric_format: str = ''
+) -> dict[str, np.ndarray]:
+  """Returns the architecture that is asked for: the found one by default.
+
+  Args:
+    run: a finished run.
+    arch: path of an arch.json.
+    numeric_format: a uniform format, in place of `arch`.
+
+  Raises:
+    ValueError: both are given, or the space lacks the assignment.
+  """
+  if arch and numeric_format:
+    raise ValueError('--arch and --format exclude each other; give one')
   if arch:
     assigned = experiment_lib.assignment(experiment_lib.read_arch(arch))
-    choices = experiment.space.choices(assigned)
-  elif numeric_format:
-    choices = experiment.space.uniform(numeric_format)
-  else:
-    choices = jax.device_get(policy_lib.argmax(state.search_state.policy))
-  return test_metrics(experiment, state, choices)
+    return run.experiment.space.choices(assigned)
+  if numeric_format:
+    return run.experiment.space.uniform(numeric_format)
+  return run.found
+
+
+def evaluate(
+  workdir: str, arch: str = '', numeric_format: str = ''
+) -> dict[str, Any]:
+  """Returns the test metrics of an assignment under a finished run's weights.
+
+  Args:
+    workdir: of a run that reached its last step.
+    arch: path of an arch.json.
+    numeric_format: a uniform format, in place of `arch`.
+
+  Raises:
+    ValueError: an unfinished run, or an assignment that the space lacks.
+  """
+  run = restore(workdir)
+  choices = choose(run, arch, numeric_format)
+  return test_metrics(run.experiment, run.state, choices)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -47,7 +47,7 @@ class QuantConv(nn.Conv):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Applies the convolution: [..., H, W, C] to [..., H', W', features]."""
-    return _with_op(self, nn.Conv, 'conv_general_dilated', _conv, inputs)
+    return apply_conv(Operands(self, inputs), inputs)
 
 
 class QuantDense(nn.Dense):
@@ -62,7 +62,7 @@ class QuantDense(nn.Dense):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Applies the layer: [..., C] to [..., features]."""
-    return _with_op(self, nn.Dense, 'dot_general', _dot_general, inputs)
+    return apply_dense(Operands(self, inputs), inputs)
 
 
 class QuantDenseGeneral(nn.DenseGeneral):
@@ -77,7 +77,7 @@ class QuantDenseGeneral(nn.DenseGeneral):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Applies the layer over `axis` of the inputs."""
-    return _with_op(self, nn.DenseGeneral, 'dot_general', _dot_general, inputs)
+    return apply_dense_general(Operands(self, inputs), inputs)
 
 
 class QuantEinsum(nn.Einsum):
@@ -95,7 +95,7 @@ class QuantEinsum(nn.Einsum):
   ) -> jax.Array:
     """Applies the contraction of the inputs with the kernel."""
     einsum_str = nn.merge_param('einsum_str', self.einsum_str, einsum_str)
-    return _einsum(_Operands(self, inputs), einsum_str, inputs)
+    return apply_einsum(Operands(self, inputs), einsum_str, inputs)
 
 
 def with_spec(
@@ -122,8 +122,16 @@ def set_activation_quantization(quant_stats: Any, active: Any) -> Any:
   return jax.tree_util.tree_map_with_path(switch, quant_stats)
 
 
-class _Operands:
-  """Quantizes the two operands of one layer's op and records its shape."""
+class Operands:
+  """Quantizes the two operands of one layer's op and records its shape.
+
+  Attributes:
+    module: the layer.
+    dtype: of the layer's result.
+    accumulator: type of the op's sums.
+  """
+
+  accumulator = jnp.float32
 
   def __init__(self, module: nn.Module, inputs: jax.Array):
     self.module = module
@@ -153,7 +161,31 @@ class _Operands:
       one_hot, stats = self._decision('activations'), self._statistics(menu)
       if not self.module.is_initializing():
         x = self._activations(x.values, menu, one_hot, stats)
+    if not self.module.is_initializing():  # For `export`; else nothing.
+      self.module.sow('operands', 'weights', w)
+      self.module.sow('operands', 'activations', x.scale)
     return self._compute_dtype(x), self._compute_dtype(w)
+
+  def conv(self, x, w, window_strides, padding, **kwargs) -> jax.Array:
+    """Returns the float32 sums of a convolution of grid values."""
+    return linear.conv_general_dilated(
+      x.values, w.values, window_strides, padding, **kwargs
+    )
+
+  def dot_general(self, x, w, dimension_numbers, precision) -> jax.Array:
+    """Returns the float32 sums of a product of grid values."""
+    return lax.dot_general(
+      x.values,
+      w.values,
+      dimension_numbers,
+      precision=precision,
+      preferred_element_type=jnp.float32,
+    )
+
+  def keep(self, *arrays, dtype):
+    """Stands in for linen's `promote_dtype`: float32 until on the grid."""
+    del dtype  # The op itself casts, after quantization.
+    return tuple(a if a is None else a.astype(jnp.float32) for a in arrays)
 
   def record(self, kind: str, macs: int, weights: int, channels: int) -> None:
     """Sows what the op costs."""
@@ -235,55 +267,58 @@ def _twin(module: nn.Module, linen_class: type[nn.Module], **replaced: Any):
   return linen_class(**{**fields, 'parent': module.scope, **replaced})
 
 
-def _with_op(module, linen_class, field: str, op: Callable, inputs):
+def apply_conv(operands: Operands, inputs: jax.Array) -> jax.Array:
+  """Applies `nn.Conv` with the module's fields to quantized operands."""
+  return _with_op(operands, nn.Conv, 'conv_general_dilated', _conv, inputs)
+
+
+def apply_dense(operands: Operands, inputs: jax.Array) -> jax.Array:
+  """Applies `nn.Dense` with the module's fields to quantized operands."""
+  return _with_op(operands, nn.Dense, 'dot_general', _dot_general, inputs)
+
+
+def apply_dense_general(operands: Operands, inputs: jax.Array) -> jax.Array:
+  """Applies `nn.DenseGeneral` with the module's fields likewise."""
+  op = _dot_general
+  return _with_op(operands, nn.DenseGeneral, 'dot_general', op, inputs)
+
+
+def _with_op(operands, linen_class, field: str, op: Callable, inputs):
   """Applies the linen layer with its op replaced by a quantized one.
 
   Operands stay float32 until they are on the grid, and the bias is added to the
   float32 result, which is rounded once to the layer's dtype.
   """
+  module = operands.module
   for given in (field, f'{field}_cls'):
     if getattr(module, given) is not None:
       raise ValueError(
         f'{type(module).__name__} was given {given}, which is what '
         'quantization replaces'
       )
-  operands = _Operands(module, inputs)
   op = functools.partial(op, operands)
-  twin = _twin(module, linen_class, promote_dtype=_keep_float32, **{field: op})
+  twin = _twin(module, linen_class, promote_dtype=operands.keep, **{field: op})
   return twin(inputs).astype(operands.dtype)
 
 
-def _keep_float32(*arrays, dtype):
-  del dtype  # The op itself casts, after quantization.
-  return tuple(a if a is None else a.astype(jnp.float32) for a in arrays)
-
-
 def _conv(
-  operands: _Operands, lhs, rhs, window_strides, padding, **kwargs
+  operands: Operands, lhs, rhs, window_strides, padding, **kwargs
 ) -> jax.Array:
   """`lax.conv_general_dilated` with quantized operands; channels last."""
   x, w = operands(lhs, rhs, tuple(range(rhs.ndim - 1)))
-  y = linear.conv_general_dilated(
-    x.values, w.values, window_strides, padding, **kwargs
-  )
+  y = operands.conv(x, w, window_strides, padding, **kwargs)
   operands.record('conv', y.size * rhs[..., 0].size, rhs.size, rhs.shape[-1])
   y = quantize.rescale(y, x.scale, w.scale)
   return linear.computed_once(y, w.scale)
 
 
 def _dot_general(
-  operands: _Operands, lhs, rhs, dimension_numbers, precision
+  operands: Operands, lhs, rhs, dimension_numbers, precision
 ) -> jax.Array:
   """`lax.dot_general` with quantized operands."""
   (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
   x, w = operands(lhs, rhs, tuple(rhs_contract))
-  y = lax.dot_general(
-    x.values,
-    w.values,
-    dimension_numbers,
-    precision=precision,
-    preferred_element_type=jnp.float32,
-  )
+  y = operands.dot_general(x, w, dimension_numbers, precision)
   lhs_free = lhs.ndim - len(lhs_contract) - len(lhs_batch)
   rhs_free = [
     i for i in range(rhs.ndim) if i not in (*rhs_contract, *rhs_batch)
@@ -301,7 +336,9 @@ def _dot_general(
   return linear.computed_once(y, w_scale)
 
 
-def _einsum(operands: _Operands, einsum_str: str, inputs) -> jax.Array:
+def apply_einsum(
+  operands: Operands, einsum_str: str, inputs: jax.Array
+) -> jax.Array:
   """`nn.Einsum` with quantized operands; scales and bias follow its result."""
   after = []
 
@@ -336,8 +373,8 @@ def _einsum(operands: _Operands, einsum_str: str, inputs) -> jax.Array:
     nn.Einsum,
     einsum_str=None,  # Given with the call.
     promote_dtype=quantized,
-    preferred_element_type=jnp.float32,
-  )(inputs, einsum_str)
+    preferred_element_type=operands.accumulator,
+  )(inputs, einsum_str).astype(jnp.float32)
   x_scale, w_scale, bias = after
   y = quantize.rescale(y, x_scale, w_scale)
   return (y if bias is None else y + bias).astype(operands.dtype)

@@ -59,7 +59,7 @@ def conv_general_dilated(
     if feature_group_count == 1 and (kernel == (1, 1) or small):
       padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
       patches = jnp.concatenate(
-        _windows(padded, kernel, window_strides), axis=-1
+        windows(padded, kernel, window_strides), axis=-1
       )
       rows = patches.reshape((-1, patches.shape[3]))
       weights = rhs.reshape((-1, rhs.shape[3]))
@@ -117,7 +117,7 @@ def _on_cpu() -> bool:
   return jax.default_backend() == 'cpu'
 
 
-def _windows(padded, kernel, strides) -> list[jax.Array]:
+def windows(padded, kernel, strides) -> list[jax.Array]:
   """Returns what each tap of the kernel sees, [N, H', W', C] each."""
   last = [
     (size - k) // s * s
@@ -141,7 +141,7 @@ def _taps(rhs: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _depthwise(x, taps, kernel, strides, padding):
   padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  return _weighted(_windows(padded, kernel, strides), taps)
+  return _weighted(windows(padded, kernel, strides), taps)
 
 
 def _weighted(windows, taps):
@@ -157,7 +157,7 @@ def _depthwise_bwd(kernel, strides, padding, residuals, g):
   padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   tap_gradients = [
     jnp.sum(window * g, axis=(0, 1, 2))
-    for window in _windows(padded, kernel, strides)
+    for window in windows(padded, kernel, strides)
   ]
   # The input's gradient is again a depthwise convolution: of the gradient,
   # spread out by the strides, with the kernel turned round.
@@ -168,8 +168,8 @@ def _depthwise_bwd(kernel, strides, padding, residuals, g):
     high = x.shape[1 + axis] + kernel[axis] - 1 - low - spread
     config.append((low, high, strides[axis] - 1))
   spread_out = lax.pad(g, jnp.zeros((), g.dtype), (*config, (0, 0, 0)))
-  windows = _windows(spread_out, kernel, (1, 1))
-  return _weighted(windows, taps[::-1]), jnp.stack(tap_gradients)
+  turned = _weighted(windows(spread_out, kernel, (1, 1)), taps[::-1])
+  return turned, jnp.stack(tap_gradients)
 
 
 _depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)

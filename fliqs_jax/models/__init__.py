@@ -78,13 +78,34 @@ def unquantized(name: str) -> tuple[str, ...]:
 def build(
   config: Mapping[str, Any], num_classes: int, spec: quant_spec.QuantSpec
 ) -> nn.Module:
-  """Returns the network that a config names, with quantized layers.
+  """Returns the network that a config names, with searchable layers.
+
+  Args:
+    config: as of `construct`.
+    num_classes: size of its output.
+    spec: which formats its layers may use.
+
+  Raises:
+    ValueError: unknown name, unknown or missing keys.
+  """
+  return construct(
+    config,
+    num_classes,
+    conv=layers.with_spec(layers.QuantConv, spec),
+    dense=layers.with_spec(layers.QuantDense, spec),
+  )
+
+
+def construct(
+  config: Mapping[str, Any], num_classes: int, **constructors: Any
+) -> nn.Module:
+  """Returns the network that a config names, of given layers.
 
   Args:
     config: `name`, one of MODELS, and values for every other field of that
       network.
     num_classes: size of its output.
-    spec: which formats its layers may use.
+    **constructors: `conv` and `dense`; those that a network lacks are ignored.
 
   Raises:
     ValueError: unknown name, unknown or missing keys.
@@ -98,11 +119,7 @@ def build(
       f'the keys of model {name} are {", ".join(expected)}; got '
       f'{", ".join(config)}'
     )
-  given = dict(
-    num_classes=num_classes,
-    conv=layers.with_spec(layers.QuantConv, spec),
-    dense=layers.with_spec(layers.QuantDense, spec),
-  )
+  given = dict(num_classes=num_classes, **constructors)
   fields = network.module.__dataclass_fields__
   given = {field: value for field, value in given.items() if field in fields}
   return network.module(**keys, **network.fixed, **given)
