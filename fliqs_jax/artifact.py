@@ -38,8 +38,6 @@ REFERENCE = 'reference.safetensors'
 _DTYPES = {
   'F32': 'float32',
   'BF16': 'bfloat16',
-  'F8_E4M3FNUZ': 'float8_e4m3fnuz',
-  'F8_E5M2FNUZ': 'float8_e5m2fnuz',
   'I32': 'int32',
   'I8': 'int8',
   'U8': 'uint8',
@@ -152,10 +150,7 @@ def packed_file(tensors: Mapping[str, np.ndarray]) -> bytes:
   """Returns the content of a safetensors file."""
   return safetensors.numpy.save(
     # What is not contiguous would be saved in the order of its memory.
-    {
-      name: np.ascontiguousarray(x).reshape(x.shape)
-      for name, x in tensors.items()
-    }
+    {name: np.array(x, order='C') for name, x in tensors.items()}
   )
 
 

@@ -4,7 +4,7 @@ A code is what the format's name says: two's complement for an integer; sign,
 exponent and mantissa for a float, whose bias is 2**(x - 1) - 1 and whose codes
 are all finite. A native type is used only where it holds every value of the
 grid: float8_e4m3fn, for one, has a NaN where E4M3 has its largest value, which
-every channel uses. The `fnuz` types hold the same codes at half the value.
+every channel uses. The `fnuz` types have the same codes at half the value.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,8 @@ class Layout(NamedTuple):
 
   Attributes:
     dtype: numpy's name of the stored elements: one per value, or `uint8` for
-      codes packed without gaps, the first value in the lowest bits.
+      codes packed without gaps, the first value in the lowest bits. Codes of
+      float8 too: safetensors reads its `fnuz` types into torch only.
     native: name of the ml_dtypes type whose codes these are, or None.
     factor: a value is `factor` times what the native type says.
   """
@@ -46,8 +47,8 @@ _LAYOUTS = {
   'E2M1': Layout('uint8', 'float4_e2m1fn'),
   'E2M3': Layout('uint8', 'float6_e2m3fn'),
   'E3M2': Layout('uint8', 'float6_e3m2fn'),
-  'E4M3': Layout('float8_e4m3fnuz', 'float8_e4m3fnuz', 2.0),
-  'E5M2': Layout('float8_e5m2fnuz', 'float8_e5m2fnuz', 2.0),
+  'E4M3': Layout('uint8', 'float8_e4m3fnuz', 2.0),
+  'E5M2': Layout('uint8', 'float8_e5m2fnuz', 2.0),
   'BF16': Layout('bfloat16', 'bfloat16'),
 }
 _CODES = Layout('uint8', None)
@@ -104,8 +105,8 @@ def encode(
   values = np.asarray(values, np.float32) + np.float32(0)  # No -0: see fnuz.
   how = layout(numeric_format)
   if not how.packed:
-    stored = (values / how.factor).astype(np.dtype(how.dtype))
-    exact = stored.astype(np.float32) * how.factor == values
+    stored = values.astype(np.dtype(how.dtype))
+    exact = stored.astype(np.float32) == values
     if how.native == 'int8':  # -128 is a code, but no value of the grid.
       exact &= abs(values) <= numeric_format.max_value
   else:
@@ -142,9 +143,7 @@ def decode(
   integer = numeric_format.name.startswith('INT')
   dtype = np.dtype(np.int8) if integer else np.dtype(ml_dtypes.bfloat16)
   if not how.packed:
-    if stored.dtype == dtype:
-      return stored
-    return (stored.astype(np.float32) * np.float32(how.factor)).astype(dtype)
+    return stored
   codes = unpack(stored, numeric_format.bits, math.prod(shape))
   return xp.asarray(table(numeric_format).astype(dtype))[codes].reshape(shape)
 
