@@ -1,7 +1,7 @@
 r"""What an exported INT8 model gains on this machine's CPU.
 
 python -m benchmarks.serving [--network=resnet20,deit_ti] [--batch=1,64]
-    [--rounds=20] [--layers]
+    [--rounds=20]
 
 Compares inference of one network, in one process:
 
@@ -9,11 +9,9 @@ Compares inference of one network, in one process:
   fake     the search's model at INT8: grid values in float32
   int8     the served model: int8 x int8 -> int32
 
-All are compiled first, then run interleaved; a figure is the median over rounds
+`/16` runs a batch in slices of 16, as `serving.load` does on a CPU. All are compiled first, then run interleaved; a figure is the median over rounds
 of the ratio of times within a round (float32 / int8: above 1 is faster), with
-the quartiles. With `--layers`, the same for every product by itself, with what
-surrounds it in a network: a float32 input, rounded to int8, and a float32
-result.
+the quartiles.
 """
 
 import argparse
@@ -60,15 +58,21 @@ def _variants(config, size: int):
   state = settle(params, state, arch, dict(image=x), jax.random.key(2))
   fake = dict(params=params, arch=arch, **state)
   tensors, kept = stored.tensors(
-    search.apply, fake, space.assignment(space.only()), x, train=False
+    stored.teller(search.apply, train=False),
+    fake,
+    space.assignment(space.only()),
+    x,
   )
   plain = models.construct(config, 10, conv=nn.Conv, dense=nn.Dense)
   floats = {k: v for k, v in fake.items() if k in ('params', 'batch_stats')}
   low_bit = models.construct(config, 10, **serving.constructors(kept))
+  integers = serving.variables(tensors, kept)
   return {
     'float32': serving.Served(plain, floats, {}),
+    'float32/16': serving.Served(plain, floats, {}, at_once=16),
     'fake': serving.Served(search, fake, {}),
-    'int8': serving.Served(low_bit, serving.variables(tensors, kept), {}),
+    'int8': serving.Served(low_bit, integers, {}),
+    'int8/16': serving.Served(low_bit, integers, {}, at_once=16),
   }
 
 
@@ -92,7 +96,7 @@ def _ratios(functions, x, rounds: int) -> dict[str, tuple[float, ...]]:
 def _print(title: str, result) -> None:
   for name, (middle, low, high, milliseconds) in result.items():
     print(
-      f'{title:34} {name:8} {milliseconds:9.3f} ms   '
+      f'{title:34} {name:10} {milliseconds:9.3f} ms   '
       f'float32 / it {middle:6.2f} ({low:.2f} to {high:.2f})',
       flush=True,
     )

@@ -81,9 +81,8 @@ def export(
   batch = data.model_inputs(next(iter(experiment.streams.test())))
   inputs = jax.tree.map(lambda x: np.asarray(x)[:examples], batch)
   apply = experiment.model.apply
-  tensors, layers = stored.tensors(
-    apply, variables, assignment, inputs, train=False
-  )
+  tell = stored.teller(apply, train=False)
+  tensors, layers = stored.tensors(tell, variables, assignment, inputs)
   outputs = jax.jit(lambda v, x: apply(v, x, train=False))(variables, inputs)
   specs = data.model_inputs(experiment.streams.inputs)
   manifest = dict(

@@ -23,6 +23,9 @@ from fliqs_jax import quant_spec
 from fliqs_jax import served_layers
 from fliqs_jax import stored
 
+# A ResNet-20 of 64 channels takes 1.8 times as long per image by 64 as by 16.
+_AT_ONCE = 16
+
 
 class Served:
   """A model that runs in low-bit arithmetic.
@@ -31,6 +34,8 @@ class Served:
     model: the network, of served layers.
     variables: its collections.
     manifest: of the export that it comes from.
+    at_once: examples that run together; larger batches run in slices, because
+      XLA on CPU is slower once a layer's results leave the cache. None: all.
   """
 
   def __init__(
@@ -38,20 +43,35 @@ class Served:
     model: nn.Module,
     variables: Mapping[str, Any],
     manifest: Mapping[str, Any],
+    at_once: int | None = None,
   ):
     self.model = model
     self.variables = jax.device_put(variables)
     self.manifest = manifest
+    self.at_once = at_once
     # The variables are arguments: constants would be reassociated.
     self._apply = jax.jit(functools.partial(model.apply, train=False))
 
   def __call__(self, inputs: Any) -> jax.Array:
     """Returns the model's outputs for a batch of inputs; compiles per shape."""
-    return self._apply(self.variables, inputs)
+    size = len(jax.tree.leaves(inputs)[0])
+    step = self.at_once or size
+    slices = [
+      jax.tree.map(lambda x, i=i: x[i : i + step], inputs)
+      for i in range(0, size, step)
+    ]
+    outputs = [self._apply(self.variables, x) for x in slices]
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
 
 
-def load(directory: str | os.PathLike[str]) -> Served:
+def load(
+  directory: str | os.PathLike[str], at_once: int | None = None
+) -> Served:
   """Returns the model that `export` wrote to a directory.
+
+  Args:
+    directory: what `export` was given as `out`.
+    at_once: as of `Served`; by default 16 on a CPU, elsewhere all.
 
   Raises:
     ValueError: files are missing, damaged or not as the manifest has them.
@@ -59,7 +79,9 @@ def load(directory: str | os.PathLike[str]) -> Served:
   content = artifact.read(directory)
   model = build(content.manifest, content.layers)
   unpacked = variables(content.tensors, content.layers)
-  return Served(model, unpacked, content.manifest)
+  if at_once is None and jax.default_backend() == 'cpu':
+    at_once = _AT_ONCE
+  return Served(model, unpacked, content.manifest, at_once)
 
 
 def variables(

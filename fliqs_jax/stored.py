@@ -59,33 +59,40 @@ class Layer:
     return self.largest_sum is not None and self.largest_sum < _EXACT
 
 
-def tensors(
-  apply: Callable,
-  variables: Mapping[str, Any],
-  assignment: Assignment,
-  *args,
-  **kwargs,
-) -> tuple[dict[str, np.ndarray], dict[str, Layer]]:
-  """Returns what to store of the search's model, at one architecture.
+def teller(apply: Callable, **kwargs: Any) -> Callable:
+  """Returns the jitted `(variables, *args) -> what the layers multiply`.
 
   Args:
-    apply: the model's `apply`.
-    variables: its collections, `arch` with the architecture, settled.
-    assignment: the same architecture in names.
-    *args: an input.
-    **kwargs: more of the call, static.
-
-  Raises:
-    ValueError: activations that are to be quantized never were.
+    apply: the search model's `apply`.
+    **kwargs: of the call, static.
   """
-  # The layers themselves tell what they multiply: there is no second formula,
-  # and within jit the scales are rounded as they are in the search.
-  run = jax.jit(
+  # The layers themselves tell: there is no second formula, and within jit the
+  # scales are rounded as they are in the search.
+  return jax.jit(
     lambda variables, *args: apply(
       variables, *args, **kwargs, mutable=['operands']
     )[1]
   )
-  told = _flat(jax.device_get(run(dict(variables), *args)).get('operands', {}))
+
+
+def tensors(
+  tell: Callable,
+  variables: Mapping[str, Any],
+  assignment: Assignment,
+  *args,
+) -> tuple[dict[str, np.ndarray], dict[str, Layer]]:
+  """Returns what to store of the search's model, at one architecture.
+
+  Args:
+    tell: `teller` of the model.
+    variables: its collections, `arch` with the architecture, settled.
+    assignment: the same architecture in names.
+    *args: an input.
+
+  Raises:
+    ValueError: activations that are to be quantized never were.
+  """
+  told = _flat(jax.device_get(tell(dict(variables), *args)).get('operands', {}))
   flat = _flat(
     {k: v for k, v in variables.items() if k not in _SEARCH},
   )

@@ -249,11 +249,10 @@ def test_activations_that_never_were_quantized_are_refused(workdir):
     stats['active'] = np.bool_(False)
   with pytest.raises(ValueError, match='hidden0 were never quantized'):
     stored.tensors(
-      run.experiment.model.apply,
+      stored.teller(run.experiment.model.apply, train=False),
       variables,
       run.experiment.space.assignment(run.found),
       np.zeros((1, 8, 8, 1), np.float32),
-      train=False,
     )
 
 
