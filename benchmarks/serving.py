@@ -9,9 +9,10 @@ Compares inference of one network, in one process:
   fake     the search's model at INT8: grid values in float32
   int8     the served model: int8 x int8 -> int32
 
-`/16` runs a batch in slices of 16, as `serving.load` does on a CPU. All are compiled first, then run interleaved; a figure is the median over rounds
-of the ratio of times within a round (float32 / int8: above 1 is faster), with
-the quartiles.
+`/16` runs a batch in slices of 16, as `serving.load` does on a CPU. All are
+compiled first, then run interleaved; a figure is the median over rounds of the
+ratio of times within a round (above 1: faster than float32), with the
+quartiles.
 """
 
 import argparse

@@ -71,7 +71,8 @@ def load(
 
   Args:
     directory: what `export` was given as `out`.
-    at_once: as of `Served`; by default 16 on a CPU, elsewhere all.
+    at_once: as of `Served`; by default 16 on a CPU, elsewhere all. Integer
+      layers do not notice; sums of floats may be rounded in another order.
 
   Raises:
     ValueError: files are missing, damaged or not as the manifest has them.

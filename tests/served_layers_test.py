@@ -175,7 +175,6 @@ def test_a_network_of_mixed_formats_is_served_bit_for_bit(name):
     models.construct(NETWORKS[name], 10, **serving.constructors(kept)),
     serving.variables(flat, kept),
     {},
-    at_once=3,  # Slices of 3 and 1.
   )
   expected = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, x)
   np.testing.assert_array_equal(served(x), expected)
