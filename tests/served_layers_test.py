@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from fliqs_jax import quant_spec
 from fliqs_jax import search_space
 from fliqs_jax import served_layers
 from fliqs_jax import serving
+from fliqs_jax import stablehlo
 from fliqs_jax import stored
 from fliqs_jax import train_step
 from tests import layers_test
@@ -178,3 +180,9 @@ def test_a_network_of_mixed_formats_is_served_bit_for_bit(name):
   )
   expected = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, x)
   np.testing.assert_array_equal(served(x), expected)
+  # And as a program for other machines, of any batch size.
+  one = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+  data = stablehlo.serialize(served.model, kept, flat, one)
+  y = jax.export.deserialize(bytearray(data)).call(flat, x)
+  # Sums of floats, in another program: perhaps in another order.
+  np.testing.assert_allclose(y, expected, atol=1e-5)
