@@ -1,7 +1,7 @@
 """Products of int8 tensors with int32 accumulators, in the form that is fast.
 
 Same integers whatever the form: sums wrap around at 2**31, so nothing depends
-on their order. What was measured (benchmarks/serving.py): XLA's CPU kernels of
+on their order. As measured with jaxlib 0.10.2, XLA's CPU kernels of
 int8 x int8 gain 1.5 over float32 where only the VNNI instructions are there,
 those of uint8 x int8 3 to 4, because that is what VNNI multiplies; its
 convolutions take int8 only, and up to 16 channels fall back to a kernel that is
