@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import json
 import pathlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -22,7 +22,6 @@ from fliqs_jax import checkpoint
 from fliqs_jax import experiment as experiment_lib
 from fliqs_jax import policy as policy_lib
 from fliqs_jax import results
-from fliqs_jax import train_state
 from fliqs_jax import train_step
 
 
@@ -73,13 +72,25 @@ def test_metrics(
   return results.measured(experiment, choices, totals)
 
 
-def finished(
-  workdir: str,
-) -> tuple[experiment_lib.Experiment, train_state.TrainState]:
-  """Returns a run that reached its last step, and its state there.
+class Finished(NamedTuple):
+  """A finished run, read back.
+
+  Attributes:
+    experiment: its parts.
+    state: its last `TrainState`.
+    found: the architecture it found, {decision: [K] one-hot}.
+  """
+
+  experiment: experiment_lib.Experiment
+  state: Any
+  found: dict[str, np.ndarray]
+
+
+def restore(workdir: str) -> Finished:
+  """Returns a finished run.
 
   Raises:
-    ValueError: no run, or an unfinished one.
+    ValueError: no workdir of a run, or an unfinished run.
   """
   path = pathlib.Path(workdir)
   try:
@@ -96,7 +107,33 @@ def finished(
       f'{experiment.phases.steps}; finish it first, with the command that '
       'began it'
     )
-  return experiment, restored.state
+  policy = restored.state.search_state.policy
+  found = jax.device_get(policy_lib.argmax(policy))
+  return Finished(experiment, restored.state, found)
+
+
+def choose(
+  run: Finished, arch: str = '', numeric_format: str = ''
+) -> dict[str, np.ndarray]:
+  """Returns the architecture that is asked for: the found one by default.
+
+  Args:
+    run: a finished run.
+    arch: path of an arch.json.
+    numeric_format: a uniform format, in place of `arch`.
+
+  Raises:
+    ValueError: both are given, or the space lacks the assignment.
+  """
+  if arch and numeric_format:
+    raise ValueError('--arch and --format exclude each other; give one')
+  if arch:
+    content = experiment_lib.read_arch(arch)
+    assigned = experiment_lib.assignment(content)
+    return run.experiment.space.choices(assigned, content['sizes'])
+  if numeric_format:
+    return run.experiment.space.uniform(numeric_format)
+  return run.found
 
 
 def evaluate(
@@ -112,19 +149,9 @@ def evaluate(
   Raises:
     ValueError: an unfinished run, or an assignment that the space lacks.
   """
-  if arch and numeric_format:
-    raise ValueError('--arch and --format exclude each other; give one')
-  experiment, state = finished(workdir)
-  if arch:
-    content = experiment_lib.read_arch(arch)
-    choices = experiment.space.choices(
-      experiment_lib.assignment(content), content['sizes']
-    )
-  elif numeric_format:
-    choices = experiment.space.uniform(numeric_format)
-  else:
-    choices = jax.device_get(policy_lib.argmax(state.search_state.policy))
-  return test_metrics(experiment, state, choices)
+  run = restore(workdir)
+  choices = choose(run, arch, numeric_format)
+  return test_metrics(run.experiment, run.state, choices)
 
 
 def main(argv: Sequence[str]) -> int:

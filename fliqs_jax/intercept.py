@@ -279,7 +279,7 @@ class Searchable:
         return twin(*args, **kwargs)
       return call(*args, **kwargs)
     inputs, *rest = args or (kwargs['inputs'],)
-    operands = layers._Operands(module, inputs, self.spec, state)
+    operands = layers.Operands(module, inputs, self.spec, state)
     choices = operands.choices
     excluded = choices.weights is None and choices.activations is None
     if linen_class is nn.Embed:
@@ -298,8 +298,8 @@ class Searchable:
     if linen_class is nn.Einsum:
       given = rest[0] if rest else kwargs.get('einsum_str')
       einsum_str = nn.merge_param('einsum_str', module.einsum_str, given)
-      return layers._einsum(operands, einsum_str, inputs)
-    return layers._with_op(operands, linen_class, inputs)
+      return layers.apply_einsum(operands, einsum_str, inputs)
+    return layers.with_op(operands, linen_class, inputs)
 
 
 def _raw(method):

@@ -68,7 +68,7 @@ class QuantConv(nn.Conv):
       _check_kernel(self, inputs.shape)
       if self.kernel.has_branches:
         return _branched_conv(self, inputs)
-    return _quantized(self, nn.Conv, inputs)
+    return apply(Operands(self, inputs), nn.Conv, inputs)
 
 
 class QuantDense(nn.Dense):
@@ -87,7 +87,7 @@ class QuantDense(nn.Dense):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Applies the layer: [..., C] to [..., features]."""
-    return _quantized(self, nn.Dense, inputs)
+    return apply(Operands(self, inputs), nn.Dense, inputs)
 
 
 class QuantDenseGeneral(nn.DenseGeneral):
@@ -102,7 +102,7 @@ class QuantDenseGeneral(nn.DenseGeneral):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Applies the layer over `axis` of the inputs."""
-    return _quantized(self, nn.DenseGeneral, inputs)
+    return apply(Operands(self, inputs), nn.DenseGeneral, inputs)
 
 
 class QuantEinsum(nn.Einsum):
@@ -120,7 +120,7 @@ class QuantEinsum(nn.Einsum):
   ) -> jax.Array:
     """Applies the contraction of the inputs with the kernel."""
     einsum_str = nn.merge_param('einsum_str', self.einsum_str, einsum_str)
-    return _einsum(_Operands(self, inputs), einsum_str, inputs)
+    return apply_einsum(Operands(self, inputs), einsum_str, inputs)
 
 
 def with_spec(
@@ -148,7 +148,7 @@ def set_activation_quantization(quant_stats: Any, active: Any) -> Any:
   return jax.tree_util.tree_map_with_path(switch, quant_stats)
 
 
-class _Operands:
+class Operands:
   """Quantizes the two operands of one layer's op and records its shape.
 
   Attributes:
@@ -159,7 +159,10 @@ class _Operands:
       `is_mutable_collection`.
     choices: the formats it may use.
     dtype: of its result.
+    accumulator: type of the op's sums.
   """
+
+  accumulator = jnp.float32
 
   def __init__(
     self,
@@ -187,7 +190,26 @@ class _Operands:
     self, x: jax.Array, w: jax.Array, contracted: tuple[int, ...]
   ) -> tuple[quantize.Quantized, quantize.Quantized]:
     """Returns activations and weights on their grids; see the two below."""
-    return self.activations(x), self.weights(w, contracted)
+    x, w = self.activations(x), self.weights(w, contracted)
+    if not self.module.is_initializing():  # For `export`; else nothing.
+      self.state.sow('operands', 'weights', w)
+      self.state.sow('operands', 'activations', x.scale)
+    return x, w
+
+  def conv(self, x, w, window_strides, padding, **kwargs) -> jax.Array:
+    """Returns the float32 sums of a convolution of grid values."""
+    return linear.conv_general_dilated(
+      x.values, w.values, window_strides, padding, **kwargs
+    )
+
+  def dot_general(self, x, w, dimension_numbers, precision) -> jax.Array:
+    """Returns the float32 sums of a product of grid values."""
+    return linear.dot_general(x.values, w.values, dimension_numbers, precision)
+
+  def keep(self, *arrays, dtype):
+    """Stands in for linen's `promote_dtype`: float32 until on the grid."""
+    del dtype  # The op itself casts, after quantization.
+    return tuple(a if a is None else a.astype(jnp.float32) for a in arrays)
 
   def weights(
     self, w: jax.Array, contracted: tuple[int, ...]
@@ -341,7 +363,7 @@ def _pick(one_hot: jax.Array, values: jax.Array) -> jax.Array:
   return jnp.sum(jnp.where(one_hot > 0.5, values, 0.0))
 
 
-def _twin(module: nn.Module, linen_class: type[nn.Module], **replaced: Any):
+def twin(module: nn.Module, linen_class: type[nn.Module], **replaced: Any):
   """Returns a linen layer in the module's own scope, with fields replaced."""
   fields = {
     name: getattr(module, name)
@@ -351,8 +373,20 @@ def _twin(module: nn.Module, linen_class: type[nn.Module], **replaced: Any):
   return linen_class(**{**fields, 'parent': module.scope, **replaced})
 
 
-def _quantized(module, linen_class: type[nn.Module], inputs):
-  """Applies one of this file's layers that has a hook for its op."""
+def apply(
+  operands: Operands, linen_class: type[nn.Module], inputs: jax.Array
+) -> jax.Array:
+  """Applies a linen layer, with the module's fields, to quantized operands.
+
+  Args:
+    operands: of the module.
+    linen_class: `nn.Conv`, `nn.Dense` or `nn.DenseGeneral`.
+    inputs: as of the layer.
+
+  Raises:
+    ValueError: the module was given an op of its own.
+  """
+  module = operands.module
   field, _ = _HOOKS[linen_class]
   for given in (field, f'{field}_cls'):
     if getattr(module, given) is not None:
@@ -360,10 +394,12 @@ def _quantized(module, linen_class: type[nn.Module], inputs):
         f'{type(module).__name__} was given {given}, which is what '
         'quantization replaces'
       )
-  return _with_op(_Operands(module, inputs), linen_class, inputs)
+  return with_op(operands, linen_class, inputs)
 
 
-def _with_op(operands: _Operands, linen_class: type[nn.Module], inputs):
+def with_op(
+  operands: Operands, linen_class: type[nn.Module], inputs: jax.Array
+) -> jax.Array:
   """Applies the linen layer with its op replaced by a quantized one.
 
   Operands stay float32 until they are on the grid, and the bias is added to the
@@ -371,31 +407,26 @@ def _with_op(operands: _Operands, linen_class: type[nn.Module], inputs):
   """
   field, op = _HOOKS[linen_class]
   hooks = {field: functools.partial(op, operands), f'{field}_cls': None}
-  twin = _twin(
-    operands.module, linen_class, promote_dtype=_keep_float32, **hooks
+  layer = twin(
+    operands.module, linen_class, promote_dtype=operands.keep, **hooks
   )
-  return twin(inputs).astype(operands.dtype)
-
-
-def _keep_float32(*arrays, dtype):
-  del dtype  # The op itself casts, after quantization.
-  return tuple(a if a is None else a.astype(jnp.float32) for a in arrays)
+  return layer(inputs).astype(operands.dtype)
 
 
 def _conv(
-  operands: _Operands, lhs, rhs, window_strides, padding, **kwargs
+  operands: Operands, lhs, rhs, window_strides, padding, **kwargs
 ) -> jax.Array:
   """`lax.conv_general_dilated` with quantized operands; channels last."""
   x, w = operands(lhs, rhs, tuple(range(rhs.ndim - 1)))
-  y = _convolved(x, w, window_strides, padding, **kwargs)
+  y = _convolved(operands, x, w, window_strides, padding, **kwargs)
   operands.record('conv', y.size * rhs[..., 0].size, rhs.size, rhs.shape[-1])
   return y
 
 
-def _convolved(x, w, window_strides, padding, **kwargs) -> jax.Array:
-  y = linear.conv_general_dilated(
-    x.values, w.values, window_strides, padding, **kwargs
-  )
+def _convolved(
+  operands, x, w, window_strides, padding, **kwargs
+) -> jax.Array:
+  y = operands.conv(x, w, window_strides, padding, **kwargs)
   y = quantize.rescale(y, x.scale, w.scale)
   return linear.computed_once(y, w.scale)
 
@@ -436,7 +467,7 @@ def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
 
   Where the leaf is no one-hot, all are, weighted by it (the warm-up of TuNAS).
   """
-  operands = _Operands(module, inputs)
+  operands = Operands(module, inputs)
   leaf, labels = operands.leaves['kernel'], module.kernel.labels
   groups = module.feature_group_count
   shape = (inputs.shape[-1] // groups, module.features)
@@ -453,6 +484,7 @@ def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
   def branch(kernel):
     w = operands.weights(kernel, (0, 1, 2))
     return _convolved(
+      operands,
       x,
       w,
       window,
@@ -491,12 +523,12 @@ def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
 
 
 def _dot_general(
-  operands: _Operands, lhs, rhs, dimension_numbers, precision
+  operands: Operands, lhs, rhs, dimension_numbers, precision
 ) -> jax.Array:
   """`lax.dot_general` with quantized operands."""
   (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
   x, w = operands(lhs, rhs, tuple(rhs_contract))
-  y = linear.dot_general(x.values, w.values, dimension_numbers, precision)
+  y = operands.dot_general(x, w, dimension_numbers, precision)
   lhs_free = lhs.ndim - len(lhs_contract) - len(lhs_batch)
   rhs_free = [
     i for i in range(rhs.ndim) if i not in (*rhs_contract, *rhs_batch)
@@ -514,7 +546,9 @@ def _dot_general(
   return linear.computed_once(y, w_scale)
 
 
-def _einsum(operands: _Operands, einsum_str: str, inputs) -> jax.Array:
+def apply_einsum(
+  operands: Operands, einsum_str: str, inputs: jax.Array
+) -> jax.Array:
   """`nn.Einsum` with quantized operands; scales and bias follow its result."""
   after = []
 
@@ -544,13 +578,13 @@ def _einsum(operands: _Operands, einsum_str: str, inputs) -> jax.Array:
     return x_q.values, w_q.values, None
 
   module = operands.module
-  y = _twin(
+  y = twin(
     module,
     nn.Einsum,
     einsum_str=None,  # Given with the call.
     promote_dtype=quantized,
-    preferred_element_type=jnp.float32,
-  )(inputs, einsum_str)
+    preferred_element_type=operands.accumulator,
+  )(inputs, einsum_str).astype(jnp.float32)
   x_scale, w_scale, bias = after
   y = quantize.rescale(y, x_scale, w_scale)
   return (y if bias is None else y + bias).astype(operands.dtype)

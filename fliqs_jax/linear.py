@@ -61,7 +61,7 @@ def conv_general_dilated(
     ):
       padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
       patches = jnp.concatenate(
-        _windows(padded, kernel, window_strides), axis=-1
+        windows(padded, kernel, window_strides), axis=-1
       )
       return _matmul(patches, rhs.reshape((-1, rhs.shape[3])), 1, precision)
   return lax.conv_general_dilated(
@@ -179,7 +179,7 @@ def _matmul(lhs, rhs, summed: int, precision) -> jax.Array:
   return y.reshape((*rows, *columns))
 
 
-def _windows(padded, kernel, strides) -> list[jax.Array]:
+def windows(padded, kernel, strides) -> list[jax.Array]:
   """Returns what each tap of the kernel sees, [N, H', W', C] each."""
   last = [
     (size - k) // s * s
@@ -203,7 +203,7 @@ def _taps(rhs: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _depthwise(x, taps, kernel, strides, padding):
   padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  return _weighted(_windows(padded, kernel, strides), taps)
+  return _weighted(windows(padded, kernel, strides), taps)
 
 
 def _weighted(windows, taps):
@@ -220,7 +220,7 @@ def _depthwise_bwd(kernel, strides, padding, residuals, g):
   # All taps in one pass over an image. As sums of their own each would have its
   # windows written out first, because XLA leaves a sum of a single array to a
   # library that cannot read a slice.
-  products = [window * g for window in _windows(padded, kernel, strides)]
+  products = [window * g for window in windows(padded, kernel, strides)]
   per_image = lax.reduce(
     products,
     [jnp.zeros((), g.dtype)] * len(products),
@@ -236,8 +236,8 @@ def _depthwise_bwd(kernel, strides, padding, residuals, g):
     high = x.shape[1 + axis] + kernel[axis] - 1 - low - spread
     config.append((low, high, strides[axis] - 1))
   spread_out = lax.pad(g, jnp.zeros((), g.dtype), (*config, (0, 0, 0)))
-  windows = _windows(spread_out, kernel, (1, 1))
-  return _weighted(windows, taps[::-1]), jnp.stack(per_image).sum(axis=1)
+  turned = _weighted(windows(spread_out, kernel, (1, 1)), taps[::-1])
+  return turned, jnp.stack(per_image).sum(axis=1)
 
 
 _depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)

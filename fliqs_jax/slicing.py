@@ -25,7 +25,6 @@ from fliqs_jax import checkpoint
 from fliqs_jax import evaluate
 from fliqs_jax import experiment as experiment_lib
 from fliqs_jax import files
-from fliqs_jax import policy as policy_lib
 from fliqs_jax import results
 from fliqs_jax import train
 from fliqs_jax import train_state
@@ -130,8 +129,7 @@ def slice_run(workdir: str, out: str) -> dict[str, Any]:
   source, target = pathlib.Path(workdir), pathlib.Path(out)
   if target.exists() and any(target.iterdir()):
     raise ValueError(f'--out={out} is not empty; choose a new directory')
-  searched, state = evaluate.finished(workdir)
-  choices = jax.device_get(policy_lib.argmax(state.search_state.policy))
+  searched, state, choices = evaluate.restore(workdir)
   target.mkdir(parents=True, exist_ok=True)
   arch = target / 'arch.json'
   files.write_json(arch, results.arch(searched, choices))

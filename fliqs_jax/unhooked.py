@@ -20,7 +20,7 @@ from fliqs_jax import quant_spec
 from fliqs_jax import quantize
 
 
-def conv_transpose(operands: layers._Operands, inputs: jax.Array) -> jax.Array:
+def conv_transpose(operands: layers.Operands, inputs: jax.Array) -> jax.Array:
   """`nn.ConvTranspose` with quantized operands; a scale per output channel."""
   module = operands.module
   after = []
@@ -36,7 +36,7 @@ def conv_transpose(operands: layers._Operands, inputs: jax.Array) -> jax.Array:
     after.extend((x_q.scale, _flat(w_q.scale), bias))
     return x_q.values, w_q.values, _nothing(bias)
 
-  y = layers._twin(
+  y = layers.twin(
     module,
     nn.ConvTranspose,
     promote_dtype=quantized,
@@ -45,7 +45,7 @@ def conv_transpose(operands: layers._Operands, inputs: jax.Array) -> jax.Array:
   return _finish(operands, y, *after)
 
 
-def conv_local(operands: layers._Operands, inputs: jax.Array) -> jax.Array:
+def conv_local(operands: layers.Operands, inputs: jax.Array) -> jax.Array:
   """`nn.ConvLocal` with quantized operands; a scale per output and place."""
   module = operands.module
   after = []
@@ -63,7 +63,7 @@ def conv_local(operands: layers._Operands, inputs: jax.Array) -> jax.Array:
     return x, w, _nothing(bias)
 
   hook = 'conv_general_dilated'
-  y = layers._twin(
+  y = layers.twin(
     module,
     nn.ConvLocal,
     promote_dtype=quantized,
@@ -97,7 +97,7 @@ def _below(small, y):
 
 
 def embed(
-  operands: layers._Operands, inputs: jax.Array, method: str
+  operands: layers.Operands, inputs: jax.Array, method: str
 ) -> jax.Array:
   """`nn.Embed` with a quantized table; a scale per row, as `attend` needs it.
 
@@ -142,7 +142,7 @@ def attention(
   Args:
     module: the attention.
     spec: the rules.
-    state: holds the variables, as of `layers._Operands`; `at(name)` is that of
+    state: holds the variables, as of `layers.Operands`; `at(name)` is that of
       a part.
   """
   products = {}
@@ -152,7 +152,7 @@ def attention(
   ):
     product = functools.partial(_product, module, spec, state, name)
     products[field] = functools.partial(lambda einsum: einsum, product)
-  return layers._twin(module, nn.MultiHeadDotProductAttention, **products)
+  return layers.twin(module, nn.MultiHeadDotProductAttention, **products)
 
 
 def product_choices(
@@ -175,7 +175,7 @@ def _product(module, spec, state, name, einsum_str, lhs, rhs) -> jax.Array:
   nothing like a Laplacian.
   """
   part = state.at(name)
-  operands = layers._Operands(module, lhs, spec, part)
+  operands = layers.Operands(module, lhs, spec, part)
   operands.dtype = lhs.dtype
   operands.choices = choices = product_choices(spec, part.path)
   learning = not module.is_initializing()
@@ -187,7 +187,7 @@ def _product(module, spec, state, name, einsum_str, lhs, rhs) -> jax.Array:
     if menu is None:
       return quantize.unquantized(x)
     one_hot = operands._decision(side)
-    own = layers._Operands(module, x, spec, part.at(side))
+    own = layers.Operands(module, x, spec, part.at(side))
     if name == 'av' and side == 'activations':
       active = own.state.variable(
         'quant_stats', 'active', jnp.ones, (), jnp.bool_

@@ -54,10 +54,10 @@ def test_the_sliced_network_has_the_found_sizes_and_no_more(runs):
   arch = _read(workdir / 'arch.json')
   assert _read(out / 'arch.json')['sizes'] == arch['sizes']
   assert _read(out / 'arch.json')['layers'] == arch['layers']
-  experiment, state = evaluate.finished(str(out))
+  experiment, state, _ = evaluate.restore(str(out))
   assert experiment.space.is_fixed
   # The smoke run ends where it ends; not everything was kept at its largest.
-  searched, whole = evaluate.finished(str(workdir))
+  searched, whole, _ = evaluate.restore(str(workdir))
   assert experiment.space.params < searched.space.params
   params = sum(x.size for x in jax.tree.leaves(state.params))
   assert params == experiment.space.params
@@ -65,7 +65,7 @@ def test_the_sliced_network_has_the_found_sizes_and_no_more(runs):
 
 
 def test_the_sliced_network_trains_on(runs):
-  experiment, state = evaluate.finished(str(runs[1]))
+  experiment, state, _ = evaluate.restore(str(runs[1]))
   step = jax.jit(
     train_step.search_step(
       experiment.model.apply,
@@ -89,7 +89,7 @@ def test_an_arch_with_sizes_builds_the_network_from_nothing(runs):
   workdir, out, *_ = runs
   config = digits.get_config(f'smoke,nas,arch={workdir / "arch.json"}')
   built = experiment_lib.build(config)
-  sliced, _ = evaluate.finished(str(out))
+  sliced, *_ = evaluate.restore(str(out))
   assert built.space.ops == sliced.space.ops
   assert built.space.params == sliced.space.params
 

@@ -84,14 +84,40 @@ def build(
   spec: quant_spec.QuantSpec,
   sizes: sizes_lib.Sizes = AS_PUBLISHED,
 ) -> nn.Module:
-  """Returns the network that a config names, with quantized layers.
+  """Returns the network that a config names, with searchable layers.
+
+  Args:
+    config: as of `construct`.
+    num_classes: size of its output.
+    spec: which formats its layers may use.
+    sizes: which of its sizes are open.
+
+  Raises:
+    ValueError: as of `construct`.
+  """
+  return construct(
+    config,
+    num_classes,
+    sizes,
+    conv=layers.with_spec(layers.QuantConv, spec),
+    dense=layers.with_spec(layers.QuantDense, spec),
+  )
+
+
+def construct(
+  config: Mapping[str, Any],
+  num_classes: int,
+  sizes: sizes_lib.Sizes,
+  **constructors: Any,
+) -> nn.Module:
+  """Returns the network that a config names, of given layers.
 
   Args:
     config: `name`, one of MODELS, and values for every other field of that
       network.
     num_classes: size of its output.
-    spec: which formats its layers may use.
-    sizes: which of its sizes are open.
+    sizes: which of its sizes are open, or what they were found to be.
+    **constructors: `conv` and `dense`; those that a network lacks are ignored.
 
   Raises:
     ValueError: unknown name, unknown or missing keys, sizes that the network
@@ -106,18 +132,13 @@ def build(
       f'the keys of model {name} are {", ".join(expected)}; got '
       f'{", ".join(config)}'
     )
-  given = dict(
-    num_classes=num_classes,
-    conv=layers.with_spec(layers.QuantConv, spec),
-    dense=layers.with_spec(layers.QuantDense, spec),
-    sizes=sizes,
-  )
   fields = network.module.__dataclass_fields__
   if sizes != AS_PUBLISHED and 'sizes' not in fields:
     raise ValueError(
       f'model {name} has no sizes to decide about; set sizes.widths and '
       'sizes.kernels to ()'
     )
+  given = dict(num_classes=num_classes, sizes=sizes, **constructors)
   given = {field: value for field, value in given.items() if field in fields}
   return network.module(**keys, **network.fixed, **given)
 

@@ -1,0 +1,124 @@
+r"""What an exported INT8 model gains on this machine's CPU.
+
+python -m benchmarks.serving [--network=resnet20,deit_ti] [--batch=1,64]
+    [--rounds=20]
+
+Compares inference of one network, in one process:
+
+  float32  linen's own layers
+  fake     the search's model at INT8: grid values in float32
+  int8     the served model: int8 x int8 -> int32
+
+`/16` runs a batch in slices of 16, as `serving.load` does on a CPU. All are
+compiled first, then run interleaved; a figure is the median over rounds of the
+ratio of times within a round (above 1: faster than float32), with the
+quartiles.
+"""
+
+import argparse
+import statistics
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fliqs_jax import models
+from fliqs_jax import quant_spec
+from fliqs_jax import search_space
+from fliqs_jax import serving
+from fliqs_jax import stored
+from fliqs_jax import train_step
+
+# Config, height and width of the images.
+NETWORKS = {
+  'resnet20': (dict(name='resnet_cifar', depth=20, filters=16), 32),
+  'resnet20_64': (dict(name='resnet_cifar', depth=20, filters=64), 32),
+  'resnet18': (models.published('resnet18'), 224),
+  'mobilenetv2': (models.published('mobilenetv2'), 224),
+  'deit_ti': (models.published('deit_ti16'), 224),
+}
+
+_FORMAT = 'INT8'
+
+
+def _variants(config, size: int):
+  """Returns {variant: function of images}."""
+  spec = quant_spec.QuantSpec(_FORMAT)
+  search = models.build(config, 10, spec)
+  image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  space = search_space.find(search, image, spec=spec, train=False)
+  example = jnp.zeros(image.shape, image.dtype)
+  variables = dict(search.init(jax.random.key(0), example, train=False))
+  params = variables.pop('params')
+  arch = space.expand(space.only())
+  state = {k: v for k, v in variables.items() if k not in ('arch', 'cost')}
+  x = jax.random.normal(jax.random.key(1), (2, size, size, 3))
+  settle = jax.jit(train_step.settle_step(search.apply))
+  state = settle(params, state, arch, dict(image=x), jax.random.key(2))
+  fake = dict(params=params, arch=arch, **state)
+  tensors, kept = stored.tensors(
+    stored.teller(search.apply, train=False),
+    fake,
+    space.assignment(space.only()),
+    x,
+  )
+  plain = models.construct(config, 10, conv=nn.Conv, dense=nn.Dense)
+  floats = {k: v for k, v in fake.items() if k in ('params', 'batch_stats')}
+  low_bit = models.construct(config, 10, **serving.constructors(kept))
+  integers = serving.variables(tensors, kept)
+  return {
+    'float32': serving.Served(plain, floats, {}),
+    'float32/16': serving.Served(plain, floats, {}, at_once=16),
+    'fake': serving.Served(search, fake, {}),
+    'int8': serving.Served(low_bit, integers, {}),
+    'int8/16': serving.Served(low_bit, integers, {}, at_once=16),
+  }
+
+
+def _ratios(functions, x, rounds: int) -> dict[str, tuple[float, ...]]:
+  """Returns quartiles of float32's time over each variant's, and its ms."""
+  times = {name: [] for name in functions}
+  for round_ in range(rounds + 1):
+    for name, function in functions.items():
+      began = time.perf_counter()
+      jax.block_until_ready(function(x))
+      if round_:  # The first compiles.
+        times[name].append(time.perf_counter() - began)
+  result = {}
+  for name in functions:
+    ratios = [a / b for a, b in zip(times['float32'], times[name])]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    result[name] = (middle, low, high, 1e3 * statistics.median(times[name]))
+  return result
+
+
+def _print(title: str, result) -> None:
+  for name, (middle, low, high, milliseconds) in result.items():
+    print(
+      f'{title:34} {name:10} {milliseconds:9.3f} ms   '
+      f'float32 / it {middle:6.2f} ({low:.2f} to {high:.2f})',
+      flush=True,
+    )
+
+
+def main() -> None:
+  """Prints the ratios."""
+  parser = argparse.ArgumentParser(prog='python -m benchmarks.serving')
+  parser.add_argument('--network', default='resnet20_64,resnet18,deit_ti')
+  parser.add_argument('--batch', default='1,64')
+  parser.add_argument('--rounds', type=int, default=20)
+  args = parser.parse_args()
+  for network in args.network.split(','):
+    config, size = NETWORKS[network]
+    functions = _variants(config, size)
+    for batch in map(int, args.batch.split(',')):
+      rng = np.random.default_rng(0)
+      x = rng.standard_normal((batch, size, size, 3), np.float32)
+      x = jnp.asarray(x)
+      _print(f'{network}, batch {batch}', _ratios(functions, x, args.rounds))
+
+
+if __name__ == '__main__':
+  main()
