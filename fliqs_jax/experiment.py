@@ -103,8 +103,14 @@ class Experiment:
     return self.cost(self.space.leaves(choices))
 
 
-def build(config: ml_collections.ConfigDict) -> Experiment:
+def build(
+  config: ml_collections.ConfigDict, arch: Mapping[str, Any] | None = None
+) -> Experiment:
   """Returns the parts of the run that a config describes.
+
+  Args:
+    config: as the files in `configs/` make it.
+    arch: content of the arch.json that `quant.arch` names; read if not given.
 
   Raises:
     ValueError: the config cannot work; the message names key and value.
@@ -118,7 +124,8 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   )
   optimizer = _optimizer(config, phases.steps)
   task = _task(config)
-  arch = read_arch(config.quant.arch) if config.quant.arch else None
+  if arch is None and config.quant.arch:
+    arch = read_arch(config.quant.arch)
   spec = _spec(config.quant, arch)
   streams = data.make_streams(config.data, config.seed)
   mix = _mixing(config, streams)

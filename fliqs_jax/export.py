@@ -26,6 +26,7 @@ from fliqs_jax import packing
 from fliqs_jax import qwix_rules
 from fliqs_jax import results
 from fliqs_jax import serving
+from fliqs_jax import slicing
 from fliqs_jax import stablehlo
 from fliqs_jax import stored
 
@@ -69,8 +70,11 @@ def export(
     raise ValueError(f'examples={examples} must be at least 1')
   artifact.check_free(out)
   run = evaluate.restore(str(workdir))
-  experiment = run.experiment
   choices = evaluate.choose(run, arch, numeric_format)
+  if run.experiment.space.sizes(choices):  # What is dead is not exported.
+    run = slicing.sliced(run, choices, arch)
+    choices = run.found
+  experiment = run.experiment
   assignment = experiment.space.assignment(choices)
   _check_target(target, assignment)
   variables = dict(

@@ -423,9 +423,7 @@ def _conv(
   return y
 
 
-def _convolved(
-  operands, x, w, window_strides, padding, **kwargs
-) -> jax.Array:
+def _convolved(operands, x, w, window_strides, padding, **kwargs) -> jax.Array:
   y = operands.conv(x, w, window_strides, padding, **kwargs)
   y = quantize.rescale(y, x.scale, w.scale)
   return linear.computed_once(y, w.scale)

@@ -56,7 +56,7 @@ class Mask(nn.Module):
     Raises:
       ValueError: the input has another number of channels.
     """
-    if self.channels.decision is None:
+    if not self.channels.has_leaf:
       return x
     if self.channels.size != x.shape[-1]:
       raise ValueError(
@@ -85,7 +85,7 @@ class BatchNorm(nn.BatchNorm):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns [..., C]."""
-    if self.channels.decision is None:
+    if not self.channels.has_leaf:
       return super().__call__(x)
     before = dict(self.variables.get('batch_stats', {}))
     x = super().__call__(x)
@@ -135,7 +135,7 @@ class Dense(nn.Dense):
         f'{"/".join(self.path)}: both sides must follow one decision, but they '
         f'follow {decisions[0]} and {decisions[1]}'
       )
-    if decisions[0] is None:
+    if not any(side and side.has_leaf for side in sides):
       return y
     counts = tuple(
       (rows + self.use_bias) * columns

@@ -21,6 +21,7 @@ from fliqs_jax import integer
 from fliqs_jax import models
 from fliqs_jax import quant_spec
 from fliqs_jax import served_layers
+from fliqs_jax import sizes as sizes_lib
 from fliqs_jax import stored
 
 # A batch of 64 takes 1.1 (ResNet-20 of 64 channels) to 1.4 (DeiT-Ti) times as
@@ -100,8 +101,9 @@ def build(
   manifest: Mapping[str, Any], layers: Mapping[str, stored.Layer]
 ) -> nn.Module:
   """Returns the network that a manifest describes, of served layers."""
+  sizes = sizes_lib.Sizes(found=manifest['arch']['sizes'], is_served=True)
   return models.construct(
-    manifest['model'], manifest['num_classes'], **constructors(layers)
+    manifest['model'], manifest['num_classes'], sizes, **constructors(layers)
   )
 
 

@@ -28,12 +28,14 @@ class Channels:
     labels: what it picks from, in its own terms.
     counts: how many channels of this tensor are live, by label.
     published: index of the label that the published network has.
+    has_leaf: whether layers declare a leaf of `arch` for it.
   """
 
   decision: str | None
   labels: tuple[int, ...]
   counts: tuple[int, ...]
   published: int = 0
+  has_leaf: bool = True
 
   @property
   def size(self) -> int:
@@ -61,12 +63,14 @@ class Kernel:
     weights: `branches`: a kernel of its own for each size; `masked`: the centre
       of the largest.
     published: index of the size that the published network has.
+    has_leaf: whether layers declare a leaf of `arch` for it.
   """
 
   decision: str | None
   labels: tuple[int, ...]
   weights: str = BRANCHES
   published: int = 0
+  has_leaf: bool = True
 
   @property
   def size(self) -> int:
@@ -105,12 +109,15 @@ class Sizes:
     kernel_weights: `branches` (TuNAS) or `masked`; see `Kernel`.
     found: {decision: label}: every decision made, as an arch.json has it; what
       it does not name is as published.
+    is_served: whether what was found is all there is: a network that nobody
+      searches has no leaves.
   """
 
   widths: tuple[float, ...] = ()
   kernels: tuple[int, ...] = ()
   kernel_weights: str = BRANCHES
   found: Mapping[str, int] | None = None
+  is_served: bool = False
 
   def __post_init__(self):
     object.__setattr__(self, 'widths', tuple(self.widths))
@@ -147,7 +154,7 @@ class Sizes:
     """
     decision = f'{name}/channels'
     if (label := self._found(decision)) is not None:
-      return Channels(decision, (label,), (label,))
+      return Channels(decision, (label,), (label,), has_leaf=not self.is_served)
     if not self.widths:
       return constant(published)
     counts = tuple(count(published * width) for width in self.widths)
@@ -171,9 +178,11 @@ class Sizes:
         raise ValueError(
           f'the sizes of arch.json have {decision}={size}, which must be odd'
         )
-      return Kernel(decision, (size,), self.kernel_weights)
+      return Kernel(
+        decision, (size,), self.kernel_weights, has_leaf=not self.is_served
+      )
     if not self.kernels:
-      return Kernel(None, (published,))
+      return Kernel(None, (published,), has_leaf=False)
     return Kernel(
       decision,
       self.kernels,
@@ -220,14 +229,14 @@ def between(
   given |= {
     name: size
     for name, size in decided.items()
-    if size is not None and size.decision is not None
+    if size is not None and size.has_leaf
   }
   return functools.partial(layer, **given)
 
 
 def constant(count: int) -> Channels:
   """Returns channels that nothing decides about."""
-  return Channels(None, (count,), (count,))
+  return Channels(None, (count,), (count,), has_leaf=False)
 
 
 def _is_odd(size: float) -> bool:

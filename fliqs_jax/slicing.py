@@ -18,7 +18,6 @@ import sys
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from fliqs_jax import checkpoint
@@ -27,44 +26,34 @@ from fliqs_jax import experiment as experiment_lib
 from fliqs_jax import files
 from fliqs_jax import results
 from fliqs_jax import train
-from fliqs_jax import train_state
 
 
-def sliced_config(
-  searched: experiment_lib.Experiment, arch: str
-) -> ml_collections.ConfigDict:
-  """Returns the config of a run whose every decision an arch.json has made."""
-  fixed = searched.config.copy_and_resolve_references()
-  with fixed.unlocked(), fixed.ignore_type():
-    fixed.quant.update(arch=arch, exclude=(), menus=(), groups=())
-    fixed.sizes.update(widths=(), kernels=())
-    # The yardstick of a relative target would be the found network itself.
-    fixed.cost.update(target=searched.target, relative_to='')
-    fixed.references = ()
-  return fixed
-
-
-def sliced_state(
-  searched: experiment_lib.Experiment,
-  state: train_state.TrainState,
-  choices: Mapping[str, Any],
-  found: experiment_lib.Experiment,
-) -> train_state.TrainState:
-  """Returns the state of the found network, as if it had trained by itself.
+def sliced(
+  run: evaluate.Finished, choices: Mapping[str, Any], arch: str
+) -> evaluate.Finished:
+  """Returns the run of one architecture, as if it had trained by itself.
 
   Args:
-    searched: the run that `state` is of.
-    state: its state.
-    choices: {decision: [K] one-hot}, which `found` is fixed to.
-    found: the experiment of `sliced_config`.
+    run: a finished run.
+    choices: {decision: [K] one-hot}.
+    arch: path that the new config names as its arch.json.
 
   Returns:
-    Every array cut to the shape that the found network has: of channels the
-    first, of a masked kernel the centre, of branches the chosen one. Step, key
-    and the optimizer's moments stay; there is nothing left to search.
+    The run with nothing open and every array cut to the shape that the network
+    has: of channels the first, of a masked kernel the centre, of branches the
+    chosen one. Step, key and the optimizer's moments stay.
   """
-  target = jax.eval_shape(found.initial_state)
-  leaves = searched.space.leaves(choices)
+  config = run.experiment.config.copy_and_resolve_references()
+  with config.unlocked(), config.ignore_type():
+    config.quant.update(arch=arch, exclude=(), menus=(), groups=())
+    config.sizes.update(widths=(), kernels=())
+    # The yardstick of a relative target would be the found network itself.
+    config.cost.update(target=run.experiment.target, relative_to='')
+    config.references = ()
+  content = results.arch(run.experiment, choices)
+  experiment = experiment_lib.build(config, content)
+  target = jax.eval_shape(experiment.initial_state)
+  leaves = run.experiment.space.leaves(choices)
 
   def cut(tree, like):
     have = {_path(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
@@ -72,13 +61,14 @@ def sliced_state(
       lambda path, leaf: _cut(have, _path(path), leaf.shape, leaves), like
     )
 
-  return state.replace(
-    params=cut(state.params, target.params),
-    average=cut(state.average, target.average),
-    opt_state=cut(state.opt_state, target.opt_state),
-    model_state=cut(state.model_state, target.model_state),
-    search_state=jax.jit(found.initial_state)().search_state,
+  state = run.state.replace(
+    params=cut(run.state.params, target.params),
+    average=cut(run.state.average, target.average),
+    opt_state=cut(run.state.opt_state, target.opt_state),
+    model_state=cut(run.state.model_state, target.model_state),
+    search_state=experiment.controller.init(experiment.space.zeros()),
   )
+  return evaluate.Finished(experiment, state, experiment.space.only())
 
 
 def _path(keys: tuple[Any, ...]) -> tuple[str, ...]:
@@ -129,18 +119,16 @@ def slice_run(workdir: str, out: str) -> dict[str, Any]:
   source, target = pathlib.Path(workdir), pathlib.Path(out)
   if target.exists() and any(target.iterdir()):
     raise ValueError(f'--out={out} is not empty; choose a new directory')
-  searched, state, choices = evaluate.restore(workdir)
-  target.mkdir(parents=True, exist_ok=True)
+  run = evaluate.restore(workdir)
   arch = target / 'arch.json'
-  files.write_json(arch, results.arch(searched, choices))
-  config = sliced_config(searched, str(arch))
-  found = experiment_lib.build(config)
-  state = sliced_state(searched, state, choices, found)
+  found = sliced(run, run.found, str(arch))
+  target.mkdir(parents=True, exist_ok=True)
+  files.write_json(arch, results.arch(run.experiment, run.found))
   shutil.copy(source / 'history.jsonl', target / 'history.jsonl')
   with checkpoint.Checkpoints(target / 'checkpoints') as checkpoints:
-    checkpoints.save(int(state.step), state, dict(seconds=0.0))
+    checkpoints.save(int(found.state.step), found.state, dict(seconds=0.0))
     checkpoints.wait()
-  return train.train_and_evaluate(config, target)['found']
+  return train.train_and_evaluate(found.experiment.config, target)['found']
 
 
 def main(argv: Sequence[str]) -> int:

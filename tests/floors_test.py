@@ -63,7 +63,8 @@ FLOORS = (
   ('report_page',),
   ('report',),
   ('train',),
-  ('main', 'slicing', 'export'),
+  ('main', 'slicing'),
+  ('export',),
 )
 
 # The files in which a heavy library may be imported: one each, but TFDS, of

@@ -10,6 +10,7 @@ import pytest
 from configs import digits
 from fliqs_jax import evaluate
 from fliqs_jax import experiment as experiment_lib
+from fliqs_jax import export
 from fliqs_jax import slicing
 from fliqs_jax import train
 from fliqs_jax import train_step
@@ -92,6 +93,17 @@ def test_an_arch_with_sizes_builds_the_network_from_nothing(runs):
   sliced, *_ = evaluate.restore(str(out))
   assert built.space.ops == sliced.space.ops
   assert built.space.params == sliced.space.params
+
+
+def test_the_sliced_network_is_what_is_exported(runs, tmp_path):
+  workdir, out, *_ = runs
+  manifest = export.export(workdir, tmp_path / 'export')
+  sizes = {layer: row['shape'] for layer, row in manifest['layers'].items()}
+  params = evaluate.restore(str(out)).state.params
+  assert sizes['head'] == list(params['head']['kernel'].shape)
+  difference = export.verify(tmp_path / 'export')
+  # Integers are equal to the bit; layers that stayed BF16 are float sums.
+  assert difference['max_difference'] <= 1e-5 * difference['largest_output']
 
 
 def test_a_directory_that_is_not_empty_is_refused(runs):
