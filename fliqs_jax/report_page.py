@@ -124,6 +124,11 @@ def render(
     )
     body += ['<h2 id="warnings">Warnings</h2>', f'<ul>{items}</ul>']
   body += ['<h2>This run</h2>', _provenance(run)]
+  return document(title, body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+  """Returns a whole page in the house's look, from pieces of HTML."""
   return (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -220,14 +225,18 @@ def _tiles(run: finished_run.FinishedRun) -> str:
 def _figure(
   name: str, images: Mapping[str, tuple[bytes, bytes]], **words: str
 ) -> str:
+  return figure(images[name], _CAPTIONS[name].format(**words))
+
+
+def figure(image: tuple[bytes, bytes], caption: str) -> str:
   """Returns a picture that follows the surroundings, light or dark."""
-  caption = html.escape(_CAPTIONS[name].format(**words))
+  caption = html.escape(caption)
   sources = [
-    'data:image/png;base64,' + base64.b64encode(image).decode()
-    for image in images[name]
+    'data:image/png;base64,' + base64.b64encode(shade).decode()
+    for shade in image
   ]
   # A PNG file has its width in pixels at bytes 16 to 20.
-  width = int.from_bytes(images[name][0][16:20]) * 100 // pictures.DPI
+  width = int.from_bytes(image[0][16:20]) * 100 // pictures.DPI
   # Shrunk to a phone's width, a small picture can still be read.
   size = 'large' if width > 640 else 'small'
   return (
@@ -238,9 +247,8 @@ def _figure(
   )
 
 
-def _table(
-  head: Sequence[str], rows: Sequence[str], left: Sequence[int]
-) -> str:
+def table(head: Sequence[str], rows: Sequence[str], left: Sequence[int]) -> str:
+  """Returns a table of rows that are HTML; columns `left` start at the left."""
   cells = ''.join(
     f'<th{" class=left" if i in left else ""}>{name}</th>'
     for i, name in enumerate(head)
@@ -281,7 +289,7 @@ def _references(run: finished_run.FinishedRun) -> str:
   head = ['format', f'test {run.metric}', 'points']
   head += [f'cost, {html.escape(found["unit"])}', 'of found']
   head += ['average bits', 'size, kB']
-  return _table(head, rows, left=[0])
+  return table(head, rows, left=[0])
 
 
 def _policy(
@@ -336,7 +344,7 @@ def _layers(run: finished_run.FinishedRun, tint: Mapping[str, str]) -> str:
   head = ['', 'layer', 'kind', 'weights', 'activations', 'MACs', 'parameters']
   head += [f'cost, {html.escape(run.arch["cost"]["unit"])}', 'share']
   head += ['probability']
-  return _settled(run) + _table(head, rows, left=[1, 2])
+  return _settled(run) + table(head, rows, left=[1, 2])
 
 
 def _settled(run: finished_run.FinishedRun) -> str:

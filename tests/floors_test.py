@@ -20,7 +20,16 @@ FLOORS = (
     'optimizers',
     'sizes',
   ),
-  ('clipping', 'quantize', 'linear', 'cost_model', 'controller', 'metrics'),
+  (
+    'clipping',
+    'quantize',
+    'linear',
+    'cost_model',
+    'controller',
+    'metrics',
+    'sweep_file',
+    'pareto',
+  ),
   (
     'live',
     'quant_spec',
@@ -36,11 +45,11 @@ FLOORS = (
   ('experiment',),
   ('results', 'finished_run'),
   ('evaluate', 'pictures'),
-  ('architecture_picture',),
+  ('architecture_picture', 'sweep_picture'),
   ('report_page',),
-  ('report',),
+  ('report', 'sweep_page'),
   ('train',),
-  ('main', 'slicing'),
+  ('main', 'slicing', 'sweep'),
 )
 
 # The files in which a heavy library may be imported: one each, but TFDS, of
@@ -53,6 +62,7 @@ ROOMS = {
   'sklearn': ('data/digits.py',),
   'grain': ('data/pipeline.py',),
   'tensorflow': ('data/convert.py',),
+  'yaml': ('sweep_file.py',),
   'aqt': (),
   'chex': (),
 }
