@@ -16,9 +16,10 @@ from launch import words
 
 ACTIONS = ('up', 'resume', 'logs', 'status', 'delete')
 _TOOLS = ('sbatch', 'squeue', 'scancel')
-# Who is left when one process ends is given so many seconds: enough to follow
-# to status 75, and how long a death is not noticed at most.
-_FOLLOW = 60
+# Who is left when one process ends, also well, is given so many seconds: the
+# first process writes the report when the others are done. After a death they
+# leave by themselves sooner, by missed heartbeats.
+_FOLLOW = 300
 _WARNING = 300  # Seconds before the time limit; a checkpoint must fit in.
 
 

@@ -1,6 +1,5 @@
 """Launching: what would be run is sound, and what runs lives and dies well."""
 
-import itertools
 import json
 import pathlib
 import re
@@ -358,13 +357,13 @@ def _alive(pid):
 
 def _pids(directory, count):
   """Waits for `count` files with a pid each."""
-  for _ in itertools.count():
+  for _ in range(2400):
     files = list(directory.glob('*.pid'))
     texts = [file.read_text() for file in files]
     if len(files) == count and all(texts):
       return [int(text) for text in texts]
     time.sleep(0.05)
-  raise AssertionError
+  raise AssertionError(f'no {count} processes in two minutes')
 
 
 # Writes its pid to DIR/INDEX.pid; `me` is its index.
@@ -478,8 +477,11 @@ def test_a_killed_launcher_leaves_no_orphans(tmp_path):
   pids = _pids(tmp_path, 2)
   launcher.kill()
   launcher.wait()
-  while any(map(_alive, pids)):
+  for _ in range(2400):
+    if not any(map(_alive, pids)):
+      return
     time.sleep(0.05)
+  raise AssertionError('orphans')
 
 
 def test_a_sweep_runs_here_and_what_is_finished_is_not_run_again(
