@@ -193,7 +193,10 @@ def _last_step(workdir: pathlib.Path) -> int:
 def table(summary: Summary) -> list[list[str]]:
   """Returns the cells of the table, its head first."""
   largest = max(point.cost for point in summary.points)
-  decimals = max(0, 3 - math.floor(math.log10(largest))) if largest > 0 else 0
+  decimals = 3 - math.floor(math.log10(largest)) if largest > 0 else 0
+  # One number of decimals, so that the points are below each other; a model of
+  # a few operations would be all zeros.
+  form = f',.{max(0, decimals)}f' if decimals <= 6 else '.3e'
   head = [*summary.settings, 'runs', f'test {summary.metric}, %']
   rows = [head + [f'cost, {summary.unit}', 'not dominated', 'warnings']]
   for point in summary.points:
@@ -205,8 +208,10 @@ def table(summary: Summary) -> list[list[str]]:
       [
         *(point.settings.get(key, '') for key in summary.settings),
         count,
-        _spread(100 * point.value, None if spread is None else 100 * spread, 2),
-        _spread(point.cost, point.cost_spread, decimals),
+        _spread(
+          100 * point.value, None if spread is None else 100 * spread, '.2f'
+        ),
+        _spread(point.cost, point.cost_spread, form),
         '*' if point.front else '',
         str(summary.warnings(point) or ''),
       ]
@@ -214,9 +219,9 @@ def table(summary: Summary) -> list[list[str]]:
   return rows
 
 
-def _spread(mean: float, spread: float | None, decimals: int) -> str:
-  text = f'{mean:,.{decimals}f}'
-  return text if spread is None else f'{text} ± {spread:,.{decimals}f}'
+def _spread(mean: float, spread: float | None, form: str) -> str:
+  text = f'{mean:{form}}'
+  return text if spread is None else f'{text} ± {spread:{form}}'
 
 
 def markdown(summary: Summary) -> str:

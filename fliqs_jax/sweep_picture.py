@@ -105,10 +105,13 @@ def _curve(axes, curve: Sequence[pareto.Point], colour: str, shape: str):
   )
   ground = axes.get_facecolor()
   for point in curve:
+    spread = point.cost_spread or 0
+    # A logarithmic axis has no room for a bar that reaches zero.
+    bar = [[min(spread, 0.9 * point.cost)], [spread]]
     axes.errorbar(
       point.cost,
       100 * point.value,
-      xerr=point.cost_spread,
+      xerr=bar if spread else None,
       yerr=100 * (point.value_spread or 0) or None,
       color=colour,
       marker=shape,
