@@ -5,7 +5,7 @@ anything.
 """
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import html
 import json
 import math
@@ -140,6 +140,11 @@ def render(
     )
     body += ['<h2 id="warnings">Warnings</h2>', f'<ul>{items}</ul>']
   body += ['<h2>This run</h2>', _provenance(run)]
+  return document(title, body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+  """Returns a whole page in the house's look, from pieces of HTML."""
   return (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -223,14 +228,18 @@ def _sizes(run: finished_run.FinishedRun) -> str:
 def _figure(
   name: str, images: Mapping[str, tuple[bytes, bytes]], **words: str
 ) -> str:
+  return figure(images[name], _CAPTIONS[name].format(**words))
+
+
+def figure(image: tuple[bytes, bytes], caption: str) -> str:
   """Returns a picture that follows the surroundings, light or dark."""
-  caption = html.escape(_CAPTIONS[name].format(**words))
+  caption = html.escape(caption)
   sources = [
-    'data:image/png;base64,' + base64.b64encode(image).decode()
-    for image in images[name]
+    'data:image/png;base64,' + base64.b64encode(shade).decode()
+    for shade in image
   ]
   # A PNG file has its width in pixels at bytes 16 to 20.
-  width = int.from_bytes(images[name][0][16:20]) * 100 // pictures.DPI
+  width = int.from_bytes(image[0][16:20]) * 100 // pictures.DPI
   # Shrunk to a phone's width, a small picture can still be read.
   size = 'large' if width > 640 else 'small'
   return (

@@ -14,9 +14,17 @@ from fliqs_jax import spelling
 _SETTLED = 0.9  # Least probability at which a decision counts as made.
 
 
-def _table(
+def table(
   head: Sequence[str], rows: Sequence[str], left: Sequence[int], look: str = ''
 ) -> str:
+  """Returns a table of rows that are HTML.
+
+  Args:
+    head: names of the columns.
+    rows: HTML of each.
+    left: columns that start at the left.
+    look: attributes of the table.
+  """
   cells = ''.join(
     f'<th{" class=left" if i in left else ""}>{name}</th>'
     for i, name in enumerate(head)
@@ -57,7 +65,7 @@ def references(run: finished_run.FinishedRun) -> str:
   head = ['format', f'test {run.metric}', 'points']
   head += [f'cost, {html.escape(found["unit"])}', 'of found']
   head += ['average bits', 'size, kB']
-  return _table(head, rows, left=[0])
+  return table(head, rows, left=[0])
 
 
 def _chip(name: str | None, tint: Mapping[str, str]) -> str:
@@ -115,7 +123,7 @@ def layers(run: finished_run.FinishedRun, tint: Mapping[str, str]) -> str:
       'probability of what was found follows in grey, underlined where it is '
       f'below {_SETTLED}; the last column has that of the formats.</p>'
     )
-  return said + _table(head, rows, left=[1, 2], look=look)
+  return said + table(head, rows, left=[1, 2], look=look)
 
 
 def _channels(sizes: Mapping[str, finished_run.Size]) -> str:

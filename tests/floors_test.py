@@ -28,6 +28,8 @@ FLOORS = (
     'cost_model',
     'controller',
     'metrics',
+    'sweep_file',
+    'pareto',
   ),
   (
     'live',
@@ -59,11 +61,12 @@ FLOORS = (
     'policy_picture',
     'allocation_picture',
     'report_tables',
+    'sweep_picture',
   ),
   ('report_page',),
-  ('report',),
+  ('report', 'sweep_page'),
   ('train',),
-  ('main', 'slicing'),
+  ('main', 'slicing', 'sweep'),
   ('export',),
 )
 
@@ -79,6 +82,7 @@ ROOMS = {
   'tensorflow': ('data/convert.py',),
   'safetensors': ('artifact.py',),
   'qwix': (),
+  'yaml': ('sweep_file.py',),
   'aqt': (),
   'chex': (),
 }

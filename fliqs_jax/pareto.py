@@ -1,0 +1,94 @@
+"""Means over seeds, and which of them no other beats in cost and quality."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import statistics
+
+# What a run's seed and cost target are called, as argument and as key.
+_SEEDS = ('seed',)
+_TARGETS = ('target', 'cost.target')
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """Runs that differ in nothing but the seed, together.
+
+  Attributes:
+    settings: what they share.
+    planned: how many there should be.
+    values: the metric of each finished one, a fraction of 1.
+    costs: the cost of each finished one.
+    front: whether no other point is at least as good in the means of both and
+      better in one.
+  """
+
+  settings: Mapping[str, str]
+  planned: int
+  values: Sequence[float]
+  costs: Sequence[float]
+  front: bool = False
+
+  @property
+  def value(self) -> float:
+    """The mean of the metric."""
+    return statistics.fmean(self.values)
+
+  @property
+  def cost(self) -> float:
+    """The mean of the cost."""
+    return statistics.fmean(self.costs)
+
+  @property
+  def value_spread(self) -> float | None:
+    """The standard deviation over seeds; None of one run."""
+    return _spread(self.values)
+
+  @property
+  def cost_spread(self) -> float | None:
+    """The standard deviation over seeds; None of one run."""
+    return _spread(self.costs)
+
+  @property
+  def series(self) -> dict[str, str]:
+    """The settings without the cost target: these make one curve."""
+    return {k: v for k, v in self.settings.items() if k not in _TARGETS}
+
+
+def without_seed(settings: Mapping[str, str]) -> dict[str, str]:
+  """Returns the settings that make a point."""
+  return {k: v for k, v in settings.items() if k not in _SEEDS}
+
+
+def _spread(values: Sequence[float]) -> float | None:
+  return statistics.stdev(values) if len(values) > 1 else None
+
+
+def points(
+  runs: Sequence[tuple[Mapping[str, str], tuple[float, float] | None]],
+) -> list[Point]:
+  """Returns the points of a sweep with at least one finished run, by cost.
+
+  Args:
+    runs: for every run that was planned its settings, with the seed, and its
+      (metric, cost); None if it is not finished.
+  """
+  groups: dict[tuple, list] = {}
+  for settings, measured in runs:
+    key = tuple(without_seed(settings).items())
+    groups.setdefault(key, []).append(measured)
+  found = []
+  for key, group in groups.items():
+    finished = [measured for measured in group if measured is not None]
+    if finished:
+      values, costs = zip(*finished)
+      found.append(Point(dict(key), len(group), values, costs))
+  found = [
+    dataclasses.replace(p, front=not any(_beats(q, p) for q in found))
+    for p in found
+  ]
+  return sorted(found, key=lambda p: (p.cost, -p.value))
+
+
+def _beats(a: Point, b: Point) -> bool:
+  at_least = a.cost <= b.cost and a.value >= b.value
+  return at_least and (a.cost < b.cost or a.value > b.value)

@@ -1,0 +1,1 @@
+"""From a config file to running processes, on whatever machine there is."""

@@ -1,0 +1,55 @@
+"""One line from a config or a sweep file to running processes.
+
+python -m launch local|slurm|tpu_vm|gke [ACTION] --config=FILE --workdir=DIR
+python -m launch local|slurm|tpu_vm|gke [ACTION] --sweep=FILE --out=DIR
+
+launch/README.md has a line for each platform; `--dry_run` prints what would be
+done, as a shell script, and does nothing.
+"""
+
+from collections.abc import Sequence
+import sys
+
+from launch import gke
+from launch import local
+from launch import slurm
+from launch import tpu_vm
+from launch import words
+
+_PLATFORMS = dict(local=local, slurm=slurm, tpu_vm=tpu_vm, gke=gke)
+
+
+def main(argv: Sequence[str]) -> int:
+  """Launches; a mistake of the user's ends in one line, status 2."""
+  try:
+    if not argv or argv[0] not in _PLATFORMS:
+      given = repr(argv[0]) if argv else 'nothing'
+      raise ValueError(
+        f'the first argument must be a platform, {", ".join(_PLATFORMS)}, not '
+        f'{given}'
+      )
+    platform = _PLATFORMS[argv[0]]
+    parser = words.Parser(
+      prog=f'python -m launch {argv[0]}',
+      description=platform.__doc__.split('\n')[0],
+      allow_abbrev=False,
+    )
+    parser.add_argument(
+      'action', nargs='?', choices=platform.ACTIONS, default='up'
+    )
+    words.add_flags(parser)
+    platform.add_flags(parser)
+    args, overrides = words.parse(parser, argv[1:])
+    plan = words.plan(args, overrides)
+    script = platform.script(args, plan)
+    if args.dry_run:
+      print(script, end='')
+      return 0
+    return platform.perform(args, plan)
+  except ValueError as error:
+    print(f'launch: {error}', file=sys.stderr)
+    return words.MISTAKE
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

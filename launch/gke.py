@@ -1,0 +1,296 @@
+r"""Runs on TPU slices of a GKE cluster: one JobSet a run, queued by Kueue.
+
+python -m launch gke --config=FILE --workdir=gs://BUCKET/DIR --image=IMAGE \
+    --accelerator=tpu-v5-lite-podslice --topology=4x4 [--queue=QUEUE]
+
+kubectl talks to its current context. GKE tells every pod of a JobSet its index
+and its peers, where JAX finds them. Status 75, and a node that goes, restart
+the JobSet for free; a crash counts. `--xpk` hands the run to xpk instead of
+writing a manifest.
+"""
+
+import argparse
+from collections.abc import Sequence
+import math
+from typing import Any
+
+import yaml
+
+from launch import words
+
+ACTIONS = ('up', 'build', 'logs', 'status', 'resume', 'delete')
+_ACCELERATORS = {  # Dimensions of their topologies.
+  'tpu-v4-podslice': 3,
+  'tpu-v5-lite-podslice': 2,
+  'tpu-v5p-slice': 3,
+  'tpu-v6e-slice': 2,
+  'tpu7x': 3,
+}
+_CONTAINER = 'fliqs'
+_GRACE = 300  # Seconds from SIGTERM to SIGKILL: a checkpoint must fit in.
+_LABEL = 'fliqs-launch'
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags of this platform."""
+  parser.add_argument('--image', default='', help='built by the action `build`')
+  parser.add_argument(
+    '--accelerator', default='', help=', '.join(_ACCELERATORS)
+  )
+  parser.add_argument('--topology', default='', help='of a slice, such as 4x4')
+  parser.add_argument('--chips_per_host', type=int, default=4)
+  parser.add_argument('--slices', type=int, default=1)
+  parser.add_argument('--queue', default='', help="Kueue's LocalQueue")
+  parser.add_argument('--namespace', default='default')
+  parser.add_argument('--spot', action='store_true', help='cheap, preemptible')
+  parser.add_argument(
+    '--service_account', default='default', help='of Kubernetes; has the bucket'
+  )
+  parser.add_argument('--xpk', action='store_true', help='through xpk')
+  parser.add_argument('--cluster', default='', help='for xpk')
+  parser.add_argument('--project', default='', help='for xpk')
+  parser.add_argument('--zone', default='', help='for xpk')
+  parser.add_argument('--tpu_type', default='', help='for xpk: v5litepod-16')
+  parser.add_argument('--storage', default='', help='for xpk: storage at /gcs')
+
+
+def script(args: argparse.Namespace, plan: words.Plan) -> str:
+  """Returns the commands of an action."""
+  words.matches(args, 'namespace', '[a-z0-9]([a-z0-9-]*[a-z0-9])?', 'my-team')
+  kubectl = ['kubectl', f'--namespace={args.namespace}']
+  chosen = f'--selector={_LABEL}={plan.name}'
+  if args.action == 'build':
+    words.required(args, 'image')
+    build = [
+      'docker',
+      'build',
+      f'--tag={args.image}',
+      '--file=launch/Dockerfile',
+    ]
+    return words.script(
+      "git diff --quiet HEAD || echo 'uncommitted changes are not sent' >&2",
+      f'git archive HEAD | {words.quote([*build, "-"])}',
+      words.quote(['docker', 'push', args.image]),
+    )
+  if args.action == 'status':
+    return words.script(words.quote([*kubectl, 'get', 'jobsets', chosen]))
+  delete = words.quote([*kubectl, 'delete', 'jobsets', '--wait', chosen])
+  if args.action == 'delete':
+    return words.script(delete)
+  if args.action == 'logs':
+    logs = [
+      *kubectl,
+      'logs',
+      '--follow',
+      '--prefix',
+      f'--container={_CONTAINER}',
+    ]
+    index = 'batch.kubernetes.io/job-completion-index=0'
+    logs += ['--max-log-requests=50', f'{chosen},{index}']
+    return words.script(words.quote(logs))
+  plan, buckets = words.on_bucket(plan)
+  if args.xpk:
+    return _xpk(args, plan)
+  hosts = _check(args, plan)
+  manifests = [_manifest(args, plan, job, hosts, buckets) for job in plan.jobs]
+  text = yaml.safe_dump_all(manifests, sort_keys=False, width=1000)
+  parts = [delete] if args.action == 'resume' else []
+  create = words.quote([*kubectl, 'create', '--filename=-'])
+  return words.script(*parts, words.heredoc(create, text))
+
+
+def perform(args: argparse.Namespace, plan: words.Plan) -> int:
+  """Does the action."""
+  tools = ['docker', 'git'] if args.action == 'build' else ['kubectl']
+  return words.perform(script(args, plan), *(['xpk'] if args.xpk else tools))
+
+
+def _check(args: argparse.Namespace, plan: words.Plan) -> int:
+  """Returns the hosts of a slice."""
+  words.required(args, 'image', 'accelerator', 'topology')
+  words.positive(slices=args.slices, chips_per_host=args.chips_per_host)
+  if args.accelerator not in _ACCELERATORS:
+    raise ValueError(
+      f'--accelerator={args.accelerator} must be one of '
+      f'{", ".join(_ACCELERATORS)}'
+    )
+  words.matches(args, 'topology', '[0-9]+(x[0-9]+)+', '4x4 or 2x2x4')
+  dimensions = _ACCELERATORS[args.accelerator]
+  if args.topology.count('x') + 1 != dimensions:
+    raise ValueError(
+      f'--topology={args.topology} must have {dimensions} dimensions, as '
+      f'{args.accelerator} has'
+    )
+  chips, per_host = _chips(args)
+  if not chips or chips % per_host:
+    raise ValueError(
+      f'--topology={args.topology} has {chips} chips, no multiple of '
+      f'--chips_per_host={args.chips_per_host}'
+    )
+  if len(plan.jobs) > 1 and not args.queue:
+    raise ValueError(
+      f'{len(plan.jobs)} runs need --queue=QUEUE, a LocalQueue of Kueue: '
+      'without one they would all start at once (clusters made by xpk have '
+      'multislice-queue)'
+    )
+  return chips // per_host
+
+
+def _chips(args: argparse.Namespace) -> tuple[int, int]:
+  """Returns the chips of a slice, and of each host."""
+  chips = math.prod(int(side) for side in args.topology.split('x'))
+  return chips, min(args.chips_per_host, chips)
+
+
+def _manifest(
+  args,
+  plan: words.Plan,
+  job: words.Job,
+  hosts: int,
+  buckets: Sequence[str],
+) -> dict[str, Any]:
+  """Returns the JobSet of one run."""
+  labels = {_LABEL: plan.name}
+  queue = {'kueue.x-k8s.io/queue-name': args.queue} if args.queue else {}
+  annotations = {
+    'fliqs-launch/run': job.name or plan.name,
+    # A slice is a node pool: no two jobs may share one.
+    'alpha.jobset.sigs.k8s.io/exclusive-topology': (
+      'cloud.google.com/gke-nodepool'
+    ),
+  }
+  free = {
+    'name': 'saved_or_disrupted',
+    'action': 'RestartJobSetAndIgnoreMaxRestarts',
+    'onJobFailureReasons': ['PodFailurePolicy'],
+  }
+  return {
+    'apiVersion': 'jobset.x-k8s.io/v1alpha2',
+    'kind': 'JobSet',
+    'metadata': {
+      'name': words.job_name(plan, job),
+      'labels': labels | queue,
+      'annotations': annotations,
+    },
+    'spec': {
+      'network': {'enableDNSHostnames': True},
+      'failurePolicy': {
+        'maxRestarts': args.restarts,
+        # Two generations of pods must never write to one workdir.
+        'restartStrategy': 'BlockingRecreate',
+        'rules': [free],
+      },
+      'ttlSecondsAfterFinished': 7 * 24 * 3600,
+      'replicatedJobs': [
+        {
+          'name': 'slice',
+          'replicas': args.slices,
+          'template': {'spec': _job(args, job, hosts, buckets, labels)},
+        }
+      ],
+    },
+  }
+
+
+def _job(args, job, hosts, buckets, labels) -> dict[str, Any]:
+  """Returns the Job of one slice: a pod on every host, or none."""
+  saved = {
+    'containerName': _CONTAINER,
+    'operator': 'In',
+    'values': [words.PREEMPTED],
+  }
+  disrupted = [{'type': 'DisruptionTarget', 'status': 'True'}]
+  return {
+    'parallelism': hosts,
+    'completions': hosts,
+    'completionMode': 'Indexed',
+    'backoffLimit': 0,
+    'podFailurePolicy': {
+      # Both make the reason that the JobSet's rule asks for.
+      'rules': [
+        {'action': 'FailJob', 'onExitCodes': saved},
+        {'action': 'FailJob', 'onPodConditions': disrupted},
+      ]
+    },
+    'template': {
+      'metadata': {
+        'labels': labels,
+        'annotations': {'gke-gcsfuse/volumes': 'true'},
+      },
+      'spec': _pod(args, job, buckets),
+    },
+  }
+
+
+def _pod(args, job, buckets) -> dict[str, Any]:
+  selector = {
+    'cloud.google.com/gke-tpu-accelerator': args.accelerator,
+    'cloud.google.com/gke-tpu-topology': args.topology,
+  }
+  if args.spot:
+    selector['cloud.google.com/gke-spot'] = 'true'
+  chips = {'google.com/tpu': _chips(args)[1]}
+  mounts = [
+    {'name': f'bucket-{i}', 'mountPath': f'/gcs/{bucket}'}
+    for i, bucket in enumerate(buckets)
+  ]
+  volumes = [
+    {
+      'name': f'bucket-{i}',
+      'csi': {
+        'driver': 'gcsfuse.csi.storage.gke.io',
+        'volumeAttributes': {
+          'bucketName': bucket,
+          # Checkpoints are directories that get their name when whole.
+          'mountOptions': 'implicit-dirs,rename-dir-limit=200000',
+        },
+      },
+    }
+    for i, bucket in enumerate(buckets)
+  ]
+  container = {
+    'name': _CONTAINER,
+    'image': args.image,
+    'command': job.command(),
+    # libtpu, slices among each other, JAX's coordinator.
+    'ports': [{'containerPort': port} for port in (8471, 8080, 8482)],
+    # Not one mapping twice: YAML would write an alias.
+    'resources': {'requests': dict(chips), 'limits': dict(chips)},
+    'volumeMounts': mounts,
+  }
+  return {
+    'restartPolicy': 'Never',
+    'terminationGracePeriodSeconds': _GRACE,
+    'serviceAccountName': args.service_account,
+    'nodeSelector': selector,
+    'containers': [container],
+    'volumes': volumes,
+  }
+
+
+def _xpk(args, plan: words.Plan) -> str:
+  words.required(
+    args, 'image', 'cluster', 'project', 'zone', 'tpu_type', 'storage'
+  )
+  words.positive(slices=args.slices)
+  commands = [
+    [
+      'xpk',
+      'workload',
+      'create',
+      f'--workload={words.job_name(plan, job)}',
+      f'--cluster={args.cluster}',
+      f'--project={args.project}',
+      f'--zone={args.zone}',
+      f'--tpu-type={args.tpu_type}',
+      f'--num-slices={args.slices}',
+      f'--docker-image={args.image}',
+      f'--storage={args.storage}',
+      f'--max-restarts={args.restarts}',
+      f'--restart-on-exit-codes={words.PREEMPTED}',
+      f'--termination-grace-period-seconds={_GRACE}',
+      f'--command={words.quote(job.command())}',
+    ]
+    for job in plan.jobs
+  ]
+  return words.script(*map(words.quote, commands))

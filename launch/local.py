@@ -1,0 +1,270 @@
+"""Runs on this machine: N processes that live and die together.
+
+python -m launch local --config=FILE --workdir=DIR --processes=2
+
+Every process gets FLIQS_COORDINATOR, FLIQS_NUM_PROCESSES and FLIQS_PROCESS_ID.
+One that dies takes the others down: SIGTERM at once, SIGKILL after `--grace`
+seconds. A sweep's runs go one after another, and the finished are skipped.
+"""
+
+import argparse
+from collections.abc import Sequence
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from launch import words
+
+ACTIONS = ('up',)
+
+_PAUSE = 1.0  # Seconds between attempts; ports and files are let go.
+_POLL = 0.1
+# The kernel tells a process of its launcher's death, even by SIGKILL; asked for
+# between fork and exec, where Python itself must not do much.
+_ORPHAN = (
+  'import ctypes, os, signal, sys\n'
+  'ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n'  # PR_SET_PDEATHSIG
+  'os.execvp(sys.argv[1], sys.argv[1:])'
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags of this platform."""
+  parser.add_argument('--processes', type=int, default=1)
+  parser.add_argument(
+    '--cpu_devices',
+    type=int,
+    help='rehearse on the CPU with so many devices in each process',
+  )
+  parser.add_argument(
+    '--grace',
+    type=float,
+    default=30,
+    help='seconds from SIGTERM to SIGKILL',
+  )
+
+
+def script(args: argparse.Namespace, plan: words.Plan) -> str:
+  """Returns what is done, in the shell; without teardown and restarts."""
+  _check(args, plan)
+  parts = []
+  for job in plan.jobs:
+    command = words.quote(job.command(sys.executable))
+    for i in range(args.processes):
+      environment = _environment('127.0.0.1:12345', args.processes, i)
+      environment |= _devices(args.cpu_devices)
+      pairs = ' '.join(f'{k}={v}' for k, v in environment.items())
+      parts.append(f'{pairs} {command} &')
+    parts.append('wait')
+  return words.script(*parts)
+
+
+def perform(args: argparse.Namespace, plan: words.Plan) -> int:
+  """Runs every run that is not finished; returns the worst status."""
+  _check(args, plan)
+  failed: dict[str, int] = {}
+  with _Asked() as asked:
+    for i, job in enumerate(plan.jobs, 1):
+      where = f'[{i}/{len(plan.jobs)}] {job.workdir}'
+      if job.name and words.finished(job):
+        _say(f'{where}: finished before')
+        continue
+      if job.name:
+        _say(where)
+      status = run(
+        job.command(sys.executable),
+        processes=args.processes,
+        restarts=args.restarts,
+        grace=args.grace,
+        environment=_devices(args.cpu_devices),
+        asked=asked,
+      )
+      if asked.signal:
+        return status
+      if status:
+        failed[job.workdir] = status
+  for workdir, status in failed.items():
+    _say(f'{workdir}: failed with status {status}')
+  return max(failed.values(), default=0)
+
+
+def _check(args: argparse.Namespace, plan: words.Plan) -> None:
+  words.positive(processes=args.processes)
+  if args.cpu_devices is not None:
+    words.positive(cpu_devices=args.cpu_devices)
+  if args.grace < 0:
+    raise ValueError(f'--grace={args.grace} must be at least 0')
+  words.on_disk(plan)
+
+
+def _environment(coordinator: str, count: int, i: int) -> dict[str, str]:
+  return dict(
+    FLIQS_COORDINATOR=coordinator,
+    FLIQS_NUM_PROCESSES=str(count),
+    FLIQS_PROCESS_ID=str(i),
+  )
+
+
+def _devices(count: int | None) -> dict[str, str]:
+  if count is None:
+    return {}
+  return dict(JAX_PLATFORMS='cpu', JAX_NUM_CPU_DEVICES=str(count))
+
+
+class _Asked:
+  """Remembers that this process was asked to stop, while it is entered."""
+
+  def __init__(self):
+    self.signal = 0
+
+  def _remember(self, number, frame):
+    del frame
+    self.signal = number
+
+  def __enter__(self):
+    self._before = {
+      number: signal.signal(number, self._remember)
+      for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    return self
+
+  def __exit__(self, *error):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+
+def run(
+  command: Sequence[str],
+  processes: int,
+  restarts: int,
+  grace: float,
+  environment: dict[str, str],
+  asked: _Asked,
+) -> int:
+  """Runs one command in all processes until it is done; returns its status.
+
+  Started again after status 75, always, and after a crash, `restarts` times;
+  never after status 2, a mistake of the user's, or when asked to stop.
+  """
+  crashes = 0
+  while True:
+    status = _attempt(command, processes, grace, environment, asked)
+    if status in (0, words.MISTAKE) or asked.signal:
+      return status
+    if status != words.PREEMPTED:
+      crashes += 1
+      if crashes > restarts:
+        return status
+    _say(f'status {status}, {crashes} of {restarts} restarts; starting again')
+    time.sleep(_PAUSE)
+
+
+def _attempt(command, processes, grace, environment, asked) -> int:
+  """Starts all processes and returns once none is left."""
+  coordinator = f'127.0.0.1:{_free_port()}'
+  children: list[subprocess.Popen] = []
+  try:
+    for i in range(processes):
+      own = _environment(coordinator, processes, i)
+      children.append(_start(command, {**os.environ, **environment, **own}))
+    return _watch(children, grace, asked)
+  finally:
+    _signal(children, signal.SIGKILL)
+    for child in children:
+      child.wait()
+      child.stdout.close()
+
+
+def _free_port() -> int:
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    return probe.getsockname()[1]
+
+
+def _start(command, environment) -> subprocess.Popen:
+  if sys.platform == 'linux':
+    command = [sys.executable, '-S', '-c', _ORPHAN, *command]
+  return subprocess.Popen(
+    command,
+    env={**environment, 'PYTHONUNBUFFERED': '1'},
+    stdin=subprocess.DEVNULL,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    # A group of its own: a terminal's Ctrl-C comes here alone, and what a
+    # process started (readers of data) can be ended with it.
+    start_new_session=True,
+  )
+
+
+def _signal(children: Sequence[subprocess.Popen], number: int) -> None:
+  for child in children:
+    # Gone already; macOS says it otherwise.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+      os.killpg(child.pid, number)
+
+
+def _watch(children, grace, asked) -> int:
+  """Waits for all processes; one that fails, or a wish to stop, ends them."""
+  output = _Output(children)
+  failure, deadline, told = 0, None, False
+  while True:
+    output.copy(_POLL)
+    statuses = [child.poll() for child in children]
+    now = time.monotonic()
+    failures = {i: s for i, s in enumerate(statuses) if s}
+    if failures and not failure:
+      # Who saved may be followed by who was cut off: the crash counts.
+      i, failure = max(failures.items(), key=lambda x: x[1] != words.PREEMPTED)
+      failure = failure if failure > 0 else 128 - failure
+      if None in statuses:
+        _say(
+          f'process {i} ended with status {failure}; the others have '
+          f'{grace:g} s to follow'
+        )
+        deadline = now + grace
+        # Preempted processes save together and leave by themselves.
+        if failure != words.PREEMPTED:
+          _signal(children, signal.SIGTERM)
+    if asked.signal and not told:
+      told, deadline = True, now + grace
+      _signal(children, signal.SIGTERM)
+    if None not in statuses:
+      output.copy(0)
+      return failure
+    if deadline is not None and now > deadline:
+      _signal(children, signal.SIGKILL)
+
+
+class _Output:
+  """What the processes print, each line with the index of its process."""
+
+  def __init__(self, children: Sequence[subprocess.Popen]):
+    self._selector = selectors.DefaultSelector()
+    for i, child in enumerate(children):
+      os.set_blocking(child.stdout.fileno(), False)
+      prefix = b'[%d] ' % i if len(children) > 1 else b''
+      self._selector.register(child.stdout, selectors.EVENT_READ, [prefix, b''])
+
+  def copy(self, seconds: float) -> None:
+    """Copies the lines that come within `seconds`, or what there is."""
+    if not self._selector.get_map():
+      time.sleep(seconds)
+    for key, _ in self._selector.select(seconds):
+      prefix, rest = key.data
+      data = key.fileobj.read()
+      if not data:
+        self._selector.unregister(key.fileobj)
+        data = b'\n' if rest else b''
+      *lines, key.data[1] = (rest + data).split(b'\n')
+      for line in lines:
+        sys.stderr.buffer.write(prefix + line + b'\n')
+      sys.stderr.buffer.flush()
+
+
+def _say(text: str) -> None:
+  print(f'launch: {text}', file=sys.stderr, flush=True)

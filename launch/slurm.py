@@ -1,0 +1,142 @@
+"""Runs on a SLURM cluster's GPUs: one process each, a sweep as a job array.
+
+python -m launch slurm --config=FILE --workdir=DIR --gpus_per_node=8 [--nodes=2]
+
+JAX finds coordinator, count and index in srun's environment. Before the time
+limit SLURM sends SIGTERM: the run saves, leaves with status 75 and is queued
+again; a crash is tried again inside the allocation. The checkout and the
+workdir must lie on a file system that all nodes share.
+"""
+
+import argparse
+import os
+import sys
+
+from launch import words
+
+ACTIONS = ('up', 'resume', 'logs', 'status', 'delete')
+_TOOLS = ('sbatch', 'squeue', 'scancel')
+# Who is left when one process ends, also well, is given so many seconds: the
+# first process writes the report when the others are done. After a death they
+# leave by themselves sooner, by missed heartbeats.
+_FOLLOW = 300
+_WARNING = 300  # Seconds before the time limit; a checkpoint must fit in.
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags of this platform."""
+  parser.add_argument('--nodes', type=int, default=1)
+  parser.add_argument('--gpus_per_node', type=int)
+  parser.add_argument('--cpus_per_task', type=int, default=8)
+  parser.add_argument('--time', default='24:00:00', help='limit, then resumed')
+  parser.add_argument('--partition', default='')
+  parser.add_argument('--account', default='')
+  parser.add_argument(
+    '--python', default=sys.executable, help='of the nodes, on a shared disk'
+  )
+  parser.add_argument(
+    '--setup', default='', help='shell commands before, such as module load'
+  )
+  parser.add_argument('--at_once', type=int, default=8, help='runs of a sweep')
+
+
+def script(args: argparse.Namespace, plan: words.Plan) -> str:
+  """Returns the commands of an action."""
+  if args.action == 'status':
+    return words.script(words.quote(['squeue', '--me', f'--name={plan.name}']))
+  if args.action == 'delete':
+    return words.script(words.quote(['scancel', '--me', f'--name={plan.name}']))
+  if args.action == 'logs':
+    words.required(args, 'config' if not args.sweep else 'sweep')
+    place = words.quote([_place(args, plan)])
+    return words.script(f'tail -n 50 -F {place}/slurm-*.log')
+  _check(args, plan)
+  jobs = [job for job in plan.jobs if not words.finished(job)]
+  if not jobs:
+    return words.script('echo "every run is finished"')
+  place = _place(args, plan)
+  return words.script(
+    words.quote(['mkdir', '-p', place]),
+    words.heredoc('sbatch', _batch(args, plan.name, place, jobs)),
+  )
+
+
+def perform(args: argparse.Namespace, plan: words.Plan) -> int:
+  """Does the action."""
+  return words.perform(script(args, plan), *_TOOLS)
+
+
+def _check(args: argparse.Namespace, plan: words.Plan) -> None:
+  words.required(args, 'gpus_per_node', 'time')
+  words.positive(
+    nodes=args.nodes,
+    gpus_per_node=args.gpus_per_node,
+    cpus_per_task=args.cpus_per_task,
+    at_once=args.at_once,
+  )
+  words.matches(
+    args,
+    'time',
+    r'\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}',
+    'minutes, hours:minutes:seconds or days-hours',
+  )
+  words.on_disk(plan)
+
+
+def _place(args: argparse.Namespace, plan: words.Plan) -> str:
+  """Returns where the logs go: beside the runs of a sweep, or into the run."""
+  workdir = os.path.abspath(plan.jobs[0].workdir)
+  return os.path.dirname(workdir) if args.sweep else workdir
+
+
+def _batch(args, name: str, place: str, jobs) -> str:
+  """Returns the batch script; JAX on GPUs wants one process for each of them.
+
+  `--gpus-per-node` rather than `--gpus-per-task`: JAX picks a process's GPU by
+  its number on the node, so each must see all of them.
+  """
+  options = {
+    'job-name': name,
+    'nodes': args.nodes,
+    'ntasks-per-node': args.gpus_per_node,
+    'gpus-per-node': args.gpus_per_node,
+    'cpus-per-task': args.cpus_per_task,
+    'time': args.time,
+    'partition': args.partition,
+    'account': args.account,
+    'chdir': os.getcwd(),
+    'output': f'{place}/slurm-%x-%j.log',
+    'signal': f'TERM@{_WARNING}',
+    'open-mode': 'append',
+  }
+  lines = ['#!/usr/bin/env bash']
+  lines += [
+    f'#SBATCH --{key}={words.quote([str(value)])}'
+    for key, value in options.items()
+    if value != ''
+  ]
+  lines += ['#SBATCH --requeue']
+  if len(jobs) > 1:
+    lines += [f'#SBATCH --array=0-{len(jobs) - 1}%{args.at_once}']
+  lines += [args.setup] if args.setup else []
+  lines += ['set -uo pipefail']
+  # Not when the user cancelled the job: that, too, is a SIGTERM.
+  requeue = (
+    '[[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]] && '
+    f'scontrol requeue "$SLURM_JOB_ID"; exit {words.PREEMPTED}'
+  )
+  lines += [words.search_function(args.restarts, 5, requeue)]
+  # The first to leave must not take the others' time to follow.
+  srun = ['srun', '--kill-on-bad-exit=0', f'--wait={_FOLLOW}', '--label']
+  # Since Slurm 22.05 it does not take this from the batch script.
+  srun += [f'--cpus-per-task={args.cpus_per_task}']
+  calls = []
+  for job in jobs:
+    job = words.Job(job.name, os.path.abspath(job.workdir), job.flags)
+    command = [job.workdir, *srun, *job.command(args.python)]
+    calls.append(f'search {words.quote(command)}')
+  if len(jobs) == 1:
+    return '\n'.join([*lines, *calls])
+  lines += ['case $SLURM_ARRAY_TASK_ID in']
+  lines += [f'  {i}) {call} ;;' for i, call in enumerate(calls)]
+  return '\n'.join([*lines, 'esac'])
