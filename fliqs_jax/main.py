@@ -5,11 +5,13 @@ python -m fliqs_jax.main --config=configs/digits.py:space=int_l --workdir=DIR
 
 from collections.abc import Sequence
 import logging
+import os
 import sys
 
 from absl import app
 from absl import flags
 from absl import logging as absl_logging
+import jax
 from ml_collections import config_flags
 
 from fliqs_jax import train
@@ -36,10 +38,25 @@ def main(argv: Sequence[str]) -> None:
   handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
   log.addHandler(handler)
   try:
+    _check_alone()
     train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
   except (ValueError, train.DivergedError) as error:
     log.error('%s', error)
     sys.exit(2)
+
+
+def _check_alone() -> None:
+  """Refuses to be one of several processes: each would search by itself."""
+  told = [os.environ.get(k) for k in ('FLIQS_NUM_PROCESSES', 'SLURM_NTASKS')]
+  if any(count not in (None, '', '1') for count in told):
+    several = True
+  else:
+    several = jax.process_count() > 1
+  if several:
+    raise ValueError(
+      'a search runs in one process so far, on one device; this is one of '
+      'several. Start one process for each search'
+    )
 
 
 if __name__ == '__main__':

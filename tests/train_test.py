@@ -185,6 +185,14 @@ def _kill_at(process, moment, how):
   return process.wait() == -how
 
 
+def test_one_of_several_processes_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setenv('FLIQS_NUM_PROCESSES', '2')
+  process = _start(tmp_path)
+  assert 'one process so far' in process.communicate()[1]
+  assert process.returncode == 2
+  assert not (tmp_path / 'config.json').exists()
+
+
 def test_a_run_killed_at_any_moment_ends_bit_identical(tmp_path):
   whole, broken = tmp_path / 'whole', tmp_path / 'broken'
   process = _start(whole)
