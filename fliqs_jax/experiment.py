@@ -28,6 +28,7 @@ from fliqs_jax import schedules
 from fliqs_jax import search_space
 from fliqs_jax import sizes as sizes_lib
 from fliqs_jax import train_state
+from fliqs_jax import train_step
 
 # A task is a module that says what is learnt and how it is judged.
 TASKS = {
@@ -97,6 +98,20 @@ class Experiment:
   def quality(self) -> Callable:
     """(outputs, batch) -> scalar."""
     return self.task.QUALITIES[self.config.search.quality]
+
+  def search_step(self) -> Callable:
+    """Returns the step `(state, train_batch, valid_batch)`, to be jitted."""
+    return train_step.search_step(
+      self.model.apply,
+      self.loss,
+      self.quality,
+      self.space,
+      self.controller,
+      self.optimizer,
+      self.phases,
+      mix=self.mix,
+      ema_decay=self.config.optimizer.ema_decay,
+    )
 
   def cost_of(self, choices: Mapping[str, Any]) -> Any:
     """Returns the cost of {decision: [K]}, in the cost's unit."""

@@ -27,9 +27,6 @@ from fliqs_jax import linear
 
 _SHIFT = 128  # From int8 to uint8.
 
-# Linen's: channels last.
-_IMAGES = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
-
 
 @functools.cache
 def likes_unsigned() -> bool:
@@ -126,7 +123,7 @@ def conv_general_dilated(
   size, kernel, channels = lhs.shape[1:3], rhs.shape[:2], lhs.shape[-1]
   plain = set(lhs_dilation) | set(rhs_dilation) == {1}
   depthwise = feature_group_count == channels == rhs.shape[-1] > 1
-  if dimension_numbers != _IMAGES or not plain:
+  if dimension_numbers != linear.IMAGES or not plain:
     return xla(lhs, rhs)
   if feature_group_count > 1 and not depthwise:
     return xla(lhs, rhs)

@@ -25,7 +25,6 @@ from fliqs_jax import profile
 from fliqs_jax import report
 from fliqs_jax import results
 from fliqs_jax import train_state
-from fliqs_jax import train_step
 
 _LOG = logging.getLogger(__name__)
 
@@ -186,17 +185,7 @@ def _train(experiment, workdir, checkpoints, began) -> _Run:
 
 def _compile(experiment, run, batch):
   """Compiles the step ahead of time: it cannot compile again, only refuse."""
-  step = train_step.search_step(
-    experiment.model.apply,
-    experiment.loss,
-    experiment.quality,
-    experiment.space,
-    experiment.controller,
-    experiment.optimizer,
-    experiment.phases,
-    mix=experiment.mix,
-    ema_decay=experiment.config.optimizer.ema_decay,
-  )
+  step = experiment.search_step()
   began = time.monotonic()
   _LOG.info('compiling the step ...')
   compiled = jax.jit(step, donate_argnums=0).lower(run.state, *batch).compile()

@@ -13,7 +13,6 @@ from fliqs_jax import experiment as experiment_lib
 from fliqs_jax import export
 from fliqs_jax import slicing
 from fliqs_jax import train
-from fliqs_jax import train_step
 
 
 def _config():
@@ -67,18 +66,7 @@ def test_the_sliced_network_has_the_found_sizes_and_no_more(runs):
 
 def test_the_sliced_network_trains_on(runs):
   experiment, state, _ = evaluate.restore(str(runs[1]))
-  step = jax.jit(
-    train_step.search_step(
-      experiment.model.apply,
-      experiment.loss,
-      experiment.quality,
-      experiment.space,
-      experiment.controller,
-      experiment.optimizer,
-      experiment.phases,
-      ema_decay=experiment.config.optimizer.ema_decay,
-    )
-  )
+  step = jax.jit(experiment.search_step())
   train_batch = next(experiment.streams.train(0))
   valid_batch = next(experiment.streams.valid(0))
   state, metrics = step(state, train_batch, valid_batch)
