@@ -13,6 +13,9 @@ Compares, for one network and batch, training steps that differ in one thing:
   int8     uniform INT8: menus of one format, nothing to choose
   3        three formats (int_s) in every layer
   16       sixteen formats (fp_l) in every layer
+  widths   three formats, and channels 0.5 or 1 times the published ones
+  sizes    the same, and kernels of 3 or 5; of networks that have them, on maps
+           that are large enough: mobilenetv2_flat
 
 `float` and `int8` judge their one architecture as often as the search step
 does, so that only quantization differs. All steps are compiled first and then
@@ -47,6 +50,7 @@ from fliqs_jax import models
 from fliqs_jax import quant_spec
 from fliqs_jax import schedules
 from fliqs_jax import search_space
+from fliqs_jax import sizes as sizes_lib
 from fliqs_jax import train_state
 from fliqs_jax import train_step
 
@@ -58,6 +62,12 @@ NETWORKS = {
   # Patches of 8 and not 16, so that there are 65 tokens and not 17.
   'deit_ti16': (dict(patch=8), 64, 16),
   'efficientnet_b0': (dict(), 64, 32),
+  # Its last maps are 8x8.
+  'mobilenetv2_flat': (
+    dict(name='mobilenetv2', strides=(2, 1, 2, 2, 1, 1, 1, 1)),
+    64,
+    8,
+  ),
   'inceptionv3': (dict(), 80, 8),
 }
 
@@ -68,6 +78,10 @@ STEPS = {
   'int8': dict(formats='INT8'),
   '3': dict(formats='int_s'),
   '16': dict(formats='fp_l'),
+  'widths': dict(formats='int_s', sizes=sizes_lib.Sizes(widths=(0.5, 1.0))),
+  'sizes': dict(
+    formats='int_s', sizes=sizes_lib.Sizes(widths=(0.5, 1.0), kernels=(3, 5))
+  ),
 }
 
 _CLASSES = 10
@@ -120,10 +134,12 @@ def _stock(model_config, image) -> tuple[Callable, Any]:
   return step, (params, variables, _OPTIMIZER.init(params), jax.random.key(1))
 
 
-def _ours(model_config, image, judged=True, **quant) -> tuple[Callable, Any]:
+def _ours(
+  model_config, image, judged=True, sizes=models.AS_PUBLISHED, **quant
+) -> tuple[Callable, Any]:
   """Returns the fused step and its state."""
   spec = quant_spec.QuantSpec(**quant, act_clip=4.0)
-  model = models.build(model_config, _CLASSES, spec)
+  model = models.build(model_config, _CLASSES, spec, sizes)
   space = search_space.find(model, image, spec=spec, train=False)
   apply = model.apply
   if space.is_fixed and judged:
@@ -164,7 +180,7 @@ def _apply_idle(model, variables, x, **kwargs):
 
 def _compile(network: str, variant) -> Compiled:
   fields, size, batch_size = NETWORKS[network]
-  model_config = models.published(network) | fields
+  model_config = models.published(fields.get('name', network)) | fields
   image = jnp.zeros((1, size, size, 3))
   make = functools.partial(_ours, **variant) if variant else _stock
   step, state = make(model_config, image)
@@ -225,15 +241,16 @@ def _measure(network: str, names: list[str], rounds: int, steps: int) -> None:
       f'{variant.temporary_mb:.1f} | {variant.compile_seconds:.1f} | '
       f'{variant.cached_seconds:.1f} |',
     )
-  if paired := ratio('16', '3'):
-    print(f'16 formats / 3 formats: {paired}')
+  for name in ('16', 'widths', 'sizes'):
+    if paired := ratio(name, '3'):
+      print(f'{name} / 3: {paired}')
 
 
 def main() -> None:
   """Measures and prints a table per network."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--network', default=','.join(NETWORKS))
-  parser.add_argument('--step', default=','.join(STEPS))
+  parser.add_argument('--network', default='resnet18,mobilenetv2,deit_ti16')
+  parser.add_argument('--step', default='stock,train,float,int8,3,16')
   parser.add_argument('--rounds', type=int, default=20)
   parser.add_argument('--steps', type=int, default=3)
   args = parser.parse_args()
