@@ -14,8 +14,8 @@ from fliqs_jax.layers import QuantConv
 from fliqs_jax.layers import QuantDense
 from fliqs_jax.layers import QuantDenseGeneral
 from fliqs_jax.layers import QuantEinsum
-from fliqs_jax.layers import set_activation_quantization
 from fliqs_jax.layers import with_spec
+from fliqs_jax.operands import set_activation_quantization
 from fliqs_jax.policy import argmax
 from fliqs_jax.quant_spec import QuantSpec
 from fliqs_jax.schedules import phases

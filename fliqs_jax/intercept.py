@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from fliqs_jax import carried as carried_lib
 from fliqs_jax import layers
+from fliqs_jax import operands as operands_lib
 from fliqs_jax import quant_spec
 from fliqs_jax import repeats
 from fliqs_jax import unhooked
@@ -279,7 +280,7 @@ class Searchable:
         return twin(*args, **kwargs)
       return call(*args, **kwargs)
     inputs, *rest = args or (kwargs['inputs'],)
-    operands = layers.Operands(module, inputs, self.spec, state)
+    operands = operands_lib.Operands(module, inputs, self.spec, state)
     choices = operands.choices
     excluded = choices.weights is None and choices.activations is None
     if linen_class is nn.Embed:

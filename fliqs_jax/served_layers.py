@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from fliqs_jax import formats
 from fliqs_jax import integer
 from fliqs_jax import layers
+from fliqs_jax import operands as operands_lib
 from fliqs_jax import quant_spec
 from fliqs_jax import quantize
 
@@ -106,7 +107,7 @@ def in_integers(
   return all(f and f.name.startswith('INT') for f in (weights, activations))
 
 
-class _Stored(layers.Operands):
+class _Stored(operands_lib.Operands):
   """The operands of a served layer: weights as stored, activations rounded."""
 
   def __init__(self, module: nn.Module, inputs: jax.Array):

@@ -14,7 +14,7 @@ import optax
 
 from fliqs_jax import controller as controller_lib
 from fliqs_jax import data
-from fliqs_jax import layers
+from fliqs_jax import operands as operands_lib
 from fliqs_jax import optimizers
 from fliqs_jax import schedules
 from fliqs_jax import search_space
@@ -120,7 +120,9 @@ def search_step(
 def _in_phase(model_state, active):
   if 'quant_stats' not in model_state:
     return model_state
-  stats = layers.set_activation_quantization(model_state['quant_stats'], active)
+  stats = operands_lib.set_activation_quantization(
+    model_state['quant_stats'], active
+  )
   return {**model_state, 'quant_stats': stats}
 
 

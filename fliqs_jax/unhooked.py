@@ -16,11 +16,14 @@ import jax.numpy as jnp
 
 from fliqs_jax import layers
 from fliqs_jax import linear
+from fliqs_jax import operands as operands_lib
 from fliqs_jax import quant_spec
 from fliqs_jax import quantize
 
 
-def conv_transpose(operands: layers.Operands, inputs: jax.Array) -> jax.Array:
+def conv_transpose(
+  operands: operands_lib.Operands, inputs: jax.Array
+) -> jax.Array:
   """`nn.ConvTranspose` with quantized operands; a scale per output channel."""
   module = operands.module
   after = []
@@ -45,7 +48,7 @@ def conv_transpose(operands: layers.Operands, inputs: jax.Array) -> jax.Array:
   return _finish(operands, y, *after)
 
 
-def conv_local(operands: layers.Operands, inputs: jax.Array) -> jax.Array:
+def conv_local(operands: operands_lib.Operands, inputs: jax.Array) -> jax.Array:
   """`nn.ConvLocal` with quantized operands; a scale per output and place."""
   module = operands.module
   after = []
@@ -97,7 +100,7 @@ def _below(small, y):
 
 
 def embed(
-  operands: layers.Operands, inputs: jax.Array, method: str
+  operands: operands_lib.Operands, inputs: jax.Array, method: str
 ) -> jax.Array:
   """`nn.Embed` with a quantized table; a scale per row, as `attend` needs it.
 
@@ -142,8 +145,8 @@ def attention(
   Args:
     module: the attention.
     spec: the rules.
-    state: holds the variables, as of `layers.Operands`; `at(name)` is that of
-      a part.
+    state: holds the variables, as of `operands.Operands`; `at(name)` is that
+      of a part.
   """
   products = {}
   for field, name in (
@@ -175,7 +178,7 @@ def _product(module, spec, state, name, einsum_str, lhs, rhs) -> jax.Array:
   nothing like a Laplacian.
   """
   part = state.at(name)
-  operands = layers.Operands(module, lhs, spec, part)
+  operands = operands_lib.Operands(module, lhs, spec, part)
   operands.dtype = lhs.dtype
   operands.choices = choices = product_choices(spec, part.path)
   learning = not module.is_initializing()
@@ -187,7 +190,7 @@ def _product(module, spec, state, name, einsum_str, lhs, rhs) -> jax.Array:
     if menu is None:
       return quantize.unquantized(x)
     one_hot = operands._decision(side)
-    own = layers.Operands(module, x, spec, part.at(side))
+    own = operands_lib.Operands(module, x, spec, part.at(side))
     if name == 'av' and side == 'activations':
       active = own.state.variable(
         'quant_stats', 'active', jnp.ones, (), jnp.bool_

@@ -41,6 +41,7 @@ FLOORS = (
     'augment',
     'data',
   ),
+  ('operands',),
   ('layers', 'search_space', 'checkpoint'),
   (
     'models',

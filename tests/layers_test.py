@@ -17,6 +17,7 @@ from fliqs_jax import clipping
 from fliqs_jax import cost_model
 from fliqs_jax import formats
 from fliqs_jax import layers
+from fliqs_jax import operands as operands_lib
 from fliqs_jax import quant_spec
 
 QUANTIZED = {
@@ -575,7 +576,7 @@ def test_activations_wait_for_their_phase_and_for_statistics():
   variables = with_formats(params, 'INT4', 'INT4')
   profiled = variables['quant_stats']
 
-  inactive = layers.set_activation_quantization(profiled, False)
+  inactive = operands_lib.set_activation_quantization(profiled, False)
   assert inactive == profiled | {'active': False}
   y, mutated = both(variables | dict(quant_stats=inactive), x)
   np.testing.assert_array_equal(y, expected)
@@ -587,14 +588,14 @@ def test_activations_wait_for_their_phase_and_for_statistics():
   # The first batch brings its own statistics.
   assert not np.array_equal(both(never_seen, x)[0], expected)
 
-  active = layers.set_activation_quantization(inactive, jnp.asarray(True))
+  active = operands_lib.set_activation_quantization(inactive, jnp.asarray(True))
   y, _ = both(variables | dict(quant_stats=active), x)
   assert not np.array_equal(y, expected)
 
 
 def test_the_switch_reaches_every_layer_and_may_be_traced():
   nested = {'a': stats(), 'b': {'c': stats()}}
-  switch = jax.jit(layers.set_activation_quantization)
+  switch = jax.jit(operands_lib.set_activation_quantization)
   for active in (False, True):
     switched = switch(nested, active)
     assert switched['a']['active'] == switched['b']['c']['active'] == active

@@ -11,6 +11,7 @@ import pytest
 import fliqs_jax as fliqs
 from fliqs_jax import intercept
 from fliqs_jax import layers
+from fliqs_jax import operands as operands_lib
 from fliqs_jax import quant_spec
 from fliqs_jax import search_space
 from tests.intercept_test import by_key
@@ -153,7 +154,7 @@ def test_statistics_of_a_stack_are_read_back():
   again, changed = learning(variables, X)
   y = frozen({**variables, **changed}, X)
   close(y, again)
-  off = layers.set_activation_quantization(changed['quant_stats'], False)
+  off = operands_lib.set_activation_quantization(changed['quant_stats'], False)
   assert not statistics(off, 'up')['active'].any()
   assert not np.allclose(y, frozen({**variables, 'quant_stats': off}, X))
 
