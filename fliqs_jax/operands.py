@@ -1,8 +1,8 @@
 """The two operands of a quantized op: activations and weights, on their grids.
 
-Where a layer's variables are read and kept: which format (`arch`), what was seen
-of the input (`quant_stats`), what the op costs (`cost`). `layers` says what they
-hold.
+Where a layer's variables are read and kept: which format (`arch`), what was
+seen of the input (`quant_stats`), what the op costs (`cost`). `layers` says
+what they hold.
 """
 
 import functools
