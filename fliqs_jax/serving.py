@@ -103,7 +103,10 @@ def build(
   """Returns the network that a manifest describes, of served layers."""
   sizes = sizes_lib.Sizes(found=manifest['arch']['sizes'], is_served=True)
   return models.construct(
-    manifest['model'], manifest['num_classes'], sizes, **constructors(layers)
+    manifest['model'],
+    manifest['num_classes'],
+    sizes=sizes,
+    **constructors(layers),
   )
 
 

@@ -217,7 +217,7 @@ def test_a_choice_is_the_plain_layer_of_its_sizes(case):
     plain = case.layer(
       sizes.constant(inputs),
       sizes.constant(outputs),
-      kernel and sizes.Kernel(None, (kernel,)),
+      kernel and sizes.Kernel(None, (kernel,), has_leaf=False),
     )
     small = cut(params, case, inputs, outputs, kernel)
     small_x = x_live[..., :inputs]

@@ -98,7 +98,7 @@ def build(
   return construct(
     config,
     num_classes,
-    sizes,
+    sizes=sizes,
     conv=layers.with_spec(layers.QuantConv, spec),
     dense=layers.with_spec(layers.QuantDense, spec),
   )
@@ -107,7 +107,8 @@ def build(
 def construct(
   config: Mapping[str, Any],
   num_classes: int,
-  sizes: sizes_lib.Sizes,
+  *,
+  sizes: sizes_lib.Sizes = AS_PUBLISHED,
   **constructors: Any,
 ) -> nn.Module:
   """Returns the network that a config names, of given layers.
