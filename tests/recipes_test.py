@@ -106,15 +106,15 @@ _ARGS = dict.fromkeys(
 )
 
 
-@pytest.mark.parametrize('name', RECIPES)
-def test_every_recipe_runs_through_search_evaluation_and_report(name, tmp_path):
+def _run(name, arg, workdir):
+  """Runs a recipe as a user does; returns its result."""
   done = subprocess.run(
     [
       sys.executable,
       '-m',
       'fliqs_jax.main',
-      f'--config=configs/{name}.py:{_ARGS.get(name, "smoke")}',
-      f'--workdir={tmp_path}',
+      f'--config=configs/{name}.py:{arg}',
+      f'--workdir={workdir}',
     ],
     cwd=_ROOT,
     env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': _COMPILE_FAST},
@@ -122,7 +122,26 @@ def test_every_recipe_runs_through_search_evaluation_and_report(name, tmp_path):
     text=True,
   )
   assert done.returncode == 0, done.stderr
-  result = json.loads((tmp_path / 'result.json').read_text())
+  return json.loads((workdir / 'result.json').read_text())
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_every_recipe_runs_through_search_evaluation_and_report(name, tmp_path):
+  result = _run(name, _ARGS.get(name, 'smoke'), tmp_path)
   assert 0 <= result['found'][result['metric']] <= 1
   assert result['compilations'] == 1
   assert (tmp_path / 'report.html').stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+  ('name', 'kinds'),
+  [
+    ('mobilenetv2_imagenet', {'format', 'channels', 'kernel'}),
+    ('recommender_criteo', {'format', 'channels'}),
+  ],
+)
+def test_fliqnas_searches_sizes_beside_formats(name, kinds, tmp_path):
+  result = _run(name, 'smoke,nas,preset=paper', tmp_path)
+  assert {d['kind'] for d in result['decisions'].values()} == kinds
+  assert result['compilations'] == 1
+  assert json.loads((tmp_path / 'arch.json').read_text())['sizes']

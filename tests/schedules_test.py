@@ -111,3 +111,10 @@ def test_without_warm_up_the_learning_rate_starts_at_its_full_height(
 def test_an_unknown_learning_rate_schedule_is_an_error():
   with pytest.raises(ValueError, match='allowed: cosine, exponential'):
     schedules.learning_rate('linear', 0.1, 100, 0)
+
+
+def test_branches_learn_together_ever_less_until_the_search_starts():
+  phases = schedules.phases(100, 0.1, 0.2, 0.95)
+  # A.4: from 1 at the beginning linearly to 0 at the end of the warm-up.
+  found = [float(phases.branch_probability(s)) for s in (0, 5, 20, 90)]
+  assert found == pytest.approx([1.0, 0.75, 0.0, 0.0])

@@ -6,6 +6,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fliqs_jax import layers
@@ -253,3 +254,15 @@ def refused(layer, *shape):
 def test_sizes_that_do_not_fit_are_refused(layer, shape, message):
   with pytest.raises(ValueError, match=message):
     refused(layer, *shape)
+
+
+def test_branches_together_are_all_in_use_and_nothing_else_changes():
+  kernel = search_space.Decision('k', (3, 5), ('a/kernel',), has_branches=True)
+  width = search_space.Decision('w', (8, 16), ('a/output_channels',))
+  space = search_space.SearchSpace((kernel, width), (), 0)
+  choices = {'k': np.array([0.0, 1.0]), 'w': np.array([1.0, 0.0])}
+  apart = space.together(choices, False)
+  together = space.together(choices, True)
+  np.testing.assert_array_equal(apart['k'], [0, 1])
+  np.testing.assert_array_equal(together['k'], [0.5, 0.5])
+  np.testing.assert_array_equal(together['w'], choices['w'])
