@@ -42,6 +42,7 @@ from fliqs_jax import clipping
 from fliqs_jax import config_lib
 from fliqs_jax import controller as controller_lib
 from fliqs_jax import cost_model
+from fliqs_jax import decisions as decisions_lib
 from fliqs_jax import formats as formats_lib
 from fliqs_jax import models
 from fliqs_jax import policy as policy_lib
@@ -99,7 +100,7 @@ class Problem:
   batch: int
 
   @functools.cached_property
-  def space(self) -> search_space.SearchSpace:
+  def space(self) -> decisions_lib.SearchSpace:
     """The decisions, one for each of L layers."""
     spec = quant_spec.QuantSpec(formats=self.menu)
     if self.network == 'resnet18':
@@ -159,11 +160,11 @@ def _resnet18(spec):
     )
     ops += [cost_model.Op(f'{len(ops) + i}', shape) for i in range(count)]
   decisions = tuple(
-    search_space.Decision(op.path, spec.formats, (op.leaf('format'),))
+    decisions_lib.Decision(op.path, spec.formats, (op.leaf('format'),))
     for op in ops
   )
   params = sum(op.shape.weights for op in ops)
-  return search_space.SearchSpace(decisions, tuple(ops), params)
+  return decisions_lib.SearchSpace(decisions, tuple(ops), params)
 
 
 def _uniform_losses(network: str, menu: str) -> np.ndarray:

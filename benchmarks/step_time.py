@@ -45,6 +45,7 @@ import optax
 from fliqs_jax import classification
 from fliqs_jax import controller
 from fliqs_jax import cost_model
+from fliqs_jax import decisions as decisions_lib
 from fliqs_jax import formats
 from fliqs_jax import models
 from fliqs_jax import quant_spec
@@ -144,7 +145,7 @@ def _ours(
   apply = model.apply
   if space.is_fixed and judged:
     # A decision that changes nothing, so that this step judges as well.
-    idle = search_space.Decision('idle', formats.menu('int_s'), ('idle',))
+    idle = decisions_lib.Decision('idle', formats.menu('int_s'), ('idle',))
     space = dataclasses.replace(space, decisions=(*space.decisions, idle))
     apply = functools.partial(_apply_idle, model)
   cost = space.cost('bops')

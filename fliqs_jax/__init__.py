@@ -7,6 +7,7 @@ Everything else is reached through its module.
 
 from fliqs_jax.controller import make as make_controller
 from fliqs_jax.cost_model import uniform as uniform_cost
+from fliqs_jax.decisions import SearchSpace
 from fliqs_jax.formats import NumericFormat
 from fliqs_jax.found import coverage
 from fliqs_jax.intercept import searchable
@@ -19,7 +20,6 @@ from fliqs_jax.operands import set_activation_quantization
 from fliqs_jax.policy import argmax
 from fliqs_jax.quant_spec import QuantSpec
 from fliqs_jax.schedules import phases
-from fliqs_jax.search_space import SearchSpace
 from fliqs_jax.search_space import find as find_decisions
 from fliqs_jax.train_state import create as create_state
 from fliqs_jax.train_step import eval_step

@@ -21,6 +21,7 @@ from fliqs_jax import config_lib
 from fliqs_jax import controller as controller_lib
 from fliqs_jax import cost_model
 from fliqs_jax import data
+from fliqs_jax import decisions as decisions_lib
 from fliqs_jax import models
 from fliqs_jax import optimizers
 from fliqs_jax import quant_spec
@@ -64,7 +65,7 @@ class Experiment:
   streams: data.Streams
   spec: quant_spec.QuantSpec
   model: nn.Module
-  space: search_space.SearchSpace
+  space: decisions_lib.SearchSpace
   cost: cost_model.Cost
   target: float
   phases: schedules.Phases
@@ -222,7 +223,7 @@ def _sizes(
   return sizes_lib.Sizes(found=arch['sizes'])
 
 
-def _check_sizes(config, space: search_space.SearchSpace) -> None:
+def _check_sizes(config, space: decisions_lib.SearchSpace) -> None:
   kinds = {d.kind for d in space.decisions}
   for key, kind in (('widths', 'channels'), ('kernels', 'kernel')):
     if config.sizes[key] and kind not in kinds:
@@ -266,7 +267,7 @@ def _spec(
 def _target(
   keys: ml_collections.ConfigDict,
   cost: cost_model.Cost,
-  space: search_space.SearchSpace,
+  space: decisions_lib.SearchSpace,
 ) -> float:
   target = keys.target
   if keys.relative_to:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax import clipping
-from fliqs_jax import search_space
+from fliqs_jax import decisions as decisions_lib
 
 # A sample of this many values fixes a multiple to about 1 %.
 _VALUES = 100_000
@@ -22,7 +22,7 @@ _VALUES = 100_000
 
 def profiled_clips(
   apply: Any,
-  space: search_space.SearchSpace,
+  space: decisions_lib.SearchSpace,
   variables: Mapping[str, Any],
   images: Iterable[np.ndarray],
 ) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from fliqs_jax import controller as controller_lib
-from fliqs_jax import search_space
+from fliqs_jax import decisions as decisions_lib
 
 
 @flax.struct.dataclass
@@ -44,7 +44,7 @@ class TrainState:
 
 def create(
   model: nn.Module,
-  space: search_space.SearchSpace,
+  space: decisions_lib.SearchSpace,
   optimizer: optax.GradientTransformation,
   controller: controller_lib.Controller,
   key: jax.Array,

@@ -41,7 +41,7 @@ FLOORS = (
     'augment',
     'data',
   ),
-  ('operands',),
+  ('operands', 'decisions'),
   ('layers', 'search_space', 'checkpoint'),
   (
     'models',

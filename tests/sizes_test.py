@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fliqs_jax import decisions as decisions_lib
 from fliqs_jax import layers
 from fliqs_jax import live
 from fliqs_jax import models
@@ -257,9 +258,9 @@ def test_sizes_that_do_not_fit_are_refused(layer, shape, message):
 
 
 def test_branches_together_are_all_in_use_and_nothing_else_changes():
-  kernel = search_space.Decision('k', (3, 5), ('a/kernel',), has_branches=True)
-  width = search_space.Decision('w', (8, 16), ('a/output_channels',))
-  space = search_space.SearchSpace((kernel, width), (), 0)
+  kernel = decisions_lib.Decision('k', (3, 5), ('a/kernel',), has_branches=True)
+  width = decisions_lib.Decision('w', (8, 16), ('a/output_channels',))
+  space = decisions_lib.SearchSpace((kernel, width), (), 0)
   choices = {'k': np.array([0.0, 1.0]), 'w': np.array([1.0, 0.0])}
   apart = space.together(choices, False)
   together = space.together(choices, True)
