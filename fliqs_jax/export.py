@@ -71,7 +71,8 @@ def export(
   artifact.check_free(out)
   run = evaluate.restore(str(workdir))
   choices = evaluate.choose(run, arch, numeric_format)
-  if run.experiment.space.sizes(choices):  # What is dead is not exported.
+  space = run.experiment.space
+  if space.sizes(choices) and not space.is_fixed:  # Not what is dead.
     run = slicing.sliced(run, choices, arch)
     choices = run.found
   experiment = run.experiment

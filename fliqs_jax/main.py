@@ -48,11 +48,9 @@ def main(argv: Sequence[str]) -> None:
 def _check_alone() -> None:
   """Refuses to be one of several processes: each would search by itself."""
   told = [os.environ.get(k) for k in ('FLIQS_NUM_PROCESSES', 'SLURM_NTASKS')]
-  if any(count not in (None, '', '1') for count in told):
-    several = True
-  else:
-    several = jax.process_count() > 1
-  if several:
+  counts = {count for count in told if count}
+  # JAX is asked last: it would wait for the others.
+  if counts - {'1'} or jax.process_count() > 1:
     raise ValueError(
       'a search runs in one process so far, on one device; this is one of '
       'several. Start one process for each search'

@@ -13,9 +13,6 @@ Collections, per layer:
     layer is served in the unsigned form of `integer`.
 """
 
-from collections.abc import Callable
-import functools
-
 import flax.linen as nn
 import jax
 from jax import lax
@@ -90,13 +87,6 @@ class ServedEinsum(nn.Einsum):
     """Applies the contraction of the inputs with the kernel."""
     einsum_str = nn.merge_param('einsum_str', self.einsum_str, einsum_str)
     return layers.apply_einsum(_Stored(self, inputs), einsum_str, inputs)
-
-
-def served(
-  layer: type[nn.Module], spec: quant_spec.QuantSpec
-) -> Callable[..., nn.Module]:
-  """Returns the layer's constructor with an assignment given."""
-  return functools.partial(layer, spec=spec)
 
 
 def in_integers(

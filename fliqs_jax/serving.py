@@ -18,6 +18,7 @@ import numpy as np
 
 from fliqs_jax import artifact
 from fliqs_jax import integer
+from fliqs_jax import layers as layers_lib
 from fliqs_jax import models
 from fliqs_jax import quant_spec
 from fliqs_jax import served_layers
@@ -118,8 +119,8 @@ def constructors(layers: Mapping[str, stored.Layer]) -> dict[str, Any]:
   }
   spec = quant_spec.QuantSpec(mode='separate', assignment=assignment)
   return dict(
-    conv=served_layers.served(served_layers.ServedConv, spec),
-    dense=served_layers.served(served_layers.ServedDense, spec),
+    conv=layers_lib.with_spec(served_layers.ServedConv, spec),
+    dense=layers_lib.with_spec(served_layers.ServedDense, spec),
   )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fliqs_jax import artifact
 from fliqs_jax import checkpoint
 from fliqs_jax import evaluate
 from fliqs_jax import experiment as experiment_lib
@@ -116,9 +117,7 @@ def slice_run(workdir: str, out: str) -> dict[str, Any]:
   Raises:
     ValueError: an unfinished run, or a directory that is not empty.
   """
-  source, target = pathlib.Path(workdir), pathlib.Path(out)
-  if target.exists() and any(target.iterdir()):
-    raise ValueError(f'--out={out} is not empty; choose a new directory')
+  source, target = pathlib.Path(workdir), artifact.check_free(out)
   run = evaluate.restore(workdir)
   arch = target / 'arch.json'
   found = sliced(run, run.found, str(arch))
