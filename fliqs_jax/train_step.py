@@ -14,10 +14,10 @@ import optax
 
 from fliqs_jax import controller as controller_lib
 from fliqs_jax import data
+from fliqs_jax import decisions as decisions_lib
 from fliqs_jax import operands as operands_lib
 from fliqs_jax import optimizers
 from fliqs_jax import schedules
-from fliqs_jax import search_space
 from fliqs_jax import train_state
 
 Batch = Mapping[str, jax.Array]
@@ -27,7 +27,7 @@ def search_step(
   apply: Callable,
   loss: Callable,
   quality: Callable,
-  space: search_space.SearchSpace,
+  space: decisions_lib.SearchSpace,
   controller: controller_lib.Controller,
   optimizer: optax.GradientTransformation,
   phases: schedules.Phases,
@@ -71,20 +71,14 @@ def search_step(
     if mix is not None:
       train_batch = mix(jax.random.fold_in(dropout_key, 1), train_batch)
 
-    def train_loss(params):
-      outputs, new_model_state = apply(
-        {'params': params, 'arch': space.expand(chosen), **model_state},
-        data.model_inputs(train_batch),
-        train=True,
-        mutable=list(model_state),
-        rngs={'dropout': dropout_key},
-      )
-      value, metrics = loss(outputs, train_batch)
-      return value, (new_model_state, metrics)
-
-    (_, (model_state, metrics)), gradients = jax.value_and_grad(
-      train_loss, has_aux=True
-    )(state.params)
+    gradients, model_state, metrics = _gradients(
+      apply,
+      loss,
+      state.params,
+      {'arch': space.expand(chosen), **model_state},
+      train_batch,
+      dropout_key,
+    )
     updates, opt_state = optimizer.update(
       gradients, state.opt_state, state.params
     )
@@ -115,6 +109,25 @@ def search_step(
     return state, metrics
 
   return step
+
+
+def _gradients(apply, loss, params, others, batch, dropout_key):
+  """Returns gradients, the collections that changed, and metrics."""
+  changing = [name for name in others if name != 'arch']
+
+  def train_loss(params):
+    outputs, changed = apply(
+      {'params': params, **others},
+      data.model_inputs(batch),
+      train=True,
+      mutable=changing,
+      rngs={'dropout': dropout_key},
+    )
+    value, metrics = loss(outputs, batch)
+    return value, (changed, metrics)
+
+  gradients, (changed, metrics) = jax.grad(train_loss, has_aux=True)(params)
+  return gradients, changed, metrics
 
 
 def _in_phase(model_state, active):
