@@ -109,6 +109,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     checkpoints_kept=2,
     settle_batches=3 if arg.smoke else 20,
   )
+  config.parallel = dict(
+    mode='pjit', shard_params=False, accumulate=1, leave_one_out=False
+  )
   uniform = ('E2M1', 'E4M3') if arg.space.startswith('fp') else ('INT4', 'INT8')
   config.references = (*uniform, 'BF16') if arg.references else ()
   return config.lock()

@@ -172,6 +172,9 @@ def recipe(
     checkpoints_kept=2,
     settle_batches=2 if arg.smoke else settle_batches,
   )
+  config.parallel = dict(
+    mode='pjit', shard_params=False, accumulate=1, leave_one_out=False
+  )
   uniform = ('E2M1', 'E4M3') if arg.space.startswith('fp') else ('INT4', 'INT8')
   config.references = (*uniform, 'BF16') if arg.references else ()
   return config.lock()

@@ -132,6 +132,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     checkpoints_kept=2,
     settle_batches=3 if arg.smoke else 20,
   )
+  config.parallel = dict(
+    mode='pjit', shard_params=False, accumulate=1, leave_one_out=False
+  )
   eight = 'E4M3' if arg.space.startswith('fp') else 'INT8'
   config.references = (eight, 'BF16') if arg.references else ()
   return config.lock()

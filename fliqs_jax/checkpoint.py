@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from fliqs_jax import fingerprint
+from fliqs_jax import processes
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class Checkpoints:
     * Steps increase strictly, unusable checkpoints aside.
 
   One run uses a directory at a time: what another one is about to complete
-  would be cleaned up as the left-over of a killed run.
+  would be cleaned up as the left-over of a killed run. All processes of the run
+  use it together, and call its methods in the same order.
   """
 
   def __init__(self, directory: str | os.PathLike[str], keep: int = 3):
@@ -70,7 +72,7 @@ class Checkpoints:
     arrays = ocp.type_handlers.create_type_handler_registry(
       (jax.Array, _LeafByLeaf())
     )
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=_NewestUsable(keep, self._unusable),
@@ -160,17 +162,23 @@ class Checkpoints:
     self._manager.reload()
     self._unusable.clear()
     for step in sorted(self._manager.all_steps(), reverse=True):
+      restored, problem = None, ''
       try:
         with jax.transfer_guard('allow'):
-          return Restored(step, *self._restore(step, abstract_state))
+          restored = self._restore(step, abstract_state)
       except _UnusableError as error:
-        _LOG.warning(
-          'checkpoint of step %d in %s cannot be used: %s',
-          step,
-          self._directory,
-          error,
-        )
-        self._unusable[step] = str(error)
+        problem = str(error)
+      # What one process cannot read, none may go on from.
+      problem = next(filter(None, processes.texts(problem)), '')
+      if not problem:
+        return Restored(step, *restored)
+      _LOG.warning(
+        'checkpoint of step %d in %s cannot be used: %s',
+        step,
+        self._directory,
+        problem,
+      )
+      self._unusable[step] = problem
     if not self._unusable:
       return None
     reasons = ''.join(
@@ -264,6 +272,17 @@ class Checkpoints:
       ) from error
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's manager, which leaves it to its caller to ask about preemption.
+
+  It would ask by its own steps, and confuse whoever counts otherwise.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
+
+
 class _UnusableError(Exception):
   """Why a checkpoint cannot be used, in one line."""
 
@@ -321,7 +340,7 @@ class _LeafByLeaf(ocp.type_handlers.ArrayHandler):
 def _check_writable(directory: epath.Path) -> None:
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    probe = directory / '.probe'
+    probe = directory / f'.probe{processes.index()}'
     probe.write_bytes(b'')
     probe.unlink(missing_ok=True)
   except OSError as error:

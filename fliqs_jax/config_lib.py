@@ -188,6 +188,12 @@ _SCHEMA: dict[str, Any] = {
     'checkpoints_kept': _count(1),
     'settle_batches': _count(0),
   },
+  'parallel': {
+    'mode': _of_type(str),
+    'shard_params': _of_type(bool),
+    'accumulate': _count(1),
+    'leave_one_out': _of_type(bool),
+  },
   'references': _LIST,
 }
 

@@ -20,6 +20,7 @@ import optax
 
 from fliqs_jax import config_lib
 from fliqs_jax import policy as policy_lib
+from fliqs_jax import replicas as replicas_lib
 from fliqs_jax import schedules
 
 _BASELINE_DECAY = 0.95  # A.4 ("momentum of .95"), in TuNAS's reading.
@@ -107,6 +108,8 @@ def paper(
   gamma: float,
   learning_rate: float,
   entropy_weight: Callable,
+  replicas: replicas_lib.Replicas = replicas_lib.ONE,
+  leave_one_out: bool = False,
 ) -> Controller:
   """Returns the published controller (Eq. 1, 3, 8; A.4).
 
@@ -121,6 +124,9 @@ def paper(
     gamma: weight of the cost, negative, in units of the quality.
     learning_rate: 4.6e-3 at 30,200 steps; scale by sqrt(30200 / steps).
     entropy_weight: beta_H as a function of the progress of training.
+    replicas: of the step; each has an architecture, the policy learns from all.
+    leave_one_out: whether the baseline is the mean reward of the other replicas
+      at this step.
   """
   _check_gamma(gamma)
   adam = optax.adam(learning_rate, b1=0.0, b2=0.999, eps=1e-8)
@@ -129,10 +135,16 @@ def paper(
     arch = jax.tree.map(lambda a: a[0], archs)
     cost = relative_cost(arch)
     reward = absolute_reward(qualities[0], cost, gamma)
-    average, count, baseline = _running_mean(state, reward, _BASELINE_DECAY)
-    gradient = jax.grad(
-      lambda policy: -(reward - baseline) * policy_lib.log_prob(policy, arch)
-    )(state.policy)
+    average, count, baseline = _running_mean(
+      state, replicas.mean(reward), _BASELINE_DECAY
+    )
+    if leave_one_out:
+      baseline = replicas.others(reward)
+    gradient = replicas.mean(
+      jax.grad(
+        lambda policy: -(reward - baseline) * policy_lib.log_prob(policy, arch)
+      )(state.policy)
+    )
     updates, opt_state = adam.update(gradient, state.opt_state)
     beta = entropy_weight(phases.progress(step))
     entropy_gradient = jax.grad(policy_lib.entropy)(state.policy)
@@ -159,6 +171,7 @@ def default(
   gamma: float,
   learning_rate: float,
   entropy_weight: Callable,
+  replicas: replicas_lib.Replicas = replicas_lib.ONE,
 ) -> Controller:
   """Returns the better controller: paired samples, cost in closed form.
 
@@ -174,6 +187,8 @@ def default(
       accuracy as a fraction, about -0.3 for cross-entropy in nats.
     learning_rate: at the start of the search: 1 / sqrt(search steps).
     entropy_weight: beta_H as a function of the progress of the search.
+    replicas: of the step; each has architectures and images of its own, the
+      policy learns from all.
   """
   _check_gamma(gamma)
   adam = optax.scale_by_adam(b1=0.9, b2=0.999)
@@ -183,7 +198,7 @@ def default(
     searching = phases.searching(step)
     advantages = (qualities - qualities.mean()) * _SAMPLES / (_SAMPLES - 1)
     average, count, square = _running_mean(
-      state, jnp.mean(advantages**2), _SQUARES_DECAY
+      state, replicas.mean(jnp.mean(advantages**2)), _SQUARES_DECAY
     )
     scale = jnp.sqrt(square)
     peak = jnp.where(searching, jnp.maximum(state.peak, scale), 0.0)
@@ -206,7 +221,7 @@ def default(
       )
 
     updates, opt_state = adam.update(
-      jax.grad(loss)(state.policy), state.opt_state
+      replicas.mean(jax.grad(loss)(state.policy)), state.opt_state
     )
     rate = learning_rate * 10**p
     learnt = jax.tree.map(lambda t, u: t - rate * u, state.policy, updates)
@@ -227,6 +242,9 @@ def make(
   preset: str,
   relative_cost: Callable,
   phases: schedules.Phases,
+  *,
+  replicas: replicas_lib.Replicas = replicas_lib.ONE,
+  leave_one_out: bool = False,
   **overrides: Any,
 ) -> Controller:
   """Returns the controller of a preset.
@@ -235,6 +253,8 @@ def make(
     preset: `paper` or `default`.
     relative_cost: C / C_T of a tree of [K] leaves.
     phases: when the search starts and ends.
+    replicas: of the step in which it works.
+    leave_one_out: of `paper`, as there.
     **overrides: `gamma`, `learning_rate`, `entropy_schedule`, `entropy_beta`
       in place of the preset's own, `config_lib.search_keys`.
 
@@ -247,9 +267,20 @@ def make(
       f'unknown search keys {", ".join(unknown)}; allowed: {", ".join(allowed)}'
     )
   keys = config_lib.search_keys(preset, phases.steps) | overrides
+  baseline = {}
+  if leave_one_out:
+    if preset != 'paper':
+      raise ValueError(
+        'parallel.leave_one_out=True is a baseline in place of the running one '
+        f"of search.preset='paper'; the samples of {preset!r} are judged "
+        'against each other already'
+      )
+    baseline = dict(leave_one_out=True)
   return PRESETS[preset](
     relative_cost,
     phases,
+    replicas=replicas,
+    **baseline,
     gamma=keys['gamma'],
     learning_rate=keys['learning_rate'],
     entropy_weight=schedules.entropy_weight(

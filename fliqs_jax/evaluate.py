@@ -20,6 +20,7 @@ import numpy as np
 
 from fliqs_jax import checkpoint
 from fliqs_jax import experiment as experiment_lib
+from fliqs_jax import parallel
 from fliqs_jax import policy as policy_lib
 from fliqs_jax import results
 from fliqs_jax import train_step
@@ -29,6 +30,7 @@ def settled_statistics(
   experiment: experiment_lib.Experiment,
   state: Any,
   choices: Mapping[str, Any],
+  devices: parallel.Devices,
 ) -> Mapping[str, Any]:
   """Returns the model's collections with statistics of one architecture.
 
@@ -37,7 +39,7 @@ def settled_statistics(
   settle = jax.jit(train_step.settle_step(experiment.model.apply))
   arch = experiment.space.expand(choices)
   steps = experiment.phases.steps
-  batches = experiment.streams.train(steps)
+  batches = devices.feed(experiment.streams.train(steps))
   model_state = state.model_state
   for i in range(experiment.config.train.settle_batches):
     key = jax.random.fold_in(state.key, steps + i)
@@ -51,21 +53,23 @@ def test_metrics(
   experiment: experiment_lib.Experiment,
   state: Any,
   choices: Mapping[str, Any],
+  devices: parallel.Devices,
 ) -> dict[str, Any]:
   """Returns quality on the test split, and costs, of one architecture.
 
   Args:
     experiment: the run.
-    state: its last `TrainState`.
+    state: its last `TrainState`, on the devices.
     choices: {decision: [K] one-hot}.
+    devices: over which batches are split.
   """
-  model_state = settled_statistics(experiment, state, choices)
+  model_state = settled_statistics(experiment, state, choices, devices)
   step = jax.jit(
     train_step.eval_step(experiment.model.apply, experiment.task.measure)
   )
   arch = experiment.space.expand(choices)
   totals: dict[str, np.ndarray] = {}
-  for batch in experiment.streams.test():
+  for batch in devices.feed(experiment.streams.test()):
     sums = jax.device_get(step(state.served_params, model_state, arch, batch))
     for name, value in sums.items():
       totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
@@ -151,7 +155,8 @@ def evaluate(
   """
   run = restore(workdir)
   choices = choose(run, arch, numeric_format)
-  return test_metrics(run.experiment, run.state, choices)
+  devices = parallel.one_device()
+  return test_metrics(run.experiment, run.state, choices, devices)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -24,6 +24,7 @@ from fliqs_jax import data
 from fliqs_jax import decisions as decisions_lib
 from fliqs_jax import models
 from fliqs_jax import optimizers
+from fliqs_jax import parallel
 from fliqs_jax import quant_spec
 from fliqs_jax import schedules
 from fliqs_jax import search_space
@@ -101,7 +102,7 @@ class Experiment:
     return self.task.QUALITIES[self.config.search.quality]
 
   def search_step(self) -> Callable:
-    """Returns the step `(state, train_batch, valid_batch)`, to be jitted."""
+    """Returns the step, for `parallel.Devices.compile`."""
     return train_step.search_step(
       self.model.apply,
       self.loss,
@@ -112,6 +113,8 @@ class Experiment:
       self.phases,
       mix=self.mix,
       ema_decay=self.config.optimizer.ema_decay,
+      accumulate=self.config.parallel.accumulate,
+      replicas=parallel.replicas(self.config.parallel),
     )
 
   def cost_of(self, choices: Mapping[str, Any]) -> Any:
@@ -120,18 +123,25 @@ class Experiment:
 
 
 def build(
-  config: ml_collections.ConfigDict, arch: Mapping[str, Any] | None = None
+  config: ml_collections.ConfigDict,
+  arch: Mapping[str, Any] | None = None,
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
 ) -> Experiment:
   """Returns the parts of the run that a config describes.
 
   Args:
     config: as the files in `configs/` make it.
     arch: content of the arch.json that `quant.arch` names; read if not given.
+    process_index: whose rows of every batch the streams are to give.
+    process_count: among how many processes.
 
   Raises:
     ValueError: the config cannot work; the message names key and value.
   """
   config_lib.check(config)
+  parallel.check(config.parallel)
   phases = schedules.phases(
     config.train.steps,
     config.quant.act_start,
@@ -143,7 +153,12 @@ def build(
   if arch is None and config.quant.arch:
     arch = read_arch(config.quant.arch)
   spec = _spec(config.quant, arch)
-  streams = data.make_streams(config.data, config.seed)
+  streams = data.make_streams(
+    config.data,
+    config.seed,
+    process_index=process_index,
+    process_count=process_count,
+  )
   mix = _mixing(config, streams)
   sizes = _sizes(config.sizes, arch)
   model = models.build(config.model, streams.num_classes, spec, sizes)
@@ -294,6 +309,8 @@ def _controller(config, space, cost, target, phases):
     learning_rate=keys.learning_rate,
     entropy_schedule=keys.entropy_schedule,
     entropy_beta=keys.entropy_beta,
+    replicas=parallel.replicas(config.parallel),
+    leave_one_out=config.parallel.leave_one_out,
   )
   if config.data.valid_batch_size % controller.samples:
     raise ValueError(

@@ -23,6 +23,7 @@ from fliqs_jax import artifact
 from fliqs_jax import data
 from fliqs_jax import evaluate
 from fliqs_jax import packing
+from fliqs_jax import parallel
 from fliqs_jax import qwix_rules
 from fliqs_jax import results
 from fliqs_jax import serving
@@ -81,7 +82,9 @@ def export(
   variables = dict(
     params=run.state.served_params,
     arch=experiment.space.expand(choices),
-    **evaluate.settled_statistics(experiment, run.state, choices),
+    **evaluate.settled_statistics(
+      experiment, run.state, choices, parallel.one_device()
+    ),
   )
   batch = data.model_inputs(next(iter(experiment.streams.test())))
   inputs = jax.tree.map(lambda x: np.asarray(x)[:examples], batch)

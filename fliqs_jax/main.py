@@ -1,6 +1,9 @@
 """The door: flags of a run.
 
 python -m fliqs_jax.main --config=configs/digits.py:space=int_l --workdir=DIR
+
+Exit status 0: finished; 2: a mistake of the user's, or training diverged; 75:
+asked to stop by SIGTERM, and saved; any other: crashed.
 """
 
 from collections.abc import Sequence
@@ -14,6 +17,9 @@ from absl import logging as absl_logging
 import jax
 from ml_collections import config_flags
 
+from fliqs_jax import journal
+from fliqs_jax import loop
+from fliqs_jax import processes
 from fliqs_jax import train
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -22,7 +28,21 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where the run leaves its files, and resumes from.'
 )
+_PROFILE_STEPS = flags.DEFINE_string(
+  'profile_steps', '', 'N:M profiles these steps into WORKDIR/profile.'
+)
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+  'join_timeout', 300, 'Seconds to wait for the other processes.', 1
+)
+_DEAD_AFTER = flags.DEFINE_integer(
+  'dead_after',
+  60,
+  'Seconds without a sign of life of one process after which all end.',
+  1,
+)
 flags.mark_flags_as_required(['config', 'workdir'])
+
+_CRASHED, _MISTAKE, _PREEMPTED = 1, 2, 75
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,23 +58,32 @@ def main(argv: Sequence[str]) -> None:
   handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
   log.addHandler(handler)
   try:
-    _check_alone()
-    train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
-  except (ValueError, train.DivergedError) as error:
-    log.error('%s', error)
-    sys.exit(2)
-
-
-def _check_alone() -> None:
-  """Refuses to be one of several processes: each would search by itself."""
-  told = [os.environ.get(k) for k in ('FLIQS_NUM_PROCESSES', 'SLURM_NTASKS')]
-  counts = {count for count in told if count}
-  # JAX is asked last: it would wait for the others.
-  if counts - {'1'} or jax.process_count() > 1:
-    raise ValueError(
-      'a search runs in one process so far, on one device; this is one of '
-      'several. Start one process for each search'
+    processes.join(_JOIN_TIMEOUT.value, _DEAD_AFTER.value)
+    if processes.count() > 1:
+      place = f'[{processes.index()}/{processes.count()}]'
+      form = f'%(asctime)s {place} %(message)s'
+      handler.setFormatter(logging.Formatter(form, '%H:%M:%S'))
+    train.train_and_evaluate(
+      _CONFIG.value,
+      _WORKDIR.value,
+      stop=processes.Stop(),
+      profile_steps=_PROFILE_STEPS.value,
     )
+  except (ValueError, journal.DivergedError) as error:
+    log.error('%s', error)
+    sys.exit(_MISTAKE)
+  except loop.PreemptedError as error:
+    log.info('%s', error)
+    sys.exit(_PREEMPTED)
+  except jax.errors.JaxRuntimeError as error:
+    if processes.count() == 1:
+      raise
+    log.error(
+      'a step failed, most likely because another process is gone; the same '
+      'command resumes the run: %s',
+      ' '.join(str(error).split())[-300:],
+    )
+    os._exit(_CRASHED)  # Leaving in peace would wait for the others.
 
 
 if __name__ == '__main__':

@@ -18,6 +18,7 @@ from typing import Any
 from clu import metrics as clu_metrics
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tensorboardX
 
 from fliqs_jax import files
@@ -43,9 +44,6 @@ def empty(
   step_metrics: Mapping[str, Any], last: Collection[str] = ()
 ) -> Accumulators:
   """Returns accumulators that have seen no step.
-
-  They are a pytree whose structure never changes, so they can be part of a
-  checkpoint: needed where a checkpoint may fall between two logging points.
 
   Args:
     step_metrics: a step's metrics by name, or anything with the same keys.
@@ -115,6 +113,31 @@ def compute(accumulators: Accumulators) -> dict[str, float]:
   """Fetches the averages and last values; NaN where no step was seen."""
   values = jax.device_get(_compute(accumulators))
   return {name: float(value) for name, value in values.items()}
+
+
+def packed(accumulators: Accumulators) -> dict[str, list[str]]:
+  """Returns the accumulators, to the bit, as what JSON can hold."""
+  leaves = {k: jax.tree.leaves(v) for k, v in accumulators.items()}
+  return {
+    name: [np.asarray(x).tobytes().hex() for x in values]
+    for name, values in jax.device_get(leaves).items()
+  }
+
+
+def unpacked(content: Mapping[str, Sequence[str]]) -> Accumulators:
+  """Returns what `packed` was given, of averages."""
+
+  def read(leaf, text):
+    return np.frombuffer(bytes.fromhex(text), leaf.dtype).reshape(leaf.shape)
+
+  like = empty(content)
+  return {
+    name: jax.tree.unflatten(
+      jax.tree.structure(like[name]),
+      map(read, jax.tree.leaves(like[name]), texts),
+    )
+    for name, texts in content.items()
+  }
 
 
 def read_history(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:

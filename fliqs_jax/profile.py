@@ -24,7 +24,8 @@ def profiled_clips(
   apply: Any,
   space: decisions_lib.SearchSpace,
   variables: Mapping[str, Any],
-  images: Iterable[np.ndarray],
+  images: Iterable[Any],
+  everywhere: jax.sharding.Sharding | None = None,
 ) -> dict[str, Any]:
   """Returns `quant_stats` with every `clip` [K] replaced by a profiled one.
 
@@ -34,13 +35,18 @@ def profiled_clips(
     variables: params, arch and the other collections; `quant_stats` must have
       seen at least one batch.
     images: batches [N, H, W, C]; Table 10c: ten or so are plenty.
+    everywhere: where all processes can read an array, if the batches are split
+      over the devices of several.
 
   Raises:
     ValueError: a layer's activations are all zero or not finite.
   """
-  forward = jax.jit(
-    lambda v, x: apply(v, x, train=False, mutable=['act_inputs'])[1]
-  )
+
+  def forward(variables, images):
+    _, sown = apply(variables, images, train=False, mutable=['act_inputs'])
+    return jax.tree.map(_some, sown)
+
+  forward = jax.jit(forward, out_shardings=everywhere)
   seen: dict[str, list[np.ndarray]] = {}
   for batch in images:
     sown = traverse_util.flatten_dict(
@@ -57,12 +63,15 @@ def profiled_clips(
     mean, square = stats[f'{prefix}mean'], stats[f'{prefix}mean_square']
     std = float(np.sqrt(max(square - mean**2, 0)))
     try:
-      multiples = clipping.profiled_multiples(
-        values[:: -(-values.size // _VALUES)], std, menus[layer]
-      )
+      multiples = clipping.profiled_multiples(_some(values), std, menus[layer])
     except ValueError as error:
       raise ValueError(
         f'quant.act_clip=profiled: layer {layer}: {error}'
       ) from None
     stats[f'{prefix}clip'] = jnp.asarray(multiples, jnp.float32)
   return traverse_util.unflatten_dict(stats, sep='/')
+
+
+def _some(values: Any) -> Any:
+  """Returns evenly spaced values, about as many as are needed."""
+  return values.reshape(-1)[:: -(-values.size // _VALUES)]

@@ -9,6 +9,7 @@ never the test split.
 from collections.abc import Callable, Mapping
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import optax
 
@@ -17,6 +18,7 @@ from fliqs_jax import data
 from fliqs_jax import decisions as decisions_lib
 from fliqs_jax import operands as operands_lib
 from fliqs_jax import optimizers
+from fliqs_jax import replicas as replicas_lib
 from fliqs_jax import schedules
 from fliqs_jax import train_state
 
@@ -34,6 +36,8 @@ def search_step(
   *,
   mix: Callable | None = None,
   ema_decay: float = 0.0,
+  accumulate: int = 1,
+  replicas: replicas_lib.Replicas = replicas_lib.ONE,
 ) -> Callable:
   """Returns the step `(state, train_batch, valid_batch) -> (state, metrics)`.
 
@@ -49,6 +53,10 @@ def search_step(
     mix: (key, training batch) -> training batch, as of `augment.mixing`.
     ema_decay: of the running mean of the parameters; 0 keeps none, and must do
       so if the state was made without.
+    accumulate: parts into which the training batch is cut, one after another,
+      to save memory; must divide it. Running statistics see each part.
+    replicas: of this step, if it runs inside `jax.shard_map`; those of the
+      controller.
 
   Returns:
     A pure function of a `TrainState` and two batches (dicts of inputs, which
@@ -58,7 +66,7 @@ def search_step(
   def step(
     state: train_state.TrainState, train_batch: Batch, valid_batch: Batch
   ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
-    key = jax.random.fold_in(state.key, state.step)
+    key = replicas.key(jax.random.fold_in(state.key, state.step))
     arch_key, dropout_key = jax.random.split(key)
     proposed = controller.propose(state.search_state, arch_key, state.step)
     chosen = space.together(
@@ -71,13 +79,17 @@ def search_step(
     if mix is not None:
       train_batch = mix(jax.random.fold_in(dropout_key, 1), train_batch)
 
-    gradients, model_state, metrics = _gradients(
-      apply,
-      loss,
-      state.params,
-      {'arch': space.expand(chosen), **model_state},
-      train_batch,
-      dropout_key,
+    gradients, model_state, metrics = replicas.mean(
+      _gradients(
+        apply,
+        loss,
+        state.params,
+        space.expand(chosen),
+        model_state,
+        train_batch,
+        dropout_key,
+        accumulate,
+      )
     )
     updates, opt_state = optimizer.update(
       gradients, state.opt_state, state.params
@@ -97,7 +109,7 @@ def search_step(
       search_state, search_metrics = controller.update(
         search_state, proposed, qualities, state.step
       )
-      metrics |= search_metrics
+      metrics |= replicas.mean(search_metrics)
     state = state.replace(
       step=state.step + 1,
       params=params,
@@ -111,23 +123,49 @@ def search_step(
   return step
 
 
-def _gradients(apply, loss, params, others, batch, dropout_key):
+def _gradients(apply, loss, params, arch, model_state, batch, key, accumulate):
   """Returns gradients, the collections that changed, and metrics."""
-  changing = [name for name in others if name != 'arch']
 
-  def train_loss(params):
-    outputs, changed = apply(
-      {'params': params, **others},
-      data.model_inputs(batch),
-      train=True,
-      mutable=changing,
-      rngs={'dropout': dropout_key},
-    )
-    value, metrics = loss(outputs, batch)
-    return value, (changed, metrics)
+  def of(model_state, batch, key):
+    def train_loss(params):
+      outputs, changed = apply(
+        {'params': params, 'arch': arch, **model_state},
+        data.model_inputs(batch),
+        train=True,
+        mutable=list(model_state),
+        rngs={'dropout': key},
+      )
+      value, metrics = loss(outputs, batch)
+      return value, (changed, metrics)
 
-  gradients, (changed, metrics) = jax.grad(train_loss, has_aux=True)(params)
+    gradients, (changed, metrics) = jax.grad(train_loss, has_aux=True)(params)
+    return changed, (gradients, metrics)
+
+  if accumulate == 1:
+    changed, (gradients, metrics) = of(model_state, batch, key)
+    return gradients, changed, metrics
+
+  def add(carry, part):
+    changed, sums = carry
+    changed, values = of(changed, *part)
+    return (changed, jax.tree.map(jnp.add, sums, values)), None
+
+  parts = jax.tree.map(lambda x: _every(x, accumulate), batch)
+  keys = jax.random.split(key, accumulate)
+  first = jax.tree.map(lambda x: x[0], (parts, keys))
+  _, shapes = jax.eval_shape(of, model_state, *first)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  (changed, sums), _ = lax.scan(add, (model_state, zeros), (parts, keys))
+  gradients, metrics = jax.tree.map(lambda x: x / accumulate, sums)
   return gradients, changed, metrics
+
+
+def _every(x: jax.Array, n: int) -> jax.Array:
+  """Returns the examples i, i + n, ... of a batch, for each i: [n, B / n, ...].
+
+  Where a batch is split over devices, each so has its rows of every part.
+  """
+  return jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0)
 
 
 def _in_phase(model_state, active):
@@ -146,7 +184,7 @@ def _judge(apply, quality, space, variables, proposed, batch):
   cancels between them.
   """
   samples = len(jax.tree.leaves(proposed)[0])
-  batch = jax.tree.map(lambda x: x[: len(x) // samples], batch)
+  batch = jax.tree.map(lambda x: _every(x, samples)[0], batch)
 
   def judge(i):
     arch = space.expand(jax.tree.map(lambda a: a[i], proposed))

@@ -19,6 +19,8 @@ FLOORS = (
     'policy',
     'optimizers',
     'sizes',
+    'replicas',
+    'processes',
   ),
   (
     'clipping',
@@ -30,6 +32,8 @@ FLOORS = (
     'metrics',
     'sweep_file',
     'pareto',
+    'parallel',
+    'watch',
   ),
   (
     'live',
@@ -65,7 +69,8 @@ FLOORS = (
     'sweep_picture',
   ),
   ('report_page',),
-  ('report', 'sweep_page'),
+  ('report', 'sweep_page', 'journal'),
+  ('loop',),
   ('train',),
   ('main', 'slicing', 'sweep'),
   ('export',),

@@ -14,6 +14,7 @@ import pytest
 from fliqs_jax import checkpoint
 from fliqs_jax import evaluate
 from fliqs_jax import experiment as experiment_lib
+from fliqs_jax import journal
 from fliqs_jax import train
 from tests import tiny
 
@@ -153,7 +154,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     config.optimizer.schedule = 'constant'
     config.optimizer.learning_rate = 1e3
     config.train.max_loss = 3.0  # ... and uniform guessing costs ln 10 = 2.3.
-  with pytest.raises(train.DivergedError, match='loss is .*checkpoint'):
+  with pytest.raises(journal.DivergedError, match='loss is .*checkpoint'):
     train.train_and_evaluate(config, tmp_path)
   assert not (tmp_path / 'result.json').exists()
 
