@@ -45,6 +45,7 @@ class Journal:
       step: from which it goes on; 0 for a run that starts afresh.
       seen: `unwritten` of the journal before.
     """
+    watch.heartbeat(workdir, step)
     self._experiment = experiment
     self._workdir = workdir
     self._sums = metrics_lib.unpacked(seen) if seen else None
@@ -52,7 +53,6 @@ class Journal:
     self._writer = None
     if processes.index() == 0:
       self._writer = metrics_lib.Writer(workdir, step or None)
-    watch.heartbeat(workdir, processes.index(), step)
 
   def add(self, step_metrics: dict[str, jax.Array]) -> None:
     """Adds a step's metrics; waits for nothing."""
@@ -87,7 +87,7 @@ class Journal:
         for name, pi in policy_lib.probabilities(policy).items()
       }
       self._writer.write(step, scalars, probabilities, timing)
-    watch.heartbeat(self._workdir, processes.index(), step)
+    watch.heartbeat(self._workdir, step)
     _LOG.info('%s', _progress(self._experiment, step, scalars, timing))
 
   def unwritten(self, step: int) -> dict[str, list[str]]:

@@ -68,7 +68,7 @@ def train_and_evaluate(
       process_count=processes.count(),
     )
     devices = parallel.all_devices(config, experiment.controller.samples)
-    trace = watch.Trace(profile_steps, workdir / 'profile')
+    trace = watch.Trace(profile_steps, config.train.steps, workdir / 'profile')
     if processes.index() == 0:
       _claim(config, workdir)
   _describe(experiment)

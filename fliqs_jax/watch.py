@@ -9,41 +9,45 @@ from typing import Any
 import jax
 
 from fliqs_jax import files
+from fliqs_jax import processes
 
 
-def heartbeat(workdir: str | os.PathLike[str], process: int, step: int) -> None:
-  """Replaces `heartbeat/PROCESS.json`: how far the process is, and when."""
-  path = pathlib.Path(workdir) / 'heartbeat' / f'{process}.json'
+def heartbeat(workdir: str | os.PathLike[str], step: int) -> None:
+  """Replaces `heartbeat/PROCESS.json`: how far this process is, and when."""
+  path = pathlib.Path(workdir) / 'heartbeat' / f'{processes.index()}.json'
   path.parent.mkdir(exist_ok=True)
   files.write_json(path, dict(step=step, time=time.time()))
 
 
 class Trace:
-  """A profile of a run's steps, for TensorBoard's profiler."""
+  """A profile of a run's steps, for TensorBoard's profiler; of one process."""
 
-  def __init__(self, steps: str, directory: str | os.PathLike[str]):
+  def __init__(
+    self, steps: str, run_steps: int, directory: str | os.PathLike[str]
+  ):
     """Reads which steps.
 
     Args:
       steps: `N:M`, from step N, counted from 0, to before step M; '' for none.
-      directory: where it is left.
+      run_steps: of the run.
+      directory: where the first process leaves it.
 
     Raises:
-      ValueError: it is something else.
+      ValueError: it is something else, or beyond the run.
     """
     self._directory, self._is_on = str(directory), False
     self._first, self._end = -1, -1
     if match := re.fullmatch(r'(\d+):(\d+)', steps):
       self._first, self._end = map(int, match.groups())
-    if steps and not 0 <= self._first < self._end:
+    if steps and not 0 <= self._first < self._end <= run_steps:
       raise ValueError(
-        f'profile_steps={steps!r} must be N:M, steps counted from 0, with N '
-        'below M'
+        f'profile_steps={steps!r} must be N:M with N below M, steps of the run '
+        f'counted from 0; it has {run_steps}'
       )
 
   def before(self, step: int) -> None:
     """Starts the profile if it starts with this step."""
-    if step == self._first:
+    if step == self._first and processes.index() == 0:
       jax.profiler.start_trace(self._directory)
       self._is_on = True
 

@@ -283,3 +283,17 @@ def test_the_package_imports_no_effects_and_nothing_tries_tensorflow():
     cwd=pathlib.Path(__file__).parents[1],
     check=True,
   )
+
+
+def test_sums_are_packed_to_the_bit():
+  sums = None
+  for value in (0.1, 1e30, float('nan')):
+    sums = metrics.accumulate(sums, dict(a=jnp.float32(value), b=jnp.ones(())))
+  packed = json.loads(json.dumps(metrics.packed(sums)))
+  again = metrics.unpacked(packed)
+  assert jax.tree.structure(again) == jax.tree.structure(sums)
+  for x, y in zip(jax.tree.leaves(sums), jax.tree.leaves(again)):
+    assert x.dtype == y.dtype
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+  more = dict(a=jnp.ones(()), b=jnp.ones(()))
+  assert metrics.compute(metrics.accumulate(again, more))['b'] == 1.0

@@ -159,6 +159,21 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
   assert not (tmp_path / 'result.json').exists()
 
 
+def test_steps_are_profiled_on_request(tmp_path):
+  config = tiny.get_config('steps=20')
+  train.train_and_evaluate(config, tmp_path, profile_steps='3:5')
+  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+
+@pytest.mark.parametrize('steps', ['3', '5:3', '-1:4', 'a:b', '50:61'])
+def test_steps_that_cannot_be_profiled_are_refused(tmp_path, steps):
+  with pytest.raises(ValueError, match='must be N:M .* it has 60'):
+    train.train_and_evaluate(
+      tiny.get_config(), tmp_path / 'run', profile_steps=steps
+    )
+  assert not (tmp_path / 'run').exists()
+
+
 def _start(workdir, *extra):
   return subprocess.Popen(
     [
@@ -176,22 +191,14 @@ def _start(workdir, *extra):
   )
 
 
-def _kill_at(process, moment, how):
-  """Kills the process when it logs `moment`; returns whether it got there."""
+def _ended_at(process, moment, how):
+  """Signals the process when it logs `moment`; returns its status."""
   for line in process.stderr:
     if moment in line:
       process.send_signal(how)
       break
   process.stderr.close()
-  return process.wait() == -how
-
-
-def test_one_of_several_processes_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setenv('FLIQS_NUM_PROCESSES', '2')
-  process = _start(tmp_path)
-  assert 'one process so far' in process.communicate()[1]
-  assert process.returncode == 2
-  assert not (tmp_path / 'config.json').exists()
+  return process.wait()
 
 
 def test_a_run_killed_at_any_moment_ends_bit_identical(tmp_path):
@@ -201,13 +208,13 @@ def test_a_run_killed_at_any_moment_ends_bit_identical(tmp_path):
   assert process.returncode == 0
   # Before the first checkpoint, between two, while one is being written, and
   # after the last step, while results are written.
-  for moment, how in (
-    ('step 5/60', signal.SIGKILL),
-    ('step 25/60', signal.SIGTERM),
-    ('step 40/60', signal.SIGKILL),
-    ('step 60/60', signal.SIGKILL),
+  for moment, how, status in (
+    ('step 5/60', signal.SIGKILL, -signal.SIGKILL),
+    ('step 25/60', signal.SIGTERM, 75),  # It saves, wherever it is.
+    ('step 40/60', signal.SIGKILL, -signal.SIGKILL),
+    ('step 60/60', signal.SIGKILL, -signal.SIGKILL),
   ):
-    assert _kill_at(_start(broken), moment, how), moment
+    assert _ended_at(_start(broken), moment, how) == status, moment
   process = _start(broken)
   assert process.communicate()[1]
   assert process.returncode == 0
