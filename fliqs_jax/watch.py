@@ -13,10 +13,13 @@ from fliqs_jax import processes
 
 
 def heartbeat(workdir: str | os.PathLike[str], step: int) -> None:
-  """Replaces `heartbeat/PROCESS.json`: how far this process is, and when."""
+  """Replaces `heartbeat/PROCESS.json`: how far this process is, and when.
+
+  `time` is in seconds since 1970, `pid` the operating system's number.
+  """
   path = pathlib.Path(workdir) / 'heartbeat' / f'{processes.index()}.json'
   path.parent.mkdir(exist_ok=True)
-  files.write_json(path, dict(step=step, time=time.time()))
+  files.write_json(path, dict(step=step, time=time.time(), pid=os.getpid()))
 
 
 class Trace:

@@ -195,6 +195,61 @@ def test_a_killed_process_ends_the_others(tmp_path):
   assert 'another task died' in run.text(0) or 'is gone' in run.text(0)
 
 
+def test_the_launcher_starts_all_again_when_one_is_killed(whole, tmp_path):
+  workdir = tmp_path / 'whole'
+  with (tmp_path / 'log').open('w') as log:
+    launcher = subprocess.Popen(
+      [
+        *(sys.executable, '-m', 'launch', 'local', '--processes=2'),
+        *('--cpu_devices=2', '--config=tests/tiny.py:steps=300'),
+        *(f'--workdir={workdir}', '--grace=5'),
+      ],
+      cwd=_ROOT,
+      stderr=log,
+    )
+  heartbeat = workdir / 'heartbeat' / '1.json'
+  deadline = time.monotonic() + 240
+  while (
+    not heartbeat.exists() or json.loads(heartbeat.read_text())['step'] < 50
+  ):
+    assert time.monotonic() < deadline, (tmp_path / 'log').read_text()
+    time.sleep(0.01)
+  os.kill(json.loads(heartbeat.read_text())['pid'], signal.SIGKILL)
+  assert launcher.wait(timeout=240) == 0, (tmp_path / 'log').read_text()
+  assert '1 of 3 restarts; starting again' in (tmp_path / 'log').read_text()
+  assert _facts(workdir) == _facts(whole[0])
+
+
+def test_processes_find_each_other_through_a_cluster(tmp_path):
+  """SLURM's variables, as srun sets them."""
+  own = 'from fliqs_jax import processes as p; p.join(60, 60); '
+  own += 'print(p.texts(f"{p.index()} of {p.count()}"))'
+  # JAX takes the coordinator's port from the number of the job.
+  job = str(_port())
+  children = [
+    subprocess.Popen(
+      [sys.executable, '-c', own],
+      cwd=_ROOT,
+      stdout=subprocess.PIPE,
+      text=True,
+      env={
+        **os.environ,
+        'JAX_PLATFORMS': 'cpu',
+        'XLA_FLAGS': '',
+        'SLURM_JOB_ID': job,
+        'SLURM_STEP_NODELIST': 'localhost',
+        'SLURM_STEP_NUM_NODES': '1',
+        'SLURM_NTASKS': '2',
+        'SLURM_PROCID': str(i),
+        'SLURM_LOCALID': str(i),
+      },
+    )
+    for i in range(2)
+  ]
+  for child in children:
+    assert "['0 of 2', '1 of 2']" in child.communicate(timeout=120)[0]
+
+
 def test_processes_of_different_configs_are_refused_by_name(tmp_path):
   run = _Run(
     tmp_path / 'run', each=(('--config.seed=1',), ('--config.seed=2',))
