@@ -1,12 +1,18 @@
 """The benchmarks run, at sizes at which their numbers say nothing."""
 
+import sys
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import gpu_step
 from benchmarks import layer_times
 from benchmarks import serving
+from benchmarks import step_time
+from fliqs_jax import models
 
 
 @pytest.fixture(scope='module', name='network')
@@ -47,3 +53,41 @@ def test_a_layer_alone_is_the_one_of_the_network(network):
     )
     result = kept['intermediates']['stem']['__call__'][-1]
     np.testing.assert_array_equal(layer.apply(variables, x), result)
+
+
+def test_steps_are_timed_against_the_float_ones():
+  # One layer: eight programs are compiled.
+  model = models.published('mlp') | dict(hidden=())
+  problem = step_time.Problem(model, 8, 8, jnp.bfloat16)
+  names = list(gpu_step.STEPS)
+  lines = step_time.measure(problem, names, rounds=2, steps=1)
+  rows = [line.split(' | ') for line in lines if line.startswith('| ')][1:]
+  assert [row[0] for row in rows] == [f'| {name}' for name in names]
+  assert rows[names.index('float')][2] == '1.00 (1.00 to 1.00)'
+  assert rows[names.index('stock')][1] == '1.00 (1.00 to 1.00)'
+  assert lines[-1].startswith('16 / 3: ')
+
+
+@pytest.mark.parametrize('tiny', [False, True])
+def test_a_network_in_bfloat16_is_so_everywhere(tiny):
+  problem = gpu_step.problem(8, tiny)
+  network = problem.network(nn.Conv, nn.Dense)
+  image = jnp.zeros((1, problem.pixels, problem.pixels, 3))
+
+  def trace(key):
+    return network.init_with_output(
+      key, image, train=False, capture_intermediates=True
+    )
+
+  y, variables = jax.eval_shape(trace, jax.random.key(0))
+  results = jax.tree.leaves(variables['intermediates'])
+  assert {x.dtype for x in (y, *results)} == {jnp.dtype(jnp.bfloat16)}
+  assert {x.dtype for x in jax.tree.leaves(variables['params'])} == {
+    jnp.dtype(jnp.float32)
+  }
+
+
+def test_without_an_accelerator_nothing_is_measured(monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', ['gpu_step'])
+  gpu_step.main()
+  assert capsys.readouterr().out.count('\n') == 1
