@@ -74,14 +74,14 @@ def variants(config, size: int):
   floats = {k: v for k, v in fake.items() if k in ('params', 'batch_stats')}
   low_bit = models.construct(config, 10, **serving.constructors(kept))
   integers = serving.variables(tensors, kept)
-  variants = {
+  functions = {
     'float32': serving.Served(plain, floats, {}),
     'float32/16': serving.Served(plain, floats, {}, at_once=16),
     'fake': serving.Served(search, fake, {}),
     'int8': serving.Served(low_bit, integers, {}),
     'int8/16': serving.Served(low_bit, integers, {}, at_once=16),
   }
-  return variants, {op.path: op.shape for op in space.ops}
+  return functions, {op.path: op.shape for op in space.ops}
 
 
 def _ratios(functions, x, rounds: int) -> dict[str, tuple[float, ...]]:
