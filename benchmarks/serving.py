@@ -13,9 +13,13 @@ Compares inference of one network, in one process:
 compiled first, then run interleaved; a figure is the median over rounds of the
 ratio of times within a round (above 1: faster than float32), with the
 quartiles.
+
+A table per batch follows: each layer alone, `int8/16` against float32, and why
+where it gains nothing.
 """
 
 import argparse
+import functools
 import statistics
 import time
 
@@ -24,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import layer_times
 from fliqs_jax import models
 from fliqs_jax import quant_spec
 from fliqs_jax import search_space
@@ -43,14 +48,15 @@ NETWORKS = {
 _FORMAT = 'INT8'
 
 
-def _variants(config, size: int):
-  """Returns {variant: function of images}."""
+def variants(config, size: int):
+  """Returns {variant: function of images}, and {path of a layer: its op}."""
   spec = quant_spec.QuantSpec(_FORMAT)
   search = models.build(config, 10, spec)
   image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   space = search_space.find(search, image, spec=spec, train=False)
   example = jnp.zeros(image.shape, image.dtype)
-  variables = dict(search.init(jax.random.key(0), example, train=False))
+  init = jax.jit(functools.partial(search.init, train=False))
+  variables = dict(init(jax.random.key(0), example))
   params = variables.pop('params')
   arch = space.expand(space.only())
   state = {k: v for k, v in variables.items() if k not in ('arch', 'cost')}
@@ -68,13 +74,14 @@ def _variants(config, size: int):
   floats = {k: v for k, v in fake.items() if k in ('params', 'batch_stats')}
   low_bit = models.construct(config, 10, **serving.constructors(kept))
   integers = serving.variables(tensors, kept)
-  return {
+  functions = {
     'float32': serving.Served(plain, floats, {}),
     'float32/16': serving.Served(plain, floats, {}, at_once=16),
     'fake': serving.Served(search, fake, {}),
     'int8': serving.Served(low_bit, integers, {}),
     'int8/16': serving.Served(low_bit, integers, {}, at_once=16),
   }
+  return functions, {op.path: op.shape for op in space.ops}
 
 
 def _ratios(functions, x, rounds: int) -> dict[str, tuple[float, ...]]:
@@ -112,12 +119,17 @@ def main() -> None:
   args = parser.parse_args()
   for network in args.network.split(','):
     config, size = NETWORKS[network]
-    functions = _variants(config, size)
+    functions, ops = variants(config, size)
+    plain, served = functions['float32'], functions['int8/16']
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    layers = layer_times.rows(plain, served, ops, image)
     for batch in map(int, args.batch.split(',')):
       rng = np.random.default_rng(0)
       x = rng.standard_normal((batch, size, size, 3), np.float32)
       x = jnp.asarray(x)
       _print(f'{network}, batch {batch}', _ratios(functions, x, args.rounds))
+      lines = layer_times.table(layers, batch, served.at_once, args.rounds)
+      print('', *lines, '', sep='\n', flush=True)
 
 
 if __name__ == '__main__':

@@ -21,7 +21,9 @@ Compares, for one network and batch, training steps that differ in one thing:
 does, so that only quantization differs. All steps are compiled first and then
 run interleaved in one process; a figure is the median over rounds of a ratio
 within a round, with the quartiles. Memory is XLA's own analysis of the compiled
-step.
+step's temporaries; where the device counts what it holds, its peak after each
+step's first run is beside it. That never falls: it covers the steps above, all
+of whose states are kept, and what XLA tried out while it compiled.
 
 Compilation is timed twice, tracing included: with an empty persistent
 compilation cache, and again from that cache with JAX's own caches cleared,
@@ -29,7 +31,8 @@ which is what the second run of a program waits for.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
 import functools
 import statistics
@@ -37,6 +40,7 @@ import tempfile
 import time
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +51,8 @@ from fliqs_jax import controller
 from fliqs_jax import cost_model
 from fliqs_jax import decisions as decisions_lib
 from fliqs_jax import formats
+from fliqs_jax import layers
+from fliqs_jax import live
 from fliqs_jax import models
 from fliqs_jax import quant_spec
 from fliqs_jax import schedules
@@ -85,9 +91,37 @@ STEPS = {
   ),
 }
 
-_CLASSES = 10
 _LOSS = classification.loss(0.1)
 _OPTIMIZER = optax.sgd(0.01, momentum=0.9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """What is trained.
+
+  Attributes:
+    model: section of a config.
+    pixels: height and width of an image.
+    batch: images, for training and for judging alike.
+    dtype: of the layers' results, batch norms' too where the network lets them
+      be given; parameters stay float32. None: float32.
+    classes: size of the network's output.
+  """
+
+  model: Mapping[str, Any]
+  pixels: int
+  batch: int
+  dtype: Any = None
+  classes: int = 10
+
+  def network(self, conv, dense, sizes=models.AS_PUBLISHED) -> nn.Module:
+    """Returns the network of these layers."""
+    constructors = dict(conv=conv, dense=dense, norm=live.BatchNorm)
+    typed = {
+      name: functools.partial(layer, dtype=self.dtype)
+      for name, layer in constructors.items()
+    }
+    return models.construct(self.model, self.classes, sizes=sizes, **typed)
 
 
 @dataclasses.dataclass
@@ -99,13 +133,12 @@ class Compiled:
   compile_seconds: float
   cached_seconds: float
   temporary_mb: float
+  peak_mb: float | None = None
 
 
-def _stock(model_config, image) -> tuple[Callable, Any]:
+def _stock(problem: Problem, image) -> tuple[Callable, Any]:
   """Returns a plain training step and its state."""
-  keys = {k: v for k, v in model_config.items() if k != 'name'}
-  network = models.MODELS[model_config['name']]
-  model = network.module(num_classes=_CLASSES, **keys, **network.fixed)
+  model = problem.network(nn.Conv, nn.Dense)
   init = jax.jit(functools.partial(model.init, train=False))
   variables = dict(init(jax.random.key(0), image))
   params = variables.pop('params')
@@ -136,11 +169,15 @@ def _stock(model_config, image) -> tuple[Callable, Any]:
 
 
 def _ours(
-  model_config, image, judged=True, sizes=models.AS_PUBLISHED, **quant
+  problem: Problem, image, judged=True, sizes=models.AS_PUBLISHED, **quant
 ) -> tuple[Callable, Any]:
   """Returns the fused step and its state."""
   spec = quant_spec.QuantSpec(**quant, act_clip=4.0)
-  model = models.build(model_config, _CLASSES, spec, sizes)
+  model = problem.network(
+    layers.with_spec(layers.QuantConv, spec),
+    layers.with_spec(layers.QuantDense, spec),
+    sizes,
+  )
   space = search_space.find(model, image, spec=spec, train=False)
   apply = model.apply
   if space.is_fixed and judged:
@@ -179,16 +216,17 @@ def _apply_idle(model, variables, x, **kwargs):
   )
 
 
-def _compile(network: str, variant) -> Compiled:
-  fields, size, batch_size = NETWORKS[network]
-  model_config = models.published(fields.get('name', network)) | fields
-  image = jnp.zeros((1, size, size, 3))
+def _compile(problem: Problem, variant) -> Compiled:
+  shape = (problem.pixels, problem.pixels, 3)
   make = functools.partial(_ours, **variant) if variant else _stock
-  step, state = make(model_config, image)
+  step, state = make(problem, jnp.zeros((1, *shape)))
   rng = np.random.default_rng(0)
-  batch = dict(
-    image=rng.normal(size=(batch_size, size, size, 3)).astype(np.float32),
-    label=rng.integers(0, _CLASSES, batch_size).astype(np.int32),
+  # On the device: how batches come there is not what is measured.
+  batch = jax.device_put(
+    dict(
+      image=rng.standard_normal((problem.batch, *shape), np.float32),
+      label=rng.integers(0, problem.classes, problem.batch).astype(np.int32),
+    )
   )
   seconds = []
   for _ in range(2):
@@ -206,8 +244,25 @@ def _compile(network: str, variant) -> Compiled:
   )
 
 
-def _measure(network: str, names: list[str], rounds: int, steps: int) -> None:
-  variants = {name: _compile(network, STEPS[name]) for name in names}
+def _peak_mb() -> float | None:
+  """Returns the most memory that the device ever held; None: not counted."""
+  counted = jax.devices()[0].memory_stats() or {}
+  peak = counted.get('peak_bytes_in_use')
+  return None if peak is None else peak / 1e6
+
+
+def measure(
+  problem: Problem, names: list[str], rounds: int, steps: int
+) -> list[str]:
+  """Compiles and times steps; returns a table's lines.
+
+  Args:
+    problem: what they train.
+    names: keys of STEPS.
+    rounds: how often each is timed, in turn; at least 2.
+    steps: how many steps make a sample.
+  """
+  variants = {name: _compile(problem, STEPS[name]) for name in names}
   seconds = {name: [] for name in names}
   for round_ in range(rounds + 1):
     for name, variant in variants.items():
@@ -217,6 +272,8 @@ def _measure(network: str, names: list[str], rounds: int, steps: int) -> None:
       jax.block_until_ready(variant.state)
       if round_ > 0:  # The first touches cold memory.
         seconds[name].append((time.perf_counter() - began) / steps)
+      else:
+        variant.peak_mb = _peak_mb()
 
   def ratio(over, under):
     if not {over, under} <= set(names):
@@ -225,26 +282,35 @@ def _measure(network: str, names: list[str], rounds: int, steps: int) -> None:
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f'{middle:.2f} ({low:.2f} to {high:.2f})'
 
-  _, size, batch_size = NETWORKS[network]
-  print(
-    f'\n{network}, {size}x{size}, batch {batch_size}, {rounds} rounds of '
-    f'{steps} steps'
-  )
-  print(
-    '| step | stock / time | time / float | ms | memory MB | compile s | '
-    'from cache s |'
-  )
-  print('|---|---|---|---|---|---|---|')
+  lines = [
+    f'{problem.pixels}x{problem.pixels}, batch {problem.batch}, '
+    f'{rounds} rounds of {steps} steps',
+    '',
+    '| step | stock / time | time / float | ms | temporaries MB | '
+    'peak so far MB | compile s | from cache s |',
+    '|---|---|---|---|---|---|---|---|',
+  ]
   for name, variant in variants.items():
-    print(
+    peak = '' if variant.peak_mb is None else f'{variant.peak_mb:.1f}'
+    lines.append(
       f'| {name} | {ratio("stock", name)} | {ratio(name, "float")} | '
       f'{1e3 * statistics.median(seconds[name]):.1f} | '
-      f'{variant.temporary_mb:.1f} | {variant.compile_seconds:.1f} | '
-      f'{variant.cached_seconds:.1f} |',
+      f'{variant.temporary_mb:.1f} | {peak} | '
+      f'{variant.compile_seconds:.1f} | {variant.cached_seconds:.1f} |',
     )
   for name in ('16', 'widths', 'sizes'):
     if paired := ratio(name, '3'):
-      print(f'{name} / 3: {paired}')
+      lines += ['', f'{name} / 3: {paired}']
+  return lines
+
+
+@contextlib.contextmanager
+def compilation_cache():
+  """Gives XLA an empty persistent cache, in which it keeps every program."""
+  with tempfile.TemporaryDirectory() as cache:
+    jax.config.update('jax_compilation_cache_dir', cache)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+    yield
 
 
 def main() -> None:
@@ -255,11 +321,13 @@ def main() -> None:
   parser.add_argument('--rounds', type=int, default=20)
   parser.add_argument('--steps', type=int, default=3)
   args = parser.parse_args()
-  with tempfile.TemporaryDirectory() as cache:
-    jax.config.update('jax_compilation_cache_dir', cache)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  with compilation_cache():
     for network in args.network.split(','):
-      _measure(network, args.step.split(','), args.rounds, args.steps)
+      fields, pixels, batch = NETWORKS[network]
+      model = models.published(fields.get('name', network)) | fields
+      problem = Problem(model, pixels, batch)
+      lines = measure(problem, args.step.split(','), args.rounds, args.steps)
+      print('', network, *lines, sep='\n', flush=True)
 
 
 if __name__ == '__main__':

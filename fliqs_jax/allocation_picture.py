@@ -41,7 +41,7 @@ def panes(
       for layer in layers:
         size = layer['sizes'].get(what)
         if layer[side] and size and len(size.options) > 1:
-          key = what, layer_kind(layer), side
+          key = what, layer['kind'], side
           found.setdefault(key, []).append(layer)
   bits = {_bits(x, key[2]) for key, part in found.items() for x in part}
   if len(bits) < 2:
@@ -57,35 +57,6 @@ def panes(
       ),
     )
   )
-
-
-def layer_kind(layer: Mapping[str, Any]) -> str:
-  """Returns `depthwise` or `pointwise` where name or sizes tell, else the kind.
-
-  A convolution has (kernel height)^2 weights for each pair of an input and an
-  output channel that it connects, and kernels are odd.
-
-  Args:
-    layer: mapping with `path`, `kind`, `params` and `sizes`.
-  """
-  sizes, params = layer['sizes'], layer['params']
-  if 'depthwise' in layer['path'].lower():
-    return 'depthwise'
-  outputs = sizes.get('output_channels')
-  if layer['kind'] != 'conv' or not outputs or not math.isfinite(params):
-    return layer['kind']
-  taps, rest = divmod(round(params), outputs.count)
-  if rest:
-    return layer['kind']
-  if inputs := sizes.get('input_channels'):
-    return 'pointwise' if taps == inputs.count else layer['kind']
-  kernel = sizes.get('kernel')
-  squares = [kernel.count**2] if kernel else [k * k for k in range(3, 16, 2)]
-  if taps in squares:
-    return 'depthwise'
-  # Were it no 1x1, the square of its height would divide its taps.
-  larger = any(taps % square == 0 for square in squares)
-  return layer['kind'] if kernel or larger else 'pointwise'
 
 
 def allocation(

@@ -86,7 +86,7 @@ def table(space: decisions_lib.SearchSpace) -> str:
   total = totals(space)
   width = max(len(op.path) for op in space.ops)
   lines = [
-    f'{"layer":{width}}  {"kind":6}  {"format":6}  {"MACs":>13}  '
+    f'{"layer":{width}}  {"kind":9}  {"format":6}  {"MACs":>13}  '
     f'{"weights":>11}  {"GBOPs":>10}  {"share":>6}'
   ]
   for op in space.ops:
@@ -94,7 +94,7 @@ def table(space: decisions_lib.SearchSpace) -> str:
     weights, _ = formats_of[op.path]
     gbops = float(cost_model.op_gbops(op, leaves))
     lines.append(
-      f'{op.path:{width}}  {shape.kind:6}  {weights or "BF16":6}  '
+      f'{op.path:{width}}  {shape.kind:9}  {weights or "BF16":6}  '
       f'{shape.macs:13,}  {shape.weights:11,}  {gbops:10.4f}  '
       f'{gbops / total["gbops"]:6.1%}'
     )

@@ -29,7 +29,9 @@ class OpShape:
   """What one quantizable op tells of itself; known from shapes, so all static.
 
   Attributes:
-    kind: `conv`, `dense` or `einsum`.
+    kind: `conv`, or what it is more precisely: `pointwise` (1x1), `depthwise`
+      (each output sees one of several inputs); `dense`, `einsum`, `embed`, or
+      `attend` (a product of attention).
     macs: multiply-accumulates for the input that the model was traced with.
     weights: number of weights.
     channels: number of weight scales, one per output channel.

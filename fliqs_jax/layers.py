@@ -184,8 +184,18 @@ def _conv(
   """`lax.conv_general_dilated` with quantized operands; channels last."""
   x, w = operands(lhs, rhs, tuple(range(rhs.ndim - 1)))
   y = _convolved(operands, x, w, window_strides, padding, **kwargs)
-  operands.record('conv', y.size * rhs[..., 0].size, rhs.size, rhs.shape[-1])
+  kind = _conv_kind(rhs.shape, kwargs['feature_group_count'])
+  operands.record(kind, y.size * rhs[..., 0].size, rhs.size, rhs.shape[-1])
   return y
+
+
+def _conv_kind(kernel: tuple[int, ...], groups: int) -> str:
+  """Returns the kind of a convolution, as of `cost_model.OpShape`."""
+  *taps, inputs, _ = kernel
+  # One input to an output is not enough: an image may have a single channel.
+  if groups > 1 and inputs == 1:
+    return 'depthwise'
+  return 'pointwise' if max(taps) == 1 else 'conv'
 
 
 def _convolved(operands, x, w, window_strides, padding, **kwargs) -> jax.Array:
@@ -263,7 +273,7 @@ def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
     largest = kernels[labels.index(module.kernel.size)]
     y = branch(largest)
     operands.record(
-      'conv',
+      _conv_kind(largest.shape, groups),
       macs=y.size * largest[..., 0].size,
       weights=largest.size,
       channels=module.features,

@@ -151,15 +151,15 @@ def sized_files():
       'output_channels': (32, last),
     },
   }
-  params = {
-    'block/expand': 16 * 96,
-    'block/middle': 5 * 5 * 96,
-    'block/project': 96 * 32,
+  kinds = {
+    'block/expand': 'pointwise',
+    'block/middle': 'depthwise',
+    'block/project': 'pointwise',
   }
   for row in result['layers']:
     own = sizes.get(row['path'], {})
     row |= {what: count for what, (count, _) in own.items()}
-    row['params'] = params.get(row['path'], row['params'])
+    row['kind'] = kinds.get(row['path'], row['kind'])
     if own:
       row['decided'] = {what: name for what, (_, name) in own.items()}
   return contents

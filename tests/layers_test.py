@@ -51,6 +51,7 @@ class Case:
     summed: axes of the kernel that the op sums over.
     layout: lays the weights' scales (kernel's rank) out against the output;
       None: the summed axes drop out, the rest are the last axes of the output.
+    kind: what the layer says that it is.
   """
 
   linen: type[nn.Module]
@@ -58,6 +59,7 @@ class Case:
   input_shape: tuple[int, ...]
   summed: tuple[int, ...]
   layout: Callable[[np.ndarray], np.ndarray] | None = None
+  kind: str = 'dense'
 
   def plain(self, **kwargs):
     return self.linen(**self.kwargs, **kwargs)
@@ -70,25 +72,35 @@ class Case:
     return self.layout(scale) if self.layout else _drop(scale, self.summed)
 
 
-def _conv(shape=(2, 7, 6, 4), kernel_size=(3, 3), features=6, **kwargs):
+def _conv(
+  shape=(2, 7, 6, 4), kernel_size=(3, 3), features=6, kind='conv', **kwargs
+):
   kwargs = dict(features=features, kernel_size=kernel_size, **kwargs)
-  return Case(nn.Conv, kwargs, shape, tuple(range(len(kernel_size) + 1)))
+  summed = tuple(range(len(kernel_size) + 1))
+  return Case(nn.Conv, kwargs, shape, summed, kind=kind)
 
 
 def _einsum(einsum_str, input_shape, shape, summed, layout=None, **kwargs):
   kwargs = dict(shape=shape, einsum_str=einsum_str, **kwargs)
-  return Case(nn.Einsum, kwargs, input_shape, summed, layout)
+  return Case(nn.Einsum, kwargs, input_shape, summed, layout, 'einsum')
 
 
 CASES = {
   'conv': _conv(),
   'conv_dilated': _conv(kernel_dilation=2, padding='VALID', use_bias=False),
   'conv_strided_grouped': _conv(strides=(2, 1), feature_group_count=2),
-  'conv_depthwise': _conv(feature_group_count=4, features=4, strides=2),
-  'conv_multiplier': _conv(feature_group_count=4, features=8, padding=1),
+  'conv_depthwise': _conv(
+    feature_group_count=4, features=4, strides=2, kind='depthwise'
+  ),
+  'conv_multiplier': _conv(
+    feature_group_count=4, features=8, padding=1, kind='depthwise'
+  ),
   'conv_input_dilated': _conv(input_dilation=2, padding=((2, 0), (0, 1))),
   'conv_circular': _conv(padding='CIRCULAR'),
-  'conv_1x1_unbatched': _conv((7, 6, 4), (1, 1), strides=(2, 1)),
+  'conv_1x1_unbatched': _conv(
+    (7, 6, 4), (1, 1), strides=(2, 1), kind='pointwise'
+  ),
+  'conv_of_one_channel': _conv((2, 7, 6, 1)),
   'conv_small_map': _conv((2, 2, 2, 4)),
   'conv_1d_causal': _conv((2, 3, 9, 4), (3,), padding='CAUSAL'),
   'dense': Case(nn.Dense, dict(features=5), (2, 3, 8), (0,)),
@@ -750,7 +762,7 @@ def test_a_layer_records_its_macs_its_weights_and_its_channels(case):
   summed = np.prod([kernel[axis] for axis in case.summed])
   # Every output is a sum over the summed axes of the kernel.
   assert op == cost_model.OpShape(
-    kind={nn.Conv: 'conv', nn.Einsum: 'einsum'}.get(case.linen, 'dense'),
+    kind=case.kind,
     macs=y.size * summed,
     weights=np.prod(kernel),
     channels=np.prod(kernel) // summed,

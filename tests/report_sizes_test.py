@@ -288,48 +288,6 @@ def test_a_kernel_has_one_colour_in_all_decisions():
   assert len({*colours[0], *colours[1]}) == 3
 
 
-@pytest.mark.parametrize(
-  ('kind', 'params', 'sizes', 'expected'),
-  [
-    # 1x1: a weight for each pair of an input and an output.
-    (
-      'conv',
-      16 * 96,
-      {'input_channels': 16, 'output_channels': 96},
-      'pointwise',
-    ),
-    (
-      'conv',
-      9 * 16 * 96,
-      {'input_channels': 16, 'output_channels': 96},
-      'conv',
-    ),
-    # Of each output channel one kernel.
-    ('conv', 25 * 96, {'output_channels': 96, 'kernel': 5}, 'depthwise'),
-    ('conv', 25 * 96 * 2, {'output_channels': 96, 'kernel': 5}, 'conv'),
-    ('conv', 9 * 96, {'output_channels': 96}, 'depthwise'),
-    # 32 weights to an output: no square of 3 or more divides it.
-    ('conv', 32 * 96, {'output_channels': 96}, 'pointwise'),
-    # 27 may be 3x3 of 3 inputs.
-    ('conv', 27 * 96, {'output_channels': 96}, 'conv'),
-    # How many channels there are is not said.
-    ('conv', 25 * 96, {'kernel': 5}, 'conv'),
-    ('conv', math.nan, {'output_channels': 96}, 'conv'),
-    ('dense', 96, {'output_channels': 96}, 'dense'),
-  ],
-)
-def test_kinds_of_convolutions_follow_from_their_weights(
-  kind, params, sizes, expected
-):
-  layer = {
-    'path': 'x',
-    'kind': kind,
-    'params': params,
-    'sizes': {what: finished_run.Size(count) for what, count in sizes.items()},
-  }
-  assert allocation_picture.layer_kind(layer) == expected
-
-
 def test_layers_are_sorted_into_panes(tmp_path):
   run = _read(tmp_path, finished.sized_files())
   panes = {
@@ -362,7 +320,6 @@ def test_every_layer_has_a_dot_of_its_own():
     {
       'path': f'{i}',
       'kind': 'dense',
-      'params': 1,
       'weights': name,
       'activations': name,
       'sizes': {'output_channels': size},

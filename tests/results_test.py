@@ -39,6 +39,9 @@ def test_rows_name_the_decision_of_each_size(experiment):
     'kernel': 'stage1_block0/kernel',
   }
   assert depthwise['kernel'] == 3
+  kinds = [rows[path]['kind'] for path in ('stem', 'head')]
+  assert kinds == ['conv', 'dense']
+  assert (expand['kind'], depthwise['kind']) == ('pointwise', 'depthwise')
   decisions = results.decisions(experiment, space.zeros())
   for row in rows.values():
     assert set(row.get('decided', {}).values()) <= set(decisions)

@@ -54,7 +54,7 @@ MODELS: dict[str, Network] = {
 AS_PUBLISHED = sizes_lib.Sizes()  # Nothing is open.
 
 # What `build` itself gives a model; not keys of a config.
-_GIVEN = ('conv', 'dense', 'num_classes', 'sizes', 'parent', 'name')
+_GIVEN = ('conv', 'dense', 'norm', 'num_classes', 'sizes', 'parent', 'name')
 
 
 def published(name: str) -> dict[str, Any]:
@@ -118,7 +118,8 @@ def construct(
       network.
     num_classes: size of its output.
     sizes: which of its sizes are open, or what they were found to be.
-    **constructors: `conv` and `dense`; those that a network lacks are ignored.
+    **constructors: `conv`, `dense` and `norm`; those that a network lacks are
+      ignored.
 
   Raises:
     ValueError: unknown name, unknown or missing keys, sizes that the network

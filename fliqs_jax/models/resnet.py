@@ -49,6 +49,7 @@ class ResNet(nn.Module):
     sizes: which sizes are open.
     conv: constructor of convolutions.
     dense: constructor of dense layers.
+    norm: constructor of batch norms, with the fields of `live.BatchNorm`.
   """
 
   input_shape: ClassVar[tuple[int, int, int]] = (224, 224, 3)
@@ -59,6 +60,7 @@ class ResNet(nn.Module):
   sizes: sizes_lib.Sizes = sizes_lib.Sizes()
   conv: Any = nn.Conv
   dense: Any = nn.Dense
+  norm: Any = live.BatchNorm
 
   def __post_init__(self):
     if self.depth not in DEPTHS:
@@ -74,7 +76,7 @@ class ResNet(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns logits [N, num_classes] of images [N, H, W, 3]."""
     norm = functools.partial(
-      live.BatchNorm,
+      self.norm,
       use_running_average=not train,
       momentum=0.9,
       epsilon=1e-5,

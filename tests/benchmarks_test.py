@@ -1,0 +1,93 @@
+"""The benchmarks run, at sizes at which their numbers say nothing."""
+
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import gpu_step
+from benchmarks import layer_times
+from benchmarks import serving
+from benchmarks import step_time
+from fliqs_jax import models
+
+
+@pytest.fixture(scope='module', name='network')
+def _network():
+  """A ResNet-8 as {variant: function}, its ops, and its layers."""
+  config = dict(name='resnet_cifar', depth=8, filters=4)
+  functions, ops = serving.variants(config, 8)
+  image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+  plain, served = functions['float32'], functions['int8']
+  return functions, ops, layer_times.rows(plain, served, ops, image)
+
+
+def test_every_served_layer_is_in_the_table(network):
+  _, ops, rows = network
+  assert sum(row.count for row in rows) == len(ops)
+  stem = rows[0]
+  assert (stem.path, stem.inputs) == ('stem', (8, 8, 3))
+  # At each place 27 x 4 products; 3 numbers come in and 4 go out.
+  assert stem.macs_per_number == pytest.approx(27 * 4 / 7)
+  lines = layer_times.table(rows, batch=2, at_once=1, rounds=1)[2:]
+  assert sorted(line.split(' | ')[0] for line in lines) == sorted(
+    f'| {row.path}' for row in rows
+  )
+  ratios = [float(line.split(' | ')[6]) for line in lines]
+  assert ratios == sorted(ratios)
+
+
+def test_a_layer_alone_is_the_one_of_the_network(network):
+  functions, _, rows = network
+  x = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
+  for variant, (layer, variables) in (
+    ('float32', rows[0].plain),
+    ('int8', rows[0].served),
+  ):
+    whole = functions[variant]
+    _, kept = whole.model.apply(
+      whole.variables, x, train=False, capture_intermediates=True
+    )
+    result = kept['intermediates']['stem']['__call__'][-1]
+    np.testing.assert_array_equal(layer.apply(variables, x), result)
+
+
+def test_steps_are_timed_against_the_float_ones():
+  # One layer: eight programs are compiled.
+  model = models.published('mlp') | dict(hidden=())
+  problem = step_time.Problem(model, 8, 8, jnp.bfloat16)
+  names = list(gpu_step.STEPS)
+  lines = step_time.measure(problem, names, rounds=2, steps=1)
+  rows = [line.split(' | ') for line in lines if line.startswith('| ')][1:]
+  assert [row[0] for row in rows] == [f'| {name}' for name in names]
+  assert rows[names.index('float')][2] == '1.00 (1.00 to 1.00)'
+  assert rows[names.index('stock')][1] == '1.00 (1.00 to 1.00)'
+  assert lines[-1].startswith('16 / 3: ')
+
+
+@pytest.mark.parametrize('tiny', [False, True])
+def test_a_network_in_bfloat16_is_so_everywhere(tiny):
+  problem = gpu_step.problem(8, tiny)
+  network = problem.network(nn.Conv, nn.Dense)
+  image = jnp.zeros((1, problem.pixels, problem.pixels, 3))
+
+  def trace(key):
+    return network.init_with_output(
+      key, image, train=False, capture_intermediates=True
+    )
+
+  y, variables = jax.eval_shape(trace, jax.random.key(0))
+  results = jax.tree.leaves(variables['intermediates'])
+  assert {x.dtype for x in (y, *results)} == {jnp.dtype(jnp.bfloat16)}
+  assert {x.dtype for x in jax.tree.leaves(variables['params'])} == {
+    jnp.dtype(jnp.float32)
+  }
+
+
+def test_without_an_accelerator_nothing_is_measured(monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', ['gpu_step'])
+  gpu_step.main()
+  assert capsys.readouterr().out.count('\n') == 1
