@@ -66,7 +66,8 @@ class Checkpoints:
     if keep < 1:
       raise ValueError(f'keep={keep} must be at least 1')
     self._directory = epath.Path(directory).absolute()
-    _check_writable(self._directory)
+    with processes.together():
+      _check_writable(self._directory)
     self._unusable: dict[int, str] = {}  # Reason by step.
     self._saving: int | None = None  # Step of the last save.
     arrays = ocp.type_handlers.create_type_handler_registry(

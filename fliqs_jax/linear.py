@@ -64,18 +64,17 @@ def conv_general_dilated(
         windows(padded, kernel, window_strides), axis=-1
       )
       return _matmul(patches, rhs.reshape((-1, rhs.shape[3])), 1, precision)
-  return lax.conv_general_dilated(
-    lhs,
-    rhs,
-    window_strides,
-    padding,
+  op = functools.partial(
+    lax.conv_general_dilated,
+    window_strides=window_strides,
+    padding=padding,
     lhs_dilation=lhs_dilation,
     rhs_dilation=rhs_dilation,
     dimension_numbers=dimension_numbers,
     feature_group_count=feature_group_count,
     precision=precision,
-    preferred_element_type=jnp.float32,
   )
+  return _with_float32_sums(op, lhs, rhs)
 
 
 def dot_general(
@@ -102,13 +101,32 @@ def dot_general(
   dense = (tuple(lhs_contract), tuple(rhs_contract)) == (last, first)
   if _on_cpu() and dense and not lhs_batch:
     return _matmul(lhs, rhs, summed, precision)
-  return lax.dot_general(
-    lhs,
-    rhs,
-    dimension_numbers,
-    precision=precision,
-    preferred_element_type=jnp.float32,
+  op = functools.partial(
+    lax.dot_general, dimension_numbers=dimension_numbers, precision=precision
   )
+  return _with_float32_sums(op, lhs, rhs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_float32_sums(op, lhs, rhs):
+  """Returns the float32 result of an op, linear in both of its operands.
+
+  JAX would multiply a float32 gradient with operands that it widens; the
+  gradient is rounded to their type instead, as that of an op of this type is.
+  """
+  return op(lhs, rhs, preferred_element_type=jnp.float32)
+
+
+def _with_float32_sums_fwd(op, lhs, rhs):
+  return _with_float32_sums(op, lhs, rhs), (lhs, rhs)
+
+
+def _with_float32_sums_bwd(op, operands, g):
+  _, transpose = jax.vjp(op, *operands)
+  return transpose(g.astype(operands[0].dtype))
+
+
+_with_float32_sums.defvjp(_with_float32_sums_fwd, _with_float32_sums_bwd)
 
 
 def computed_once(y: jax.Array, scale: jax.Array) -> jax.Array:

@@ -106,3 +106,36 @@ def test_bfloat16_operands_are_summed_in_float32():
   )
   assert y.dtype == jnp.float32
   assert y.item() == 300
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_gradients_are_multiplied_in_the_type_of_the_operands(dtype):
+  def convolve(x, w):
+    dilated = _convolve(linear.conv_general_dilated, (1, 1), 'SAME', 1)(x, w)
+    axes = (((3,), (1,)), ((0,), (0,)))
+    y = linear.dot_general(dilated.astype(dtype), w[0], axes, None)
+    assert dilated.dtype == y.dtype == jnp.float32
+    return jnp.sum(jnp.sin(y))
+
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(3, 6, 6, 4)), dtype)
+  w = jnp.asarray(rng.normal(size=(3, 3, 4, 4)) / 6, dtype)
+  gradient = jax.grad(convolve, argnums=(0, 1))
+  products = [
+    equation
+    for equation in jax.make_jaxpr(gradient)(x, w).eqns
+    if equation.primitive.name in ('conv_general_dilated', 'dot_general')
+  ]
+  assert len(products) == 6
+  assert {v.aval.dtype for p in products for v in p.invars} == {x.dtype}
+  exact = jax.grad(convolve, (0, 1))(
+    x.astype(jnp.float32), w.astype(jnp.float32)
+  )
+  for ours, theirs in zip(gradient(x, w), exact):
+    assert ours.dtype == dtype
+    scale = jnp.abs(theirs).max()
+    np.testing.assert_allclose(
+      ours.astype(jnp.float32) / scale,
+      theirs / scale,
+      atol=0.05 if dtype == jnp.bfloat16 else 1e-6,
+    )

@@ -267,10 +267,11 @@ def _rows(
       f'{num_examples}, the examples in config.data.{_SPLIT_KEYS[stream]}='
       f'{config[_SPLIT_KEYS[stream]]!r}'
     )
-  if size % process_count:
+  if rest := size % process_count:
+    nearest = [size - rest, size - rest + process_count]
     raise ValueError(
       f'config.data.{key}={size} must be divisible by the {process_count} '
-      'processes that share it'
+      f'processes that share it; the nearest: {nearest[0]}, {nearest[1]}'
     )
   local = size // process_count
   return range(process_index * local, (process_index + 1) * local)
