@@ -122,8 +122,8 @@ def _with_float32_sums_fwd(op, lhs, rhs):
 
 
 def _with_float32_sums_bwd(op, operands, g):
-  _, transpose = jax.vjp(op, *operands)
-  return transpose(g.astype(operands[0].dtype))
+  y, transpose = jax.vjp(op, *operands)
+  return transpose(g.astype(y.dtype))
 
 
 _with_float32_sums.defvjp(_with_float32_sums_fwd, _with_float32_sums_bwd)

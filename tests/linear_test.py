@@ -113,7 +113,7 @@ def test_gradients_are_multiplied_in_the_type_of_the_operands(dtype):
   def convolve(x, w):
     dilated = _convolve(linear.conv_general_dilated, (1, 1), 'SAME', 1)(x, w)
     axes = (((3,), (1,)), ((0,), (0,)))
-    y = linear.dot_general(dilated.astype(dtype), w[0], axes, None)
+    y = linear.dot_general(dilated.astype(x.dtype), w[0], axes, None)
     assert dilated.dtype == y.dtype == jnp.float32
     return jnp.sum(jnp.sin(y))
 
