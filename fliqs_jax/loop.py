@@ -1,11 +1,12 @@
 """The steps of a run, from where it stands to the last one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import itertools
 import logging
 import pathlib
 import time
+from typing import Any
 
 import jax
 
@@ -86,8 +87,7 @@ def run(
           or stopping
         ):
           seconds = result.seconds_before + time.monotonic() - began
-          extra = dict(seconds=seconds, metrics=journal.unwritten(done))
-          checkpoints.save(done, result.state, extra)
+          save(checkpoints, result.state, seconds, journal.unwritten(done))
         if stopping:
           checkpoints.wait()
           raise PreemptedError(
@@ -96,6 +96,24 @@ def run(
           )
     checkpoints.wait()
   return result
+
+
+def save(
+  checkpoints: checkpoint.Checkpoints,
+  state: train_state.TrainState,
+  seconds: float = 0.0,
+  unwritten: Mapping[str, Any] | None = None,
+) -> None:
+  """Saves what `run` goes on from.
+
+  Args:
+    checkpoints: of the run.
+    state: after as many steps as it says.
+    seconds: wall time until now.
+    unwritten: as of `Journal.unwritten`.
+  """
+  extra = dict(seconds=seconds, metrics=unwritten or {})
+  checkpoints.save(int(state.step), state, extra)
 
 
 def _start(experiment, devices, checkpoints):

@@ -25,6 +25,7 @@ from fliqs_jax import checkpoint
 from fliqs_jax import evaluate
 from fliqs_jax import experiment as experiment_lib
 from fliqs_jax import files
+from fliqs_jax import loop
 from fliqs_jax import results
 from fliqs_jax import train
 
@@ -125,7 +126,7 @@ def slice_run(workdir: str, out: str) -> dict[str, Any]:
   files.write_json(arch, results.arch(run.experiment, run.found))
   shutil.copy(source / 'history.jsonl', target / 'history.jsonl')
   with checkpoint.Checkpoints(target / 'checkpoints') as checkpoints:
-    checkpoints.save(int(found.state.step), found.state, dict(seconds=0.0))
+    loop.save(checkpoints, found.state)
     checkpoints.wait()
   return train.train_and_evaluate(found.experiment.config, target)['found']
 

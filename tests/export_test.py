@@ -17,6 +17,7 @@ from fliqs_jax import evaluate
 from fliqs_jax import export
 from fliqs_jax import formats
 from fliqs_jax import models
+from fliqs_jax import parallel
 from fliqs_jax import qwix_rules
 from fliqs_jax import serving
 from fliqs_jax import stored
@@ -92,7 +93,9 @@ def test_the_export_is_the_evaluated_model_bit_for_bit(workdir, exported):
   variables = dict(
     params=run.state.served_params,
     arch=run.experiment.space.expand(choices),
-    **evaluate.settled_statistics(run.experiment, run.state, choices),
+    **evaluate.settled_statistics(
+      run.experiment, run.state, choices, parallel.one_device()
+    ),
   )
   apply = jax.jit(lambda v, x: run.experiment.model.apply(v, x, train=False))
   # In one piece: a sum of floats may depend on the size of the batch.
