@@ -51,7 +51,7 @@ FLOORS = (
     'unhooked',
     'served_layers',
   ),
-  ('train_step', 'cost', 'repeats', 'stored'),
+  ('train_step', 'cost', 'repeats', 'stored', 'linen_calls', 'stacks'),
   ('intercept', 'artifact', 'stablehlo', 'qwix_rules'),
   ('found', 'serving'),
   ('experiment',),
