@@ -120,7 +120,7 @@ class Searchable:
     Raises:
       ValueError: the call lacks arguments, or a layer cannot be quantized.
     """
-    self._check_call(args, kwargs)
+    linen_calls.check_call(self.model, args, kwargs)
     seen: list[str] = []
 
     def run():
@@ -170,7 +170,7 @@ class Searchable:
     Raises:
       ValueError: the call lacks arguments, or `arch` or `quant_stats` entries.
     """
-    self._check_call(args, kwargs)
+    linen_calls.check_call(self.model, args, kwargs)
     wanted = _names(mutable, variables)
     inner = carried_lib.merge(core.unfreeze(variables))
     changing = {*wanted, self._token}
@@ -199,26 +199,6 @@ class Searchable:
     one among them it keeps no program of other rules.
     """
     return f'fliqs {dataclasses.replace(self, model=None)!r}'
-
-  def _check_call(self, args, kwargs) -> None:
-    method = kwargs.get('method') or type(self.model).__call__
-    if isinstance(method, str):
-      method = getattr(type(self.model), method)
-    call = {
-      k: v
-      for k, v in kwargs.items()
-      if k not in ('method', 'rngs', 'mutable', 'capture_intermediates')
-    }
-    signature = inspect.signature(method)
-    bound = () if inspect.ismethod(method) else (self.model,)
-    try:
-      signature.bind(*bound, *args, **call)
-    except TypeError as error:
-      name = type(self.model).__name__
-      raise ValueError(
-        f'{name} is called as {name}{signature}: {error}; give what it is '
-        'called with to init, apply, find_decisions and create_state alike'
-      ) from None
 
   def _check_stacks(self, variables, carried) -> None:
     stacked = [p for p, s in carried.items() if carried_lib.is_stacked(s)]

@@ -65,6 +65,28 @@ def interceptor(replace: Callable) -> Callable:
   return intercept
 
 
+def check_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+  """Raises ValueError unless a module can be called in this way."""
+  method = kwargs.get('method') or type(model).__call__
+  if isinstance(method, str):
+    method = getattr(type(model), method)
+  call = {
+    k: v
+    for k, v in kwargs.items()
+    if k not in ('method', 'rngs', 'mutable', 'capture_intermediates')
+  }
+  signature = inspect.signature(method)
+  bound = () if inspect.ismethod(method) else (model,)
+  try:
+    signature.bind(*bound, *args, **call)
+  except TypeError as error:
+    name = type(model).__name__
+    raise ValueError(
+      f'{name} is called as {name}{signature}: {error}; give what it is called '
+      'with to init, apply, find_decisions, create_state and export_model alike'
+    ) from None
+
+
 def inputs_of(args: tuple, kwargs: dict[str, Any]) -> Any:
   """Returns what a layer is called with, apart from its options."""
   return args[0] if args else kwargs['inputs']

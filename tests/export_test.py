@@ -230,7 +230,7 @@ def test_other_outputs_are_noticed(exported, tmp_path):
   reference['outputs'] = reference['outputs'] + 1
   manifest = {
     key: content.manifest[key]
-    for key in ('model', 'arch', 'num_classes', 'versions', 'machine')
+    for key in ('model', 'call', 'arch', 'num_classes', 'versions', 'machine')
   }
   artifact.write(
     tmp_path / 'out',

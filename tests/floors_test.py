@@ -52,9 +52,9 @@ FLOORS = (
     'served_layers',
   ),
   ('train_step', 'cost', 'repeats', 'stored', 'linen_calls', 'stacks'),
-  ('intercept', 'artifact', 'stablehlo', 'qwix_rules'),
+  ('intercept', 'artifact', 'stablehlo', 'qwix_rules', 'served_model'),
   ('found', 'serving'),
-  ('experiment',),
+  ('experiment', 'model_export'),
   ('results', 'finished_run', 'spelling'),
   ('evaluate', 'pictures'),
   (

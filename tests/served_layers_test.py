@@ -173,16 +173,17 @@ def test_a_network_of_mixed_formats_is_served_bit_for_bit(name):
   variables = dict(params=params, arch=arch, **state)
   tell = stored.teller(model.apply, train=False)
   flat, kept = stored.tensors(tell, variables, space.assignment(choices), x)
+  low_bit = models.construct(NETWORKS[name], 10, **serving.constructors(kept))
+  call = dict(train=False)
   served = serving.Served(
-    models.construct(NETWORKS[name], 10, **serving.constructors(kept)),
-    serving.variables(flat, kept),
-    {},
+    low_bit, serving.variables(low_bit, flat, kept), dict(call=call)
   )
   expected = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, x)
   np.testing.assert_array_equal(served(x), expected)
   # And as a program for other machines, of any batch size.
-  one = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-  data = stablehlo.serialize(served.model, kept, flat, one)
-  y = jax.export.deserialize(bytearray(data)).call(flat, x)
+  program = serving.program(low_bit, kept, call)
+  data, is_open = stablehlo.serialize(program, flat, (x[:2],))
+  assert is_open
+  y = stablehlo.deserialize(data).call(flat, x)
   # Sums of floats, in another program: perhaps in another order.
   np.testing.assert_allclose(y, expected, atol=1e-5)
