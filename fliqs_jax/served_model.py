@@ -86,8 +86,14 @@ class ServedModel:
           flat[carry(collection, part, name)] = stacks.together(
             [flat.pop(name) for name in names], lead
           )
-      for side in ('weights', 'activations'):
-        menu = getattr(self.choices[module], side) or ()
+      sides = ('weights', 'activations')
+      menus = [getattr(self.choices[module], side) or () for side in sides]
+      # `nn.jit` takes modules for equal whose variables have the same names.
+      formats = ' '.join(','.join(map(str, menu)) for menu in menus)
+      flat[carry('formats', part, formats)] = stacks.together(
+        [np.zeros((), np.bool_)] * len(paths), lead
+      )
+      for side, menu in zip(sides, menus):
         if len(menu) > 1:
           one_hots = [
             np.float32([f == getattr(step, side) for f in menu])
@@ -109,9 +115,12 @@ class ServedModel:
   def called(self, variables: Mapping[str, Any], *args, **kwargs) -> set[str]:
     """Returns the modules among `layers` that a call of the model reaches."""
     called: set[str] = set()
-    jax.eval_shape(
-      functools.partial(self._apply, called, **kwargs), variables, *args
-    )
+    apply = functools.partial(self._apply, called, **kwargs)
+    jax.eval_shape(apply, variables, *args)
+    if called != set(self.choices):
+      # `nn.jit` has repeated what it traced of equal modules, or before.
+      with jax.disable_jit():
+        jax.eval_shape(apply, variables, *args)
     return called
 
   def _apply(self, called, variables, *args, **kwargs):

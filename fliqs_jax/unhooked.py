@@ -66,7 +66,8 @@ def conv_local(operands: operands_lib.Operands, inputs: jax.Array) -> jax.Array:
   def quantized(x, w, bias, dtype):
     del dtype
     x_q, w_q = operands(x, w, (w.ndim - 2,))
-    operands.record('conv', len(x) * w.size, w.size, w.size // w.shape[-2])
+    channels = w.size // w.shape[-2]
+    operands.record('conv', x.shape[0] * w.size, w.size, channels)
     w_scale = w_q.scale
     if w_scale.ndim:
       w_scale = jnp.squeeze(w_scale, -2)

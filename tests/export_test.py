@@ -19,6 +19,7 @@ from fliqs_jax import formats
 from fliqs_jax import models
 from fliqs_jax import qwix_rules
 from fliqs_jax import serving
+from fliqs_jax import stablehlo
 from fliqs_jax import stored
 from fliqs_jax import train
 from tests import tiny
@@ -237,7 +238,10 @@ def test_other_outputs_are_noticed(exported, tmp_path):
     manifest,
     content.layers,
     content.tensors,
-    {artifact.REFERENCE: artifact.packed_file(reference)},
+    {
+      artifact.REFERENCE: artifact.packed_file(reference),
+      stablehlo.NAME: (exported / stablehlo.NAME).read_bytes(),
+    },
   )
   with pytest.raises(ValueError, match='differ from the reference outputs by'):
     export.verify(tmp_path / 'out')
