@@ -62,9 +62,11 @@ class LayerState:
   def is_mutable_collection(self, name: str) -> bool:
     """Returns whether the layer may change the collection."""
     module = self.module
-    return module.is_mutable_collection(name) or (
-      self._is_carried(name) and module.is_mutable_collection('params')
-    )
+    if module.is_mutable_collection(name):
+      return True
+    # When layers tell, `params` may change for that alone.
+    is_learning = module.is_mutable_collection('params') and not self.telling
+    return is_learning and self._is_carried(name)
 
   def has_variable(self, collection: str, name: str) -> bool:
     """Returns whether the variable exists."""

@@ -167,7 +167,10 @@ def _check_model(directory, manifest, model, variables, args) -> None:
   """Checks that a model has the parameters and the layers of the export."""
   name, call = type(model.model).__name__, manifest['call']
   if not isinstance(model.model, nn.Module) or model.model.scope is not None:
-    raise ValueError(f'model={name} is not a linen module, not bound')
+    raise ValueError(
+      f'model={name} is no linen module, or one that is bound; give the '
+      f'{manifest["module"]} that searchable was given'
+    )
   linen_calls.check_call(model.model, args, call)
   found = parameters(model.model, args, call)
   expected = manifest['parameters']

@@ -18,7 +18,6 @@ from fliqs_jax import layers
 from fliqs_jax import serving
 from fliqs_jax import stablehlo
 from tests import intercept_test
-from tests import layers_test
 from tests import scanned_test
 from tests.intercept_test import by_key
 from tests.layers_test import random
@@ -41,11 +40,11 @@ class Run:
     variables = intercept_test.init(self.model, *args, **self.call)
     variables = {**variables, 'arch': arch}
     learn = jax.jit(
-      functools.partial(
-        self.model.apply, mutable=['quant_stats'], **self.call
-      )
+      functools.partial(self.model.apply, mutable=['quant_stats'], **self.call)
     )
-    self.variables = {**variables, **learn(variables, *args)[1]}
+    # Other inputs than those that will be told about.
+    seen = jax.tree.map(lambda x: (x * 0.7).astype(x.dtype), args)
+    self.variables = {**variables, **learn(variables, *seen)[1]}
 
   def export(self, out, **changed):
     variables = {**self.variables, **changed}
@@ -64,11 +63,8 @@ class Run:
     assert manifest['reference']['bit_equal']
     served = serving.load(out, model=self.module)
     # Not only for the example inputs.
-    for args in (self.args, jax.tree.map(lambda x: x[::-1], self.args)):
-      jax.tree.map(
-        np.testing.assert_array_equal, served(*args), self.evaluate(*args)
-      )
-    assert export.verify(out, self.module)['through'] == 'serving.load'
+    args = jax.tree.map(lambda x: x[::-1], self.args)
+    np.testing.assert_array_equal(served(*args), self.evaluate(*args))
     found = export.verify(out)
     assert found['through'] == 'model.stablehlo'
     assert found['max_difference'] <= 1e-5 * found['largest_output']
@@ -152,7 +148,7 @@ def test_every_kind_of_layer_is_served(tmp_path):
   [
     (scanned_test.Stack(), ['INT4', 'BF16', 'INT8'], 'float32'),
     (scanned_test.Stack(axis=1, remat=True), ['INT4', 'INT8'], 'int8'),
-    (scanned_test.Stack(transform='vmap'), ['BF16', 'INT4'], 'float32'),
+    (scanned_test.Stack(transform='vmap'), ['INT8', 'INT4'], 'int8'),
     (scanned_test.Nested(), ['INT4', 'INT4', 'INT8', 'BF16'], 'float32'),
   ],
   ids=['scan', 'integers_along_axis_1', 'vmap', 'scans_of_scans'],
@@ -247,7 +243,7 @@ class TwoTowers(nn.Module):
     return self.image(inputs['image']) + self.embed(inputs['token'])
 
   def __call__(self, inputs, mask, *, scale, mode='both'):
-    x = self.encode(inputs) * mask * scale
+    x = self.encode(inputs) * mask[None] * scale
     outputs = dict(logits=self.head(x), features=(x, jnp.argmax(x, -1)))
     return outputs if mode == 'both' else outputs['logits']
 
@@ -280,16 +276,185 @@ def test_several_inputs_options_and_trees_of_outputs(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, found, expected)
   for model in (None, run.module):
     assert export.verify(tmp_path / 'out', model)['bit_equal']
-  program = stablehlo.deserialize((tmp_path / 'out' / stablehlo.NAME).read_bytes())
+  # The batch size of the program is open.
+  program = stablehlo.deserialize(
+    (tmp_path / 'out' / stablehlo.NAME).read_bytes()
+  )
   tensors = artifact.read(tmp_path / 'out').tensors
-  one = jax.tree.map(lambda x: x[:1].astype(np.result_type(x, 'f4') if x.dtype.kind == 'f' else 'i4'), INPUTS)
-  found = program.call(tensors, one, MASK)
-  np.testing.assert_allclose(found['logits'], expected['logits'][:1], atol=1e-5)
+  one = {k: jnp.asarray(x[:1]) for k, x in INPUTS.items()}
+  np.testing.assert_allclose(
+    program.call(tensors, one, MASK)['logits'],
+    expected['logits'][:1],
+    atol=1e-5,
+  )
 
 
 def test_a_method_of_the_model_is_exported(tmp_path):
-  run = Run(
-    TwoTowers(), INPUTS, names=['INT4'], call=dict(method='encode')
-  )
+  run = Run(TwoTowers(), INPUTS, names=['INT4'], call=dict(method='encode'))
   manifest = run.check(tmp_path / 'out')
   assert set(manifest['layers']) == {'image'}
+
+
+class FixedBatch(nn.Module):
+  """It wants its batch size as a number."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3, kernel_init=by_key)(x.reshape((len(x), -1)))
+
+
+def test_a_program_of_a_fixed_batch_size_says_so(tmp_path):
+  manifest = Run(FixedBatch(), X, names=['INT8']).check(tmp_path / 'out')
+  assert manifest['program'] == dict(batch=2)
+
+
+class Parts(nn.Module):
+  """Two layers, to be replaced by others."""
+
+  features: int = 8
+  first: type[nn.Module] = nn.Dense
+  depth: int = 2
+
+  @nn.compact
+  def __call__(self, x, train):
+    for i in range(self.depth):
+      layer = self.first if i == 0 else nn.Dense
+      x = layer(self.features, name=f'layer{i}')(x)
+    return x if train else nn.tanh(x)
+
+
+class OwnDense(nn.Module):
+  """A layer with the parameters of `nn.Dense`, which is none of linen's."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param('kernel', by_key, (x.shape[-1], self.features))
+    bias = self.param('bias', by_key, (self.features,))
+    return x @ kernel + jnp.expand_dims(bias, 0)
+
+
+@pytest.fixture(scope='module')
+def parts():
+  return Run(Parts(), X, names=['INT4', 'INT8'], call=dict(train=False))
+
+
+@pytest.fixture(scope='module')
+def exported(parts, tmp_path_factory):
+  out = tmp_path_factory.mktemp('exports') / 'out'
+  parts.export(out)
+  return out
+
+
+@pytest.mark.parametrize(
+  ('model', 'message'),
+  [
+    (None, r'holds tests\..*\.Parts, .*load it with model=.*model.stablehlo'),
+    (Parts(features=7), r'layer0/bias is of shape \[7\], but in .* \[8\]'),
+    (Parts(depth=3), r'layer2/bias is of shape \[8\], but .*\(not there\)'),
+    (Parts(depth=1), r'layer1/bias is of shape \(not there\), but'),
+    (Parts(first=OwnDense), 'no layer of linen at layer0, .* low bits'),
+    (Parts(first=layers.QuantDense), 'layer0 is a QuantDense'),
+    (FixedBatch(), 'FixedBatch is called as .*train'),
+    (fliqs.searchable(Parts()), 'model=Searchable is no linen module'),
+  ],
+)
+def test_another_model_is_not_served(exported, model, message):
+  with pytest.raises(ValueError, match=message):
+    serving.load(exported, model=model)
+
+
+def test_the_command_line_verifies_through_the_program(exported, capsys):
+  assert export.main(['--verify', str(exported)]) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found['through'] == 'model.stablehlo'
+  assert found['max_difference'] < 1e-6
+
+
+def test_outputs_of_another_model_are_noticed(exported):
+  class Other(Parts):
+    @nn.compact
+    def __call__(self, x, train):
+      return -super().__call__(x, train)
+
+  with pytest.raises(ValueError, match='differ from the reference outputs by'):
+    export.verify(exported, Other())
+
+
+def test_larger_batches_may_run_in_slices(exported, parts):
+  served = serving.load(exported, at_once=2, model=parts.module)
+  x = random((5, 8), seed=2)
+  np.testing.assert_array_equal(served(x), parts.evaluate(x))
+
+
+def test_wrong_calls_are_refused(parts, tmp_path):
+  def refused(message, model=parts.model, args=(X,), **changed):
+    kwargs = dict(train=False, out=tmp_path / 'out') | changed
+    choices = kwargs.pop('choices', parts.choices)
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    with pytest.raises(ValueError, match=message):
+      export.export_model(model, parts.variables, choices, *args, **kwargs)
+
+  refused('Parts is called as .*missing .*train.*export_model', train=None)
+  refused('Parts is called as', args=())
+  refused(r'train=array.* cannot be kept in manifest', train=np.array(True))
+  refused(r'train=\(1,\) cannot be kept in manifest', train=(1,))
+  refused('missing are layer1; surplus are none', choices={'layer0': [1, 0, 0]})
+  refused('Parts was not made by searchable', model=parts.module)
+  (tmp_path / 'full').mkdir()
+  (tmp_path / 'full' / 'file').touch()
+  refused('full is not empty', out=tmp_path / 'full')
+  assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('stack', [nn.Dense(3), scanned_test.Stack()])
+def test_activations_that_never_were_quantized_are_refused(stack, tmp_path):
+  run = Run(stack, X, names=['INT8'])
+  off = fliqs.set_activation_quantization(run.variables['quant_stats'], False)
+  with pytest.raises(ValueError, match='never quantized'):
+    run.export(tmp_path / 'out', quant_stats=off)
+  fresh = intercept_test.init(run.model, X)['quant_stats']
+  with pytest.raises(ValueError, match='never quantized'):
+    run.export(tmp_path / 'out', quant_stats=fresh)
+
+
+class Tied(nn.Module):
+  """Its table is also read without a call of the layer."""
+
+  @nn.compact
+  def __call__(self, tokens):
+    embed = nn.Embed(5, 8, embedding_init=by_key)
+    return embed(tokens) @ embed.embedding.T
+
+
+def test_a_model_that_cannot_be_served_is_refused(tmp_path):
+  run = Run(Tied(), np.array([[0, 4]]), names=['INT4'], embed=True)
+  with pytest.raises(ValueError, match='reads the weights of a layer without'):
+    run.export(tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_layer_that_the_call_does_not_reach_is_refused(tmp_path):
+  run = towers()
+  with pytest.raises(ValueError, match='missing are none; surplus are head'):
+    export.export_model(
+      run.model,
+      run.variables,
+      run.choices,
+      INPUTS,
+      method='encode',
+      out=tmp_path / 'out',
+    )
+
+
+def test_a_kill_while_writing_leaves_no_export(parts, tmp_path, monkeypatch):
+  def killed(path, value):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(artifact.files, 'write_json', killed)
+    with pytest.raises(KeyboardInterrupt):
+      parts.export(tmp_path / 'out')
+  with pytest.raises(ValueError, match='is no export'):
+    serving.load(tmp_path / 'out', model=parts.module)

@@ -1,6 +1,7 @@
 """Served layers and networks: the search's outputs, bit for bit."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from fliqs_jax import formats
+from fliqs_jax import integer
 from fliqs_jax import layers
 from fliqs_jax import models
 from fliqs_jax import quant_spec
@@ -140,6 +142,29 @@ def test_integers_sum_exactly_where_float32_does_not():
   assert y[0, 0] == np.float32(exact) * scale * scale
   # The search's sum, rounded as it grows, is within its own rounding errors.
   np.testing.assert_allclose(jax.jit(layer.apply)(variables, x), y, rtol=1e-5)
+
+
+@pytest.mark.parametrize('axes', [(1, None), (None, 2), (2, 0)])
+def test_the_unsigned_product_is_batched(axes):
+  rng = np.random.default_rng(0)
+
+  def draw(shape, axis):
+    shape = shape if axis is None else np.insert(shape, axis, 3)
+    return rng.integers(-127, 128, shape).astype(np.int8)
+
+  x, w = draw((4, 5), axes[0]), draw((5, 6), axes[1])
+  numbers = (((1,), (0,)), ((), ()))
+
+  def product(x, w, shifted):
+    shift = integer.offset(w, (0,)) if shifted else None
+    return integer.dot_general(x, w, numbers, shift)
+
+  np.testing.assert_array_equal(
+    *(
+      jax.vmap(functools.partial(product, shifted=s), axes)(x, w)
+      for s in (True, False)
+    )
+  )
 
 
 NETWORKS = {
