@@ -23,7 +23,8 @@ from fliqs_jax import stacks
 from fliqs_jax import stored
 from fliqs_jax import unhooked
 
-_CARRIED = (
+# What a layer reads beside its weights.
+_READ = (
   ('scales', 'weights'),
   ('scales', 'activations'),
   ('shifts', 'kernel'),
@@ -61,46 +62,38 @@ class ServedModel:
     """
     flat = traverse_util.flatten_dict(unpacked, sep='/')
     for module, steps in stored.by_module(self.layers).items():
-      first = steps[0]
-      # A product of attention is a part of the module that is called.
-      owner, part = (module, '')
-      if not first.variable:
-        owner, _, part = module.rpartition('/')
-      lead, paths = carried.PAD, [module]
-      if first.lead:
-        lead = first.lead
+      paths = [module]
+      if steps[0].lead:
         paths = [f'{module}/@{i}' for i in range(len(steps))]
-        if first.weights is not None and first.variable:
-          weights = [
-            flat.pop(stored.join('params', path, first.variable))
-            for path in paths
-          ]
-          name = stored.join('params', module, first.variable)
-          flat[name] = stacks.parameter(
-            _of_one_type(weights), lead, first.stacked
-          )
-      carry = functools.partial(stored.join, 'params', owner, carried.NAME)
-      for collection, name in _CARRIED:
-        names = [stored.join(collection, path, name) for path in paths]
-        if names[0] in flat:
-          flat[carry(collection, part, name)] = stacks.together(
-            [flat.pop(name) for name in names], lead
-          )
-      sides = ('weights', 'activations')
-      menus = [getattr(self.choices[module], side) or () for side in sides]
-      # `nn.jit` takes modules for equal whose variables have the same names.
-      formats = ' '.join(','.join(map(str, menu)) for menu in menus)
-      flat[carry('formats', part, formats)] = stacks.together(
-        [np.zeros((), np.bool_)] * len(paths), lead
-      )
-      for side, menu in zip(sides, menus):
-        if len(menu) > 1:
-          one_hots = [
-            np.float32([f == getattr(step, side) for f in menu])
-            for step in steps
-          ]
-          flat[carry('arch', part, side)] = stacks.together(one_hots, lead)
+        _stack_weights(flat, module, steps, paths)
+      self._carry(flat, module, steps, paths)
     return traverse_util.unflatten_dict(flat, sep='/')
+
+  def _carry(self, flat, module, steps, paths) -> None:
+    """Moves what a layer reads beside its weights to where it looks for it."""
+    lead = steps[0].lead or carried.PAD
+    # A product of attention is a part of the module that is called.
+    owner, part = (module, '')
+    if not steps[0].variable:
+      owner, _, part = module.rpartition('/')
+
+    def put(collection, name, values):
+      key = stored.join('params', owner, carried.NAME, collection, part, name)
+      flat[key] = stacks.together(values, lead)
+
+    for collection, name in _READ:
+      names = [stored.join(collection, path, name) for path in paths]
+      if names[0] in flat:
+        put(collection, name, [flat.pop(name) for name in names])
+    menus = []
+    for side in ('weights', 'activations'):
+      menu = getattr(self.choices[module], side) or ()
+      menus.append(','.join(map(str, menu)))
+      if len(menu) > 1:
+        chosen = [getattr(step, side) for step in steps]
+        put('arch', side, [np.float32([f == c for f in menu]) for c in chosen])
+    # `nn.jit` takes modules for equal whose variables have the same names.
+    put('formats', ' '.join(menus), [np.zeros((), np.bool_)] * len(steps))
 
   def apply(self, variables: Mapping[str, Any], *args, **kwargs) -> Any:
     """Applies the model.
@@ -183,9 +176,16 @@ def _menu(steps, side):
   return None if None in formats else tuple(formats)
 
 
-def _of_one_type(weights):
-  """Returns the steps' weights in one type; bfloat16 holds every grid value."""
-  types = {w.dtype for w in weights}
-  return (
-    weights if len(types) == 1 else [w.astype(jnp.bfloat16) for w in weights]
+def _stack_weights(flat, module, steps, paths) -> None:
+  """Puts the steps' weights together, as the model's author has them."""
+  first = steps[0]
+  if first.weights is None or not first.variable:
+    return
+  weights = [
+    flat.pop(stored.join('params', path, first.variable)) for path in paths
+  ]
+  if len({w.dtype for w in weights}) > 1:  # One that holds every grid value.
+    weights = [w.astype(jnp.bfloat16) for w in weights]
+  flat[stored.join('params', module, first.variable)] = stacks.parameter(
+    weights, first.lead, first.stacked
   )
