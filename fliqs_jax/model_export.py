@@ -201,6 +201,11 @@ def verify(
 def _kept(kwargs: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the options of a call as a manifest has them."""
   for name, value in kwargs.items():
+    if name in ('mutable', 'rngs', 'capture_intermediates'):
+      raise ValueError(
+        f'{name}={value!r}: a served model changes nothing and draws nothing; '
+        'export the call of its evaluation'
+      )
     try:
       kept = json.loads(json.dumps(value))
     except (TypeError, ValueError):

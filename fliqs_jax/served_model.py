@@ -73,7 +73,7 @@ class ServedModel:
     """Moves what a layer reads beside its weights to where it looks for it."""
     lead = steps[0].lead or carried.PAD
     # A product of attention is a part of the module that is called.
-    owner, part = (module, '')
+    owner, part = module, ''
     if not steps[0].variable:
       owner, _, part = module.rpartition('/')
 

@@ -133,11 +133,11 @@ def reference(
   program = stablehlo.deserialize(
     artifact.read_file(directory, manifest, stablehlo.NAME)
   )
-  places = range(program.in_tree.num_leaves)
-  (_, *places), _ = jax.tree.unflatten(program.in_tree, places)
-  names = named('inputs', tuple(places))
+  tree = program.in_tree
+  (_, *args), _ = jax.tree.unflatten(tree, range(tree.num_leaves))
+  names = named('inputs', tuple(args))
   inputs = jax.tree.unflatten(
-    jax.tree.structure(tuple(places)), [found.pop(name) for name in names]
+    jax.tree.structure(tuple(args)), [found.pop(name) for name in names]
   )
   return inputs, found
 

@@ -5,11 +5,13 @@ which every transform takes along; see `carried`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+import itertools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fliqs_jax import carried
 
@@ -74,8 +76,15 @@ def parameter(
     lead: where the transform stacks them.
     shape: of the parameter.
   """
+  step = jnp.shape(steps[0])
   axes = [i for i, n in enumerate(lead) if n > 1]
-  lengths = [lead[i] for i in axes]
-  stacked = jnp.reshape(jnp.stack(steps), (*lengths, *jnp.shape(steps[0])))
-  # An axis of one step may be anywhere: it changes nothing in the order.
-  return jnp.reshape(jnp.moveaxis(stacked, range(len(axes)), axes), shape)
+  # Stacks of one step do not show in `lead`, but in the shape.
+  ones = [i for i, n in enumerate(shape) if n == 1]
+  number = len(shape) - len(step) - len(axes)
+  axes += next(
+    found
+    for found in itertools.combinations(ones, number)
+    if step == tuple(np.delete(shape, (*axes, *found)))
+  )
+  stacked = jnp.reshape(jnp.stack(steps), (*(shape[i] for i in axes), *step))
+  return jnp.moveaxis(stacked, range(len(axes)), axes)

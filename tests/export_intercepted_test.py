@@ -200,6 +200,16 @@ def test_products_of_attention_in_a_stack(stacks, tmp_path):
   assert len(found) == (2 if stacks == 'separate' else 1)
 
 
+@pytest.mark.parametrize('mode', ['activations', 'weights'])
+def test_one_side_of_some_layers_of_a_stack(mode, tmp_path):
+  spec = fliqs.QuantSpec(mode=mode, exclude=('body/down',))
+  run = Run(scanned_test.Stack(), X, names=['INT4'], spec=spec)
+  entries = run.check(tmp_path / 'out')['layers']
+  assert set(entries) == {f'body/up/@{i}' for i in range(scanned_test.LENGTH)}
+  other = 'weights' if mode == 'activations' else 'activations'
+  assert {(e[mode], e[other]) for e in entries.values()} == {('INT4', None)}
+
+
 def test_a_recurrent_layer_is_served_from_low_bit_weights(tmp_path):
   run = Run(
     scanned_test.Recurrent(),
@@ -400,6 +410,7 @@ def test_wrong_calls_are_refused(parts, tmp_path):
   refused('Parts is called as', args=())
   refused(r'train=array.* cannot be kept in manifest', train=np.array(True))
   refused(r'train=\(1,\) cannot be kept in manifest', train=(1,))
+  refused('mutable=.*changes nothing', mutable=['batch_stats'])
   refused('missing are layer1; surplus are none', choices={'layer0': [1, 0, 0]})
   refused('Parts was not made by searchable', model=parts.module)
   (tmp_path / 'full').mkdir()
