@@ -73,13 +73,14 @@ def variants(config, size: int):
   plain = models.construct(config, 10, conv=nn.Conv, dense=nn.Dense)
   floats = {k: v for k, v in fake.items() if k in ('params', 'batch_stats')}
   low_bit = models.construct(config, 10, **serving.constructors(kept))
-  integers = serving.variables(tensors, kept)
+  integers = serving.variables(low_bit, tensors, kept)
+  how = dict(call=dict(train=False))
   functions = {
-    'float32': serving.Served(plain, floats, {}),
-    'float32/16': serving.Served(plain, floats, {}, at_once=16),
-    'fake': serving.Served(search, fake, {}),
-    'int8': serving.Served(low_bit, integers, {}),
-    'int8/16': serving.Served(low_bit, integers, {}, at_once=16),
+    'float32': serving.Served(plain, floats, how),
+    'float32/16': serving.Served(plain, floats, how, at_once=16),
+    'fake': serving.Served(search, fake, how),
+    'int8': serving.Served(low_bit, integers, how),
+    'int8/16': serving.Served(low_bit, integers, how, at_once=16),
   }
   return functions, {op.path: op.shape for op in space.ops}
 

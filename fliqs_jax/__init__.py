@@ -16,6 +16,7 @@ from fliqs_jax.layers import QuantDense
 from fliqs_jax.layers import QuantDenseGeneral
 from fliqs_jax.layers import QuantEinsum
 from fliqs_jax.layers import with_spec
+from fliqs_jax.model_export import export_model
 from fliqs_jax.operands import set_activation_quantization
 from fliqs_jax.policy import argmax
 from fliqs_jax.quant_spec import QuantSpec
@@ -37,6 +38,7 @@ __all__ = [
   'coverage',
   'create_state',
   'eval_step',
+  'export_model',
   'find_decisions',
   'make_controller',
   'phases',

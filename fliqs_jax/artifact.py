@@ -14,6 +14,7 @@ Invariants:
 
 from collections.abc import Mapping
 import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -29,17 +30,25 @@ from fliqs_jax import formats
 from fliqs_jax import packing
 from fliqs_jax import stored
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = 'manifest.json'
 WEIGHTS = 'weights.safetensors'
 REFERENCE = 'reference.safetensors'
 
 # Of safetensors, as numpy calls them.
 _DTYPES = {
+  'BOOL': 'bool',
+  'F64': 'float64',
   'F32': 'float32',
+  'F16': 'float16',
   'BF16': 'bfloat16',
+  'I64': 'int64',
   'I32': 'int32',
+  'I16': 'int16',
   'I8': 'int8',
+  'U64': 'uint64',
+  'U32': 'uint32',
+  'U16': 'uint16',
   'U8': 'uint8',
 }
 
@@ -146,8 +155,24 @@ def write(
   return manifest
 
 
+def versions() -> dict[str, str]:
+  """Returns the versions that decide about numbers."""
+  packages = ('fliqs_jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
+  return {name: importlib.metadata.version(name) for name in packages}
+
+
 def packed_file(tensors: Mapping[str, np.ndarray]) -> bytes:
-  """Returns the content of a safetensors file."""
+  """Returns the content of a safetensors file.
+
+  Raises:
+    ValueError: a tensor has a type that such a file cannot hold.
+  """
+  for name, x in tensors.items():
+    if x.dtype.name not in _DTYPES.values():
+      raise ValueError(
+        f'{name} is of type {x.dtype}, which cannot be stored; allowed: '
+        f'{", ".join(_DTYPES.values())}'
+      )
   return safetensors.numpy.save(
     # What is not contiguous would be saved in the order of its memory.
     {name: np.array(x, order='C') for name, x in tensors.items()}
@@ -202,6 +227,9 @@ def read(directory: str | os.PathLike[str]) -> Content:
       *(entry[side] and formats.parse(entry[side]) for side in _SIDES),
       tuple(entry['shape']),
       entry['largest_sum'],
+      entry['variable'],
+      tuple(entry['lead']),
+      tuple(entry['stacked']),
     )
     for path, entry in manifest['layers'].items()
   }
@@ -269,6 +297,9 @@ def _described(path, layer, tensors) -> dict[str, Any]:
     arithmetic=layer.arithmetic,
     largest_sum=layer.largest_sum,
     exact=layer.exact,
+    variable=layer.variable,
+    lead=list(layer.lead),
+    stacked=list(layer.stacked),
   )
   for name, quantized in stored.quantized_names({path: layer}).items():
     how = packing.layout(quantized.weights)

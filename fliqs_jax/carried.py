@@ -10,7 +10,7 @@ statistics lie in `quant_stats` under `layer/carried`, as the transform stacks
 them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import functools
 import math
 from typing import Any
@@ -20,15 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_NAME = '_quant'
+# Under these names our variables, and what layers tell, travel in `params`.
+NAME = '_quant'
+TOLD = '_told'
+LAYOUT = 'layout'
 _OUTSIDE = 'carried'
-_LAYOUT = 'layout'
 # Begins the names of what `LayerState.mark` leaves in a program.
 MARK = 'fliqs call '
 # A transform may stack `params` along any of these first axes.
-_PAD = (1, 1, 1, 1)
+PAD = (1, 1, 1, 1)
 # Known sizes, to see which axis that was.
-_TAIL = (2, 3)
+TAIL = (2, 3)
+_LAYOUT = np.zeros((*PAD, *TAIL), np.float32)
 
 
 class LayerState:
@@ -36,24 +39,34 @@ class LayerState:
 
   Attributes:
     module: the linen layer.
+    parts: names of the part within the layer.
+    telling: whether what is sown into `operands` is kept; see `stacks.told`.
     path: the layer's, with the part's name after it.
   """
 
-  def __init__(self, module: nn.Module, parts: tuple[str, ...] = ()):
+  def __init__(
+    self,
+    module: nn.Module,
+    parts: tuple[str, ...] = (),
+    telling: bool = False,
+  ):
     self.module = module
     self.parts = parts
+    self.telling = telling
     self.path = '/'.join((*module.path, *parts))
 
   def at(self, part: str) -> 'LayerState':
     """Returns the variables of a part."""
-    return LayerState(self.module, (*self.parts, part))
+    return LayerState(self.module, (*self.parts, part), self.telling)
 
   def is_mutable_collection(self, name: str) -> bool:
     """Returns whether the layer may change the collection."""
     module = self.module
-    return module.is_mutable_collection(name) or (
-      self._is_carried(name) and module.is_mutable_collection('params')
-    )
+    if module.is_mutable_collection(name):
+      return True
+    # When layers tell, `params` may change for that alone.
+    is_learning = module.is_mutable_collection('params') and not self.telling
+    return is_learning and self._is_carried(name)
 
   def has_variable(self, collection: str, name: str) -> bool:
     """Returns whether the variable exists."""
@@ -62,15 +75,15 @@ class LayerState:
   def get_variable(self, collection: str, name: str) -> Any:
     """Returns its value."""
     value = self._find(collection, name)
-    return _unpad(value) if self._is_carried(collection) else value
+    return unpad(value) if self._is_carried(collection) else value
 
   def put(self, collection: str, name: str, value: Any) -> None:
     """Sets its value."""
     *path, name = (*self.parts, name)
     if self._is_carried(collection):
       if collection != 'cost':
-        value = jnp.reshape(value, (*_PAD, *jnp.shape(value)))
-      path = [_NAME, collection, *path]
+        value = padded(value)
+      path = [NAME, collection, *path]
       collection = 'params'
     for key in reversed([*path[1:], name] if path else []):
       value = {key: value}
@@ -91,14 +104,17 @@ class LayerState:
         )
       self.put(collection, name, init(*args))
       if self._is_carried(collection):
-        layout = np.zeros((*_PAD, *_TAIL), np.float32)
-        self.module.put_variable('params', _NAME, {_LAYOUT: layout})
+        self.module.put_variable('params', NAME, {LAYOUT: _LAYOUT})
     return Reference(self, collection, name)
 
   def sow(self, collection: str, name: str, value: Any) -> None:
     """Appends to the variable, if the collection may change."""
     if collection == 'act_inputs' and self.parts:
       return  # Not the inputs of a layer.
+    if collection == 'operands':
+      if self.telling:
+        self._tell(name, value)
+      return
     if collection != 'cost' or self.module.is_mutable_collection('cost'):
       mutable = self.module.is_mutable_collection(collection)
     else:
@@ -121,18 +137,25 @@ class LayerState:
       mark.__name__ = f'{MARK}{x.size} {self.path}'
       jax.jit(mark)(x)
 
+  def _tell(self, name, value):
+    """Keeps what the layer multiplies; in each of its calls it is the same."""
+    told = {name: padded(value), LAYOUT: _LAYOUT}
+    for part in reversed(self.parts):
+      told = {part: told}
+    self.module.put_variable('params', TOLD, told)
+
   def _is_carried(self, collection: str) -> bool:
     module = self.module
     if collection == 'act_inputs':
       return False
     if module.is_initializing():
       return not module.is_mutable_collection(collection)
-    return module.has_variable('params', _NAME)
+    return module.has_variable('params', NAME)
 
   def _find(self, collection, name):
     path = (*self.parts, name)
     if self._is_carried(collection):
-      collection, path = 'params', (_NAME, collection, *path)
+      collection, path = 'params', (NAME, collection, *path)
     value = self.module.get_variable(collection, path[0])
     for key in path[1:]:
       value = None if value is None else value.get(key)
@@ -156,8 +179,14 @@ class Reference:
     state.put(collection, name, value)
 
 
-def _unpad(value):
-  return jnp.reshape(value, jnp.shape(value)[len(_PAD) :])
+def padded(value: jax.Array) -> jax.Array:
+  """Returns a value as it travels."""
+  return jnp.reshape(value, (*PAD, *jnp.shape(value)))
+
+
+def unpad(value: jax.Array) -> jax.Array:
+  """Returns a value that has travelled, of no stack."""
+  return jnp.reshape(value, jnp.shape(value)[len(PAD) :])
 
 
 def merge(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,19 +196,19 @@ def merge(variables: Mapping[str, Any]) -> dict[str, Any]:
     variables: as outside: steps apart, `params` as the model's author has them.
   """
   variables = dict(variables)
-  stats, carried = _without(variables.get('quant_stats', {}), _OUTSIDE)
+  stats, carried = without(variables.get('quant_stats', {}), _OUTSIDE)
   arch = _stacked(variables.get('arch', {}), stats)
   params = variables.get('params', {})
   for path, state in carried.items():
     decisions = arch
     for key in path:
       decisions = decisions.get(key, {})
-    lead = state[_LAYOUT].shape[: -len(_TAIL)]
+    shape = lead(path, state[LAYOUT])
     decisions = jax.tree.map(
-      lambda leaf, lead=lead: jnp.reshape(leaf, (*lead, leaf.shape[-1])),
+      lambda leaf, shape=shape: jnp.reshape(leaf, (*shape, leaf.shape[-1])),
       decisions,
     )
-    params = with_entry(params, path, _NAME, {**state, 'arch': decisions})
+    params = with_entry(params, path, NAME, {**state, 'arch': decisions})
   merged = dict(params=params, quant_stats=stats, arch=arch)
   return {**variables, **{k: v for k, v in merged.items() if v}}
 
@@ -191,19 +220,19 @@ def split(variables: Mapping[str, Any]) -> tuple[dict[str, Any], dict]:
     variables: all or some, as the intercepted model leaves them.
   """
   variables = dict(variables)
-  params, carried = _without(variables.get('params', {}), _NAME)
+  params, carried = without(variables.get('params', {}), NAME)
   if 'params' in variables:
     variables['params'] = params
   if 'arch' in variables:
     variables['arch'] = _apart(variables['arch'])
   for path, state in carried.items():
-    outside = {k: v for k, v in state.items() if k in ('quant_stats', _LAYOUT)}
-    if _LAYOUT in state:
+    outside = {k: v for k, v in state.items() if k in ('quant_stats', LAYOUT)}
+    if LAYOUT in state:
       variables['quant_stats'] = with_entry(
         variables.get('quant_stats', {}), path, _OUTSIDE, outside
       )
       decisions = jax.tree.map(
-        functools.partial(_steps_first, state[_LAYOUT], path),
+        functools.partial(_steps_first, state[LAYOUT], path),
         state.get('arch', {}),
       )
       for key, value in _apart(decisions).items():
@@ -215,30 +244,43 @@ def split(variables: Mapping[str, Any]) -> tuple[dict[str, Any], dict]:
 
 def is_carrying(variables: Mapping[str, Any]) -> bool:
   """Returns whether statistics of a layer are carried."""
-  return bool(_without(variables.get('quant_stats', {}), _OUTSIDE)[1])
+  return bool(without(variables.get('quant_stats', {}), _OUTSIDE)[1])
 
 
 def length(state: Mapping[str, Any]) -> int | None:
   """Returns how many steps a carried layer has, None if nothing tells."""
-  if _LAYOUT not in state:
+  if LAYOUT not in state:
     return None
-  return math.prod(state[_LAYOUT].shape[: -len(_TAIL)])
+  return math.prod(state[LAYOUT].shape[: -len(TAIL)])
 
 
 def is_stacked(state: Mapping[str, Any]) -> bool:
   """Returns whether the steps of a carried layer have weights of their own."""
-  return _LAYOUT in state and state[_LAYOUT].ndim > len(_PAD + _TAIL)
+  return LAYOUT in state and state[LAYOUT].ndim > len(PAD + TAIL)
+
+
+def lead(path: tuple[str, ...], layout: jax.Array) -> tuple[int, ...]:
+  """Returns the shape that transforms have made of `PAD`.
+
+  Args:
+    path: of the layer.
+    layout: has travelled with its variables.
+
+  Raises:
+    ValueError: an axis shows in no shape.
+  """
+  shape = layout.shape[: -len(TAIL)]
+  if layout.shape[-len(TAIL) :] != TAIL or len(shape) > 2 * len(PAD):
+    raise ValueError(
+      f'{"/".join(path)}: a transform stacks params along an axis that cannot '
+      f'be followed; use one of the axes 0 to {len(PAD)}'
+    )
+  return shape
 
 
 def _steps_first(layout, path, leaf):
   """Returns [steps, K], or [K] if there are none, of a carried decision."""
-  lead = layout.shape[: -len(_TAIL)]
-  if layout.shape[-len(_TAIL) :] != _TAIL or len(lead) > 2 * len(_PAD):
-    raise ValueError(
-      f'{"/".join(path)}: a transform stacks params along an axis that cannot '
-      f'be followed; use one of the axes 0 to {len(_PAD)}'
-    )
-  stacked = len(lead) > len(_PAD)
+  stacked = len(lead(path, layout)) > len(PAD)
   return jnp.reshape(leaf, (-1, leaf.shape[-1]) if stacked else (-1,))
 
 
@@ -281,14 +323,16 @@ def _stacked(tree, stats):
   return result
 
 
-def _without(tree, name, path=()):
+def without(
+  tree: Mapping[str, Any], name: str, path: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], dict[tuple[str, ...], Any]]:
   """Returns the tree without the entries of a name, and those by path."""
   found, rest = {}, {}
   for key, value in tree.items():
     if key == name:
       found[path] = value
     elif isinstance(value, Mapping):
-      rest[key], below = _without(value, name, (*path, key))
+      rest[key], below = without(value, name, (*path, key))
       found |= below
       if not rest[key] and value:
         del rest[key]  # Nothing else was there.
@@ -297,7 +341,9 @@ def _without(tree, name, path=()):
   return rest, found
 
 
-def with_entry(tree, path, name, value):
+def with_entry(
+  tree: Mapping[str, Any], path: Sequence[str], name: str, value: Any
+) -> dict[str, Any]:
   """Returns the tree with an entry more."""
   if not path:
     return {**tree, name: value}

@@ -6,13 +6,14 @@ python -m fliqs_jax.export --verify DIR
 The found architecture (or that of `--arch`, or a uniform `--format`), settled
 as `evaluate` does it. `artifact` lists the files of DIR; `serving.load(DIR)`
 serves them. `--target=native` refuses formats that no stock type holds.
+`--verify` takes the exports of `export_model`, too; their modules are not known
+here, so it runs their StableHLO programs.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import json
 import os
-import platform
 import sys
 from typing import Any
 
@@ -22,20 +23,18 @@ import numpy as np
 from fliqs_jax import artifact
 from fliqs_jax import data
 from fliqs_jax import evaluate
+from fliqs_jax import model_export
 from fliqs_jax import packing
 from fliqs_jax import parallel
-from fliqs_jax import qwix_rules
 from fliqs_jax import results
-from fliqs_jax import serving
 from fliqs_jax import slicing
-from fliqs_jax import stablehlo
 from fliqs_jax import stored
 
 TARGETS = ('packed', 'native')
 
-# Other hardware adds floats in another order, and a value at the edge of two
-# steps may then fall to the other one; relative to the largest output.
-_TOLERANCE = 0.05
+# What a user looks for here.
+export_model = model_export.export_model
+verify = model_export.verify
 
 
 def export(
@@ -92,82 +91,16 @@ def export(
   tell = stored.teller(apply, train=False)
   tensors, layers = stored.tensors(tell, variables, assignment, inputs)
   outputs = jax.jit(lambda v, x: apply(v, x, train=False))(variables, inputs)
-  specs = data.model_inputs(experiment.streams.inputs)
   manifest = dict(
-    versions=results.versions(),
-    machine=f'{platform.machine()} {jax.default_backend()}',
     task=experiment.config.task,
     target=target,
     model=json.loads(json.dumps(experiment.config.model.to_dict())),
+    call=dict(train=False),
     num_classes=experiment.streams.num_classes,
     arch=results.arch(experiment, choices),
     batch_norm='kept',
   )
-  return _write(out, manifest, layers, tensors, specs, inputs, outputs)
-
-
-def _write(out, manifest, layers, tensors, specs, inputs, outputs):
-  model = serving.build(manifest, layers)
-  served = serving.Served(model, serving.variables(tensors, layers), manifest)(
-    inputs
-  )
-  rules, missing = qwix_rules.rules(layers)
-  others = {
-    artifact.REFERENCE: artifact.packed_file(
-      _named('inputs', inputs) | dict(outputs=np.asarray(outputs))
-    ),
-    'model.stablehlo': stablehlo.serialize(model, layers, tensors, specs),
-    'qwix.json': json.dumps(rules, indent=2).encode() + b'\n',
-  }
-  manifest |= dict(
-    reference=_difference(served, outputs),
-    qwix_cannot_express=missing,
-  )
-  return artifact.write(out, manifest, layers, tensors, others)
-
-
-def verify(directory: str | os.PathLike[str]) -> dict[str, Any]:
-  """Checks an export: files, tensors, layers, and the outputs they give.
-
-  Returns:
-    How the served outputs differ from the stored ones of the search:
-    `bit_equal`, `max_difference`, `largest_output`.
-
-  Raises:
-    ValueError: the first thing that is not as the manifest has it.
-  """
-  served = serving.load(directory)
-  reference = artifact.read_tensors(
-    directory, served.manifest, artifact.REFERENCE
-  )
-  outputs = reference.pop('outputs')
-  inputs = {k.removeprefix('inputs/'): v for k, v in reference.items()}
-  inputs = inputs.get('inputs', inputs)
-  found = _difference(served(inputs), outputs)
-  if not found['max_difference'] <= _TOLERANCE * found['largest_output']:
-    raise ValueError(
-      f'{directory}: the outputs differ from the reference outputs by '
-      f'{found["max_difference"]:.3g} (largest output '
-      f'{found["largest_output"]:.3g}); exported with '
-      f'{served.manifest["versions"]} on {served.manifest["machine"]}'
-    )
-  return found
-
-
-def _named(name: str, inputs: Any) -> dict[str, np.ndarray]:
-  if isinstance(inputs, Mapping):
-    return {f'{name}/{key}': np.asarray(x) for key, x in inputs.items()}
-  return {name: np.asarray(inputs)}
-
-
-def _difference(served: Any, outputs: Any) -> dict[str, Any]:
-  served, outputs = np.asarray(served), np.asarray(outputs)
-  return dict(
-    examples=len(outputs),
-    bit_equal=bool((served == outputs).all()),
-    max_difference=float(np.abs(served - outputs).max()),
-    largest_output=float(np.abs(outputs).max()),
-  )
+  return model_export.write(out, manifest, layers, tensors, (inputs,), outputs)
 
 
 def _check_target(target: str, assignment: stored.Assignment) -> None:

@@ -31,6 +31,11 @@ class NumericFormat:
   max_value: float
   scaled: bool = True
 
+  @property
+  def is_integer(self) -> bool:
+    """Whether it is one of INT2 to INT8."""
+    return self.name.startswith('INT')
+
   def __str__(self) -> str:
     return self.name
 

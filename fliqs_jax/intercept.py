@@ -8,6 +8,7 @@ original loads.
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
@@ -17,30 +18,15 @@ import jax
 import jax.numpy as jnp
 
 from fliqs_jax import carried as carried_lib
-from fliqs_jax import layers
+from fliqs_jax import linen_calls
 from fliqs_jax import operands as operands_lib
 from fliqs_jax import quant_spec
 from fliqs_jax import repeats
+from fliqs_jax import stacks as stacks_lib
 from fliqs_jax import unhooked
 
 STACKS = ('separate', 'shared')
 
-_OURS = (
-  layers.QuantConv,
-  layers.QuantDense,
-  layers.QuantDenseGeneral,
-  layers.QuantEinsum,
-)
-_LAYERS = (
-  nn.Conv,
-  nn.ConvLocal,
-  nn.ConvTranspose,
-  nn.Dense,
-  nn.DenseGeneral,
-  nn.Einsum,
-  nn.Embed,
-  nn.MultiHeadDotProductAttention,
-)
 # What a layer's field may hold only if it is linen's own.
 _REPLACED = (
   'promote_dtype',
@@ -134,7 +120,7 @@ class Searchable:
     Raises:
       ValueError: the call lacks arguments, or a layer cannot be quantized.
     """
-    self._check_call(args, kwargs)
+    linen_calls.check_call(self.model, args, kwargs)
     seen: list[str] = []
 
     def run():
@@ -174,7 +160,8 @@ class Searchable:
         `space.expand(choices)`.
       *args: what the model is called with.
       mutable: False, True, or the names of the collections that change. With
-        `quant_stats` among them the running statistics learn.
+        `quant_stats` among them the running statistics learn; with `operands`
+        the layers tell what they multiply.
       **kwargs: more of the call, and `rngs` and `method`.
 
     Returns:
@@ -183,19 +170,25 @@ class Searchable:
     Raises:
       ValueError: the call lacks arguments, or `arch` or `quant_stats` entries.
     """
-    self._check_call(args, kwargs)
+    linen_calls.check_call(self.model, args, kwargs)
     wanted = _names(mutable, variables)
     inner = carried_lib.merge(core.unfreeze(variables))
     changing = {*wanted, self._token}
-    if 'quant_stats' in wanted and carried_lib.is_carrying(variables):
+    telling = 'operands' in wanted
+    if telling or (
+      'quant_stats' in wanted and carried_lib.is_carrying(variables)
+    ):
       changing.add('params')
-    with nn.intercept_methods(self._interceptor([])):
+    with nn.intercept_methods(self._interceptor([], telling)):
       outputs, changed = self.model.apply(
         inner, *args, mutable=sorted(changing), **kwargs
       )
     if mutable is False:
       return outputs
-    changed, _ = carried_lib.split(core.unfreeze(changed))
+    changed = core.unfreeze(changed)
+    changed, _ = carried_lib.split(
+      stacks_lib.told(changed) if telling else changed
+    )
     return outputs, {k: v for k, v in changed.items() if k in wanted}
 
   @property
@@ -207,26 +200,6 @@ class Searchable:
     """
     return f'fliqs {dataclasses.replace(self, model=None)!r}'
 
-  def _check_call(self, args, kwargs) -> None:
-    method = kwargs.get('method') or type(self.model).__call__
-    if isinstance(method, str):
-      method = getattr(type(self.model), method)
-    call = {
-      k: v
-      for k, v in kwargs.items()
-      if k not in ('method', 'rngs', 'mutable', 'capture_intermediates')
-    }
-    signature = inspect.signature(method)
-    bound = () if inspect.ismethod(method) else (self.model,)
-    try:
-      signature.bind(*bound, *args, **call)
-    except TypeError as error:
-      name = type(self.model).__name__
-      raise ValueError(
-        f'{name} is called as {name}{signature}: {error}; give what it is '
-        'called with to init, apply, find_decisions and create_state alike'
-      ) from None
-
   def _check_stacks(self, variables, carried) -> None:
     stacked = [p for p, s in carried.items() if carried_lib.is_stacked(s)]
     if stacked and self.spec.act_clip == 'profiled':
@@ -235,36 +208,25 @@ class Searchable:
         'which is scanned, cannot be profiled; use a table or a number'
       )
 
-  def _interceptor(self, seen: list[str]) -> Callable:
-    """Returns the interceptor of one call of the model."""
-    replaced: list[Any] = []  # Scopes in which a layer of ours is at work.
+  def _interceptor(self, seen: list[str], telling: bool = False) -> Callable:
+    """Returns the interceptor of one call of the model.
+
+    Args:
+      seen: gets the names of the classes of what is called.
+      telling: whether the layers leave what they multiply.
+    """
+    layer = linen_calls.interceptor(functools.partial(self._call, telling))
 
     def intercept(call, args, kwargs, context):
-      module = context.module
-      seen.extend(c.__name__ for c in type(module).__mro__)
-      if isinstance(module, _OURS):
-        raise ValueError(
-          f'{"/".join(module.path) or "the model"} is a '
-          f'{type(module).__name__}: the model was built with quantized '
-          'layers, which would be quantized twice; give find_decisions the '
-          'model itself'
-        )
-      linen_class = _linen_class(context)
-      if linen_class is None or any(module.scope is s for s in replaced):
-        return call(*args, **kwargs)
-      replaced.append(module.scope)
-      try:
-        return self._call(linen_class, call, args, kwargs, context)
-      finally:
-        replaced.pop()
+      seen.extend(c.__name__ for c in type(context.module).__mro__)
+      return layer(call, args, kwargs, context)
 
     return intercept
 
-  def _call(self, linen_class, call, args, kwargs, context):
+  def _call(self, telling, linen_class, call, args, kwargs, context):
     """Calls a layer, quantized if the rules say so."""
     module = context.module
-    state = carried_lib.LayerState(module)
-    path = state.path
+    state = carried_lib.LayerState(module, telling=telling)
     if linen_class is nn.Embed and not self.embed:
       return call(*args, **kwargs)
     if not _is_float(module):  # No layer to us; `coverage` says so.
@@ -272,58 +234,31 @@ class Searchable:
     if linen_class is nn.MultiHeadDotProductAttention:
       if not self.attention:
         return call(*args, **kwargs)
-      parts = (f'{path}/qk', f'{path}/av') if path else ('qk', 'av')
+      parts = [state.at(name).path for name in unhooked.PRODUCTS.values()]
       choices = [unhooked.product_choices(self.spec, part) for part in parts]
       if any(c.weights or c.activations for c in choices):
-        _refuse(module, linen_class, path)
-        twin = unhooked.attention(module, self.spec, state)
+        _refuse(module, linen_class, state.path)
+        twin = unhooked.attention(
+          module,
+          lambda name, inputs: unhooked.Product(
+            module, inputs, self.spec, state.at(name)
+          ),
+        )
         return twin(*args, **kwargs)
       return call(*args, **kwargs)
-    inputs, *rest = args or (kwargs['inputs'],)
+    inputs = linen_calls.inputs_of(args, kwargs)
     operands = operands_lib.Operands(module, inputs, self.spec, state)
-    choices = operands.choices
-    excluded = choices.weights is None and choices.activations is None
+    excluded = not operands.is_quantized
     if linen_class is nn.Embed:
-      excluded = choices.weights is None
+      excluded = operands.choices.weights is None
     if not excluded:
-      _refuse(module, linen_class, path)
+      _refuse(module, linen_class, state.path)
     elif not module.is_initializing():
       return call(*args, **kwargs)
     state.mark(inputs)
-    if linen_class is nn.Embed:
-      return unhooked.embed(operands, inputs, context.method_name)
-    if linen_class is nn.ConvTranspose:
-      return unhooked.conv_transpose(operands, inputs)
-    if linen_class is nn.ConvLocal:
-      return unhooked.conv_local(operands, inputs)
-    if linen_class is nn.Einsum:
-      given = rest[0] if rest else kwargs.get('einsum_str')
-      einsum_str = nn.merge_param('einsum_str', module.einsum_str, given)
-      return layers.apply_einsum(operands, einsum_str, inputs)
-    return layers.with_op(operands, linen_class, inputs)
-
-
-def _raw(method):
-  return inspect.unwrap(method)
-
-
-# `Conv` and `ConvLocal` have one method.
-_METHODS = {_raw(c.__call__): c for c in _LAYERS} | {
-  _raw(nn.Embed.attend): nn.Embed
-}
-
-
-def _linen_class(context) -> type[nn.Module] | None:
-  """Returns the linen layer whose own method is about to run.
-
-  A subclass that calls it by `super()` is seen at that call, so that what the
-  subclass does before and after is kept.
-  """
-  method = getattr(context.orig_method, 'func', None)
-  found = _METHODS.get(method)
-  if found in (nn.Conv, nn.ConvLocal):
-    return nn.ConvLocal if isinstance(context.module, nn.ConvLocal) else nn.Conv
-  return found
+    return linen_calls.apply(
+      operands, linen_class, args, kwargs, context.method_name
+    )
 
 
 def _refuse(module, linen_class, path) -> None:

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from fliqs_jax import clipping
 from fliqs_jax import cost_model
@@ -57,9 +58,11 @@ class Operands:
     choices: the formats it may use.
     dtype: of its result.
     accumulator: type of the op's sums.
+    has_integer_op: whether the op could run on integers.
   """
 
   accumulator = jnp.float32
+  has_integer_op = True
 
   def __init__(
     self,
@@ -83,14 +86,22 @@ class Operands:
       name: live.leaf(module, name, size) for name, size in self.sizes.items()
     }
 
+  @property
+  def is_quantized(self) -> bool:
+    """Whether a format is chosen for either operand."""
+    choices = self.choices
+    return choices.weights is not None or choices.activations is not None
+
   def __call__(
     self, x: jax.Array, w: jax.Array, contracted: tuple[int, ...]
   ) -> tuple[quantize.Quantized, quantize.Quantized]:
     """Returns activations and weights on their grids; see the two below."""
     x, w = self.activations(x), self.weights(w, contracted)
     if not self.module.is_initializing():  # For `export`; else nothing.
-      self.state.sow('operands', 'weights', w)
+      self.state.sow('operands', 'values', w.values)
+      self.state.sow('operands', 'weights', w.scale)
       self.state.sow('operands', 'activations', x.scale)
+      self.state.sow('operands', 'integer_op', np.bool_(self.has_integer_op))
     return x, w
 
   def conv(self, x, w, window_strides, padding, **kwargs) -> jax.Array:

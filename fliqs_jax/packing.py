@@ -75,7 +75,7 @@ def table(numeric_format: formats.NumericFormat) -> np.ndarray:
   """Returns the value of every code, float32 [2**bits]; not for BF16."""
   codes = np.arange(2**numeric_format.bits)
   half = len(codes) // 2
-  if numeric_format.name.startswith('INT'):
+  if numeric_format.is_integer:
     return (codes - 2 * half * (codes >= half)).astype(np.float32)
   mantissa_bits = numeric_format.mantissa_bits
   exponents, mantissas = np.divmod(codes % half, 2**mantissa_bits)
@@ -140,7 +140,7 @@ def decode(
   """
   xp = np if isinstance(stored, np.ndarray) else jnp
   how = layout(numeric_format)
-  integer = numeric_format.name.startswith('INT')
+  integer = numeric_format.is_integer
   dtype = np.dtype(np.int8) if integer else np.dtype(ml_dtypes.bfloat16)
   if not how.packed:
     return stored

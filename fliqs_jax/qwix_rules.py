@@ -28,7 +28,16 @@ def rules(
   BF16 and unquantized sides get no type: there Qwix leaves the model's own.
   """
   found, missing = [], []
-  for path, layer in layers.items():
+  for path, steps in stored.by_module(layers).items():
+    layer, *others = steps
+    if not layer.variable:
+      missing.append(f'{path}: a product of attention')
+      continue
+    if {(o.weights, o.activations) for o in others} - {
+      (layer.weights, layer.activations)
+    }:
+      missing.append(f'{path}: a scanned layer of several formats')
+      continue
     types = {}
     for key, side in (
       ('weight_qtype', 'weights'),

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 import hashlib
-import importlib.metadata
 import json
 from typing import Any
 
 import jax
 import numpy as np
 
+from fliqs_jax import artifact
 from fliqs_jax import cost_model
 from fliqs_jax import experiment as experiment_lib
 from fliqs_jax import policy as policy_lib
@@ -24,12 +24,6 @@ def config_hash(config: Mapping[str, Any]) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def versions() -> dict[str, str]:
-  """Returns the versions that decide about a run's numbers."""
-  packages = ('fliqs_jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
-  return {name: importlib.metadata.version(name) for name in packages}
-
-
 def arch(
   experiment: experiment_lib.Experiment, choices: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -38,7 +32,7 @@ def arch(
   assigned = experiment.space.assignment(choices)
   return dict(
     schema=_SCHEMA,
-    versions=versions(),
+    versions=artifact.versions(),
     config_hash=config_hash(config),
     model=config['model'],
     mode=experiment.spec.mode,

@@ -13,12 +13,13 @@ Collections, per layer:
     layer is served in the unsigned form of `integer`.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-from fliqs_jax import formats
 from fliqs_jax import integer
 from fliqs_jax import layers
 from fliqs_jax import operands as operands_lib
@@ -38,7 +39,7 @@ class ServedConv(nn.Conv):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Applies the convolution: [..., H, W, C] to [..., H', W', features]."""
-    return layers.apply(_Stored(self, inputs), nn.Conv, inputs)
+    return layers.apply(Stored(self, inputs), nn.Conv, inputs)
 
 
 class ServedDense(nn.Dense):
@@ -53,7 +54,7 @@ class ServedDense(nn.Dense):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Applies the layer: [..., C] to [..., features]."""
-    return layers.apply(_Stored(self, inputs), nn.Dense, inputs)
+    return layers.apply(Stored(self, inputs), nn.Dense, inputs)
 
 
 class ServedDenseGeneral(nn.DenseGeneral):
@@ -68,7 +69,7 @@ class ServedDenseGeneral(nn.DenseGeneral):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Applies the layer over `axis` of the inputs."""
-    return layers.apply(_Stored(self, inputs), nn.DenseGeneral, inputs)
+    return layers.apply(Stored(self, inputs), nn.DenseGeneral, inputs)
 
 
 class ServedEinsum(nn.Einsum):
@@ -86,38 +87,55 @@ class ServedEinsum(nn.Einsum):
   ) -> jax.Array:
     """Applies the contraction of the inputs with the kernel."""
     einsum_str = nn.merge_param('einsum_str', self.einsum_str, einsum_str)
-    return layers.apply_einsum(_Stored(self, inputs), einsum_str, inputs)
+    return layers.apply_einsum(Stored(self, inputs), einsum_str, inputs)
 
 
-def in_integers(
-  weights: formats.NumericFormat | None,
-  activations: formats.NumericFormat | None,
-) -> bool:
-  """Returns whether a layer of these formats is served in integers."""
-  return all(f and f.name.startswith('INT') for f in (weights, activations))
-
-
-class _Stored(operands_lib.Operands):
+class Stored(operands_lib.Operands):
   """The operands of a served layer: weights as stored, activations rounded."""
 
-  def __init__(self, module: nn.Module, inputs: jax.Array):
-    super().__init__(module, inputs)
-    menus = (self.choices.weights, self.choices.activations)
-    self.weights, self.activations = (menu and menu[0] for menu in menus)
-    self.in_integers = in_integers(self.weights, self.activations)
-    self.accumulator = jnp.int32 if self.in_integers else jnp.float32
+  def __init__(
+    self,
+    module: nn.Module,
+    inputs: jax.Array,
+    choices: quant_spec.Choices | None = None,
+    state: Any = None,
+  ):
+    """Keeps what decides how the layer is served.
+
+    Args:
+      module: the layer.
+      inputs: of the layer.
+      choices: the formats it has, unless `module.spec` says so; several on a
+        side are those of the steps of a scanned layer, of which the collection
+        `arch` has the step's own.
+      state: as of `operands.Operands`.
+    """
+    spec = None if choices is None else quant_spec.QuantSpec()
+    super().__init__(module, inputs, spec, state)
+    self.choices = choices or self.choices
+
+  @property
+  def in_integers(self) -> bool:
+    """Whether the layer is served in integers."""
+    sides = (self.choices.weights, self.choices.activations)
+    return self.has_integer_op and all(
+      menu and all(f.is_integer for f in menu) for menu in sides
+    )
+
+  @property
+  def accumulator(self) -> Any:
+    """Type of the op's sums."""
+    return jnp.int32 if self.in_integers else jnp.float32
 
   def __call__(self, x, w, contracted):
     del contracted  # It shows in the scale.
-    x = quantize.unquantized(x.astype(jnp.float32))
     w = quantize.unquantized(w)
-    if self.weights is not None:
-      scale = self.module.get_variable('scales', 'weights')
+    if self.choices.weights is not None:
+      scale = self.state.get_variable('scales', 'weights')
       w = quantize.Quantized(w.values, scale)
-    if self.activations is not None:
-      x = self._rounded(x.values)
+    x = self.rounded(x, 'activations')
     if self.in_integers:
-      return x, w
+      return quantize.Quantized(x.values.astype(jnp.int8), x.scale), w
     return self._compute_dtype(x), self._compute_dtype(w)
 
   def record(self, *cost) -> None:
@@ -145,20 +163,26 @@ class _Stored(operands_lib.Operands):
     inputs, kernel, bias = arrays
     return inputs.astype(jnp.float32), kernel, bias
 
-  def _rounded(self, x):
-    scale = self.module.get_variable('scales', 'activations')
-    if not self.in_integers:
-      grid = quantize.grid_of(self.activations)
-      return quantize.Quantized(
-        quantize.round_to_grid(x * (1.0 / scale), grid), scale
-      )
-    # What `round_to_grid` comes to where all steps are 1.
-    limit = self.activations.max_value
-    x = jnp.clip(x * (1.0 / scale), -limit, limit)
-    x = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
-    return quantize.Quantized(x.astype(jnp.int8), scale)
+  def rounded(self, x: jax.Array, side: str) -> quantize.Quantized:
+    """Returns activations [...] on the grid of a side, float32."""
+    menu, x = getattr(self.choices, side), x.astype(jnp.float32)
+    if menu is None:
+      return quantize.unquantized(x)
+    scale = self.state.get_variable('scales', side)
+    if len(menu) == 1:
+      grid = quantize.grid_of(menu[0])
+    else:
+      grid = quantize.select(menu, self.state.get_variable('arch', side))
+    x = x * (1.0 / scale)
+    if self.in_integers:
+      # What `round_to_grid` comes to where all steps are 1.
+      x = jnp.clip(x, -grid.max_value, grid.max_value)
+      x = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+    else:
+      x = quantize.round_to_grid(x, grid)
+    return quantize.Quantized(x, scale)
 
   def _shift(self):
-    if not self.module.has_variable('shifts', 'kernel'):
+    if not self.state.has_variable('shifts', 'kernel'):
       return None
-    return self.module.get_variable('shifts', 'kernel')
+    return self.state.get_variable('shifts', 'kernel')

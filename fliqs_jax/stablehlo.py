@@ -8,47 +8,65 @@
 
 The weights are arguments, exactly as stored: the program unpacks them itself.
 So they are not stored twice, and scales are no constants, which XLA would
-reassociate. The batch size is open. Products are int8 x int8 -> int32, which
-every platform has; a convolution is one of its own on TPU only.
+reassociate. The batch size is open where the model allows. Products are
+int8 x int8 -> int32, which every platform has; a convolution is one of its own
+on TPU only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.export
 import numpy as np
 
-from fliqs_jax import stored
-
+NAME = 'model.stablehlo'
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
 
 def serialize(
-  model: nn.Module,
-  layers: Mapping[str, stored.Layer],
+  program: Callable,
   tensors: Mapping[str, np.ndarray],
-  inputs: Any,
-) -> bytes:
-  """Returns the program `(tensors, inputs) -> outputs`, serialized.
+  args: Sequence[Any],
+) -> tuple[bytes, bool]:
+  """Returns a program, serialized, and whether its batch size is open.
 
   Args:
-    model: of served layers.
-    layers: what is stored of each layer.
+    program: `(tensors, *args) -> outputs`.
     tensors: by name; only their shapes and types matter.
-    inputs: `jax.ShapeDtypeStruct` of one example each, as the model takes them.
+    args: examples of what the model takes, pytrees of arrays [N, ...]; arrays
+      of another first axis have their shape.
+
+  Raises:
+    ValueError: there is no such program.
   """
+  fixed = jax.tree.map(_shape, (dict(tensors), *args))
+  batch = np.shape(jax.tree.leaves(args)[0])[:1]
+  (symbol,) = jax.export.symbolic_shape('batch')
 
-  def program(tensors, inputs):
-    return model.apply(stored.variables(tensors, layers), inputs, train=False)
+  def opened(x):
+    if batch and x.shape[:1] == batch:
+      return jax.ShapeDtypeStruct((symbol, *x.shape[1:]), x.dtype)
+    return x
 
-  (batch,) = jax.export.symbolic_shape('batch')
-  shapes = (
-    {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in tensors.items()},
-    jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype), inputs
-    ),
-  )
-  exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)
-  return bytes(exported(*shapes).serialize())
+  export = jax.export.export(jax.jit(program), platforms=PLATFORMS)
+  try:
+    exported = export(fixed[0], *jax.tree.map(opened, fixed[1:]))
+    return bytes(exported.serialize()), bool(batch)
+  # Code that wants the batch size as a number raises what it likes.
+  except Exception:
+    try:
+      return bytes(export(*fixed).serialize()), False
+    except ValueError as error:
+      raise ValueError(
+        f'the model cannot be written as a StableHLO program: {error}'
+      ) from error
+
+
+def _shape(x):
+  return jax.ShapeDtypeStruct(np.shape(x), x.dtype)
+
+
+def deserialize(data: bytes) -> jax.export.Exported:
+  """Returns a program; `call` is `(tensors, *args) -> outputs`."""
+  return jax.export.deserialize(bytearray(data))

@@ -2,7 +2,8 @@
 
 A name is a variable's path, collection first: `params/head/kernel` holds the
 weights of the layer `head` in the layout of `packing`, `scales/head/weights`
-their scales. Whatever is not the weights of a quantized layer is float32, and
+their scales. Each step of a scanned layer is a layer, `head/@3`, with a format
+of its own. Whatever is not the weights of a quantized layer is as it was, and
 of those nothing else is kept.
 """
 
@@ -16,10 +17,10 @@ import numpy as np
 
 from fliqs_jax import formats
 from fliqs_jax import packing
-from fliqs_jax import served_layers
 
 # Collections that only the search reads.
 _SEARCH = ('arch', 'quant_stats', 'cost', 'operands')
+_WEIGHTS = ('kernel', 'embedding')
 # Up to here float32 holds every integer, so that the search's sums are exact.
 _EXACT = 2**24
 
@@ -33,21 +34,28 @@ class Layer:
   Attributes:
     weights: format of the weights; None where not quantized.
     activations: format of the input activations, or None.
-    shape: of the kernel.
+    shape: of the weights.
     largest_sum: bound on the magnitude of the op's partial sums in units of the
       grids, for any input; None where the layer is not served in integers.
+    variable: what the layer calls its weights, `kernel` or `embedding`; empty
+      for a product of attention, whose `weights` are keys and values.
+    lead: of the step of a scanned layer, how the transform stacks the steps;
+      see `stacks.told`. Else empty.
+    stacked: likewise the shape of the parameter with all of the steps.
   """
 
   weights: formats.NumericFormat | None
   activations: formats.NumericFormat | None
   shape: tuple[int, ...]
   largest_sum: int | None = None
+  variable: str = 'kernel'
+  lead: tuple[int, ...] = ()
+  stacked: tuple[int, ...] = ()
 
   @property
   def arithmetic(self) -> str:
     """`int8`, or `float32` on grid values."""
-    integers = served_layers.in_integers(self.weights, self.activations)
-    return 'int8' if integers else 'float32'
+    return 'float32' if self.largest_sum is None else 'int8'
 
   @property
   def exact(self) -> bool:
@@ -90,7 +98,8 @@ def tensors(
     *args: an input.
 
   Raises:
-    ValueError: activations that are to be quantized never were.
+    ValueError: activations that are to be quantized never were, or a layer was
+      not called.
   """
   told = _flat(jax.device_get(tell(dict(variables), *args)).get('operands', {}))
   flat = _flat(
@@ -98,35 +107,105 @@ def tensors(
   )
   flat = {name: np.asarray(jax.device_get(x)) for name, x in flat.items()}
   stats = _flat(variables.get('quant_stats', {}))
-  stored = {}
-  for path, (weights, activations) in assignment.items():
-    weights, activations = (
-      f and formats.parse(f) for f in (weights, activations)
-    )
-    kernel = _join('params', path, 'kernel')
-    # A layer that is called twice tells the same twice.
-    w, x_scale = (
-      told[_join(path, 'weights')][0],
-      told[_join(path, 'activations')][0],
-    )
-    if activations is not None:
-      if not np.asarray(stats[_join(path, 'active')]):
+  layers: dict[str, Layer] = {}
+  replaced = set()
+  for path, names in assignment.items():
+    if join(path, 'activations') not in told:
+      if any(names):
         raise ValueError(
-          f'the activations of {path} were never quantized in this run '
-          '(quant.act_start); there is nothing to export for them'
+          f'{path or "the model"} has the formats {names}, but multiplies '
+          'nothing in this call; call the model as find_decisions did'
         )
-      flat[_join('scales', path, 'activations')] = x_scale
-    shape = flat[kernel].shape
-    largest = None
-    if weights is not None:
-      flat[kernel] = packing.encode(w.values, weights)
-      flat[_join('scales', path, 'weights')] = w.scale
-    if served_layers.in_integers(weights, activations):
-      summed = [i for i, n in enumerate(w.scale.shape) if n < shape[i]]
-      sums = np.abs(w.values).sum(tuple(summed), dtype=np.float64)
-      largest = int(sums.max() * activations.max_value)
-    stored[path] = Layer(weights, activations, shape, largest)
-  return flat, stored
+      continue  # An excluded layer of a model that was not written for us.
+    module = _module(path)
+    if names[1] is not None:
+      _check_seen(module, stats)
+    says = {k: told[join(path, k)][0] for k in _TOLD if join(path, k) in told}
+    variable = _variable(flat, module) if 'values' in says else ''
+    layer = _layer(names, says, variable)
+    if path != module:
+      lead = told[join(module, 'lead')][0].shape
+      whole = flat[join('params', module, variable)].shape if variable else ()
+      layer = dataclasses.replace(layer, lead=lead, stacked=whole)
+    for side in ('weights', 'activations'):
+      if getattr(layer, side) is not None:
+        flat[join('scales', path, side)] = says[side]
+    if layer.weights is not None and variable:
+      replaced.add(join('params', module, variable))
+      flat[join('params', path, variable)] = packing.encode(
+        says['values'], layer.weights
+      )
+    layers[path] = layer
+  kept = {k: v for k, v in flat.items() if k not in replaced}
+  stored = {name: flat[name] for name in quantized_names(layers)}
+  return kept | stored, _in_one_arithmetic(layers)
+
+
+# What a layer, or a step of it, tells.
+_TOLD = ('values', 'weights', 'activations', 'integer_op')
+# Statistics that are zero as long as nothing is quantized.
+_SEEN = ('active', 'count')
+
+
+def _layer(names, says, variable: str) -> Layer:
+  weights, activations = (f and formats.parse(f) for f in names)
+  shape = says['values'].shape if variable else ()
+  largest = None
+  in_integers = all(f and f.is_integer for f in (weights, activations))
+  if in_integers and says.get('integer_op'):
+    scale = says['weights']
+    summed = [i for i, n in enumerate(scale.shape) if n < shape[i]]
+    sums = np.abs(says['values']).sum(tuple(summed), dtype=np.float64)
+    largest = int(sums.max() * activations.max_value)
+  return Layer(weights, activations, shape, largest, variable)
+
+
+def _variable(flat, path: str) -> str:
+  return next(name for name in _WEIGHTS if join('params', path, name) in flat)
+
+
+def _check_seen(path: str, stats: Mapping[str, Any]) -> None:
+  """Raises ValueError where activations have no scale yet."""
+  for name, value in stats.items():
+    own = name.startswith(f'{path}/' if path else '')
+    if own and name.endswith(_SEEN) and not np.all(value):
+      raise ValueError(
+        f'the activations of {path or "the model"} were never quantized in '
+        'this run (quant.act_start); there is nothing to export for them'
+      )
+
+
+def _in_one_arithmetic(layers: dict[str, Layer]) -> dict[str, Layer]:
+  """Returns the layers; a program runs all steps of a stack in one arithmetic.
+
+  So steps of integers are served in integers where all of them are.
+  """
+  floats = {
+    module
+    for module, steps in by_module(layers).items()
+    if any(step.largest_sum is None for step in steps)
+  }
+  return {
+    path: dataclasses.replace(layer, largest_sum=None)
+    if _module(path) in floats
+    else layer
+    for path, layer in layers.items()
+  }
+
+
+def by_module(layers: Mapping[str, Layer]) -> dict[str, list[Layer]]:
+  """Returns {path of a module: its steps}; one where nothing is scanned."""
+  modules: dict[str, dict[int, Layer]] = {}
+  for path, layer in layers.items():
+    step = int(path.partition('/@')[2] or 0)
+    modules.setdefault(_module(path), {})[step] = layer
+  return {
+    path: [steps[i] for i in sorted(steps)] for path, steps in modules.items()
+  }
+
+
+def _module(path: str) -> str:
+  return path.partition('/@')[0]
 
 
 def variables(
@@ -139,23 +218,22 @@ def variables(
     layers: {layer path: what is stored of it}.
   """
   flat = dict(flat)
-  for path, layer in layers.items():
-    name = _join('params', path, 'kernel')
-    if layer.weights is not None:
-      flat[name] = packing.decode(flat[name], layer.weights, layer.shape)
+  for name, layer in quantized_names(layers).items():
+    flat[name] = packing.decode(flat[name], layer.weights, layer.shape)
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
 def quantized_names(layers: Mapping[str, Layer]) -> dict[str, Layer]:
   """Returns {name of the tensor of quantized weights: its layer}."""
   return {
-    _join('params', path, 'kernel'): layer
+    join('params', path, layer.variable): layer
     for path, layer in layers.items()
-    if layer.weights is not None
+    if layer.weights is not None and layer.variable
   }
 
 
-def _join(*parts: str) -> str:
+def join(*parts: str) -> str:
+  """Returns a name of its parts, of which some may be empty."""
   return '/'.join(part for part in parts if part)
 
 

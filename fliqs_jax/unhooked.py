@@ -6,9 +6,11 @@ the operands are put on the grid just before (`promote_dtype`), and scales and
 bias follow its result.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,11 +22,18 @@ from fliqs_jax import operands as operands_lib
 from fliqs_jax import quant_spec
 from fliqs_jax import quantize
 
+# The products of attention: linen's field, and the name under its path.
+PRODUCTS = {
+  'qk_attn_weights_einsum_cls': 'qk',
+  'attn_weights_value_einsum_cls': 'av',
+}
+
 
 def conv_transpose(
   operands: operands_lib.Operands, inputs: jax.Array
 ) -> jax.Array:
   """`nn.ConvTranspose` with quantized operands; a scale per output channel."""
+  operands.has_integer_op = False
   module = operands.module
   after = []
 
@@ -50,13 +59,15 @@ def conv_transpose(
 
 def conv_local(operands: operands_lib.Operands, inputs: jax.Array) -> jax.Array:
   """`nn.ConvLocal` with quantized operands; a scale per output and place."""
+  operands.has_integer_op = False
   module = operands.module
   after = []
 
   def quantized(x, w, bias, dtype):
     del dtype
     x_q, w_q = operands(x, w, (w.ndim - 2,))
-    operands.record('conv', len(x) * w.size, w.size, w.size // w.shape[-2])
+    channels = w.size // w.shape[-2]
+    operands.record('conv', x.shape[0] * w.size, w.size, channels)
     w_scale = w_q.scale
     if w_scale.ndim:
       w_scale = jnp.squeeze(w_scale, -2)
@@ -112,6 +123,7 @@ def embed(
   Returns:
     [..., features], or [..., num_embeddings].
   """
+  operands.has_integer_op = False
   choices = operands.choices
   operands.choices = dataclasses.replace(choices, activations=None, tied=False)
   table = operands.module.embedding.astype(jnp.float32)
@@ -134,8 +146,7 @@ def embed(
 
 def attention(
   module: nn.MultiHeadDotProductAttention,
-  spec: quant_spec.QuantSpec,
-  state,
+  operands: Callable[[str, jax.Array], operands_lib.Operands],
 ) -> nn.Module:
   """Returns the attention with quantized products of scores and of values.
 
@@ -144,16 +155,12 @@ def attention(
 
   Args:
     module: the attention.
-    spec: the rules.
-    state: holds the variables, as of `operands.Operands`; `at(name)` is that
-      of a part.
+    operands: `(name, first operand) -> Operands` of a product, which take both
+      operands.
   """
   products = {}
-  for field, name in (
-    ('qk_attn_weights_einsum_cls', 'qk'),
-    ('attn_weights_value_einsum_cls', 'av'),
-  ):
-    product = functools.partial(_product, module, spec, state, name)
+  for field, name in PRODUCTS.items():
+    product = functools.partial(_product, operands, name)
     products[field] = functools.partial(lambda einsum: einsum, product)
   return layers.twin(module, nn.MultiHeadDotProductAttention, **products)
 
@@ -171,27 +178,47 @@ def product_choices(
   return choices
 
 
-def _product(module, spec, state, name, einsum_str, lhs, rhs) -> jax.Array:
-  """`jnp.einsum` of two activations, both quantized per tensor.
+class Product(operands_lib.Operands):
+  """The operands of a product of two activations, both quantized per tensor.
 
-  The threshold of the attention weights is the softmax's bound, 1: they are
-  nothing like a Laplacian.
+  As of `operands.Operands`, but called with the two, and `state` is that of a
+  part, `qk` or `av`.
   """
-  part = state.at(name)
-  operands = operands_lib.Operands(module, lhs, spec, part)
-  operands.dtype = lhs.dtype
-  operands.choices = choices = product_choices(spec, part.path)
-  learning = not module.is_initializing()
-  if learning and choices.weights is None and choices.activations is None:
-    return jnp.einsum(einsum_str, lhs, rhs)
 
-  def quantized(side, x):
-    menu, x = getattr(choices, side), x.astype(jnp.float32)
+  def __init__(
+    self,
+    module: nn.Module,
+    inputs: jax.Array,
+    spec: quant_spec.QuantSpec,
+    state: Any,
+  ):
+    super().__init__(module, inputs, spec, state)
+    self.dtype = inputs.dtype
+    self.choices = product_choices(spec, state.path)
+
+  def __call__(
+    self, lhs: jax.Array, rhs: jax.Array
+  ) -> tuple[quantize.Quantized, quantize.Quantized]:
+    """Returns both operands on their grids."""
+    x = self._quantized('activations', lhs)
+    w = self._quantized('weights', rhs)
+    if not self.module.is_initializing():
+      self.state.sow('operands', 'activations', x.scale)
+      self.state.sow('operands', 'weights', w.scale)
+    return x, w
+
+  def _quantized(self, side, x):
+    """Returns an operand on its grid.
+
+    The threshold of the attention weights is the softmax's bound, 1: they are
+    nothing like a Laplacian.
+    """
+    menu, x = getattr(self.choices, side), x.astype(jnp.float32)
     if menu is None:
       return quantize.unquantized(x)
-    one_hot = operands._decision(side)
-    own = operands_lib.Operands(module, x, spec, part.at(side))
-    if name == 'av' and side == 'activations':
+    one_hot = self._decision(side)
+    own = operands_lib.Operands(self.module, x, self.spec, self.state.at(side))
+    if self.state.parts[-1] == 'av' and side == 'activations':
       active = own.state.variable(
         'quant_stats', 'active', jnp.ones, (), jnp.bool_
       )
@@ -201,17 +228,23 @@ def _product(module, spec, state, name, einsum_str, lhs, rhs) -> jax.Array:
         jnp.where(active.value, q.scale, 1.0),
       )
     stats = own._statistics(menu)
-    if not learning:
+    if self.module.is_initializing():
       return quantize.unquantized(x)
     return own._activations(x, menu, one_hot, stats)
 
-  x, w = quantized('activations', lhs), quantized('weights', rhs)
+
+def _product(operands_of, name, einsum_str, lhs, rhs) -> jax.Array:
+  """`jnp.einsum` of two activations, both on their grids."""
+  operands = operands_of(name, lhs)
+  if not operands.module.is_initializing() and not operands.is_quantized:
+    return jnp.einsum(einsum_str, lhs, rhs)
+  x, w = operands(lhs, rhs)
   y = jnp.einsum(
     einsum_str,
     x.values.astype(operands.dtype),
     w.values.astype(operands.dtype),
     preferred_element_type=jnp.float32,
   )
-  part.mark(lhs)
+  operands.state.mark(lhs)
   operands.record('attend', y.size * lhs.shape[-1], 0, 1)
   return quantize.rescale(y, x.scale, w.scale).astype(operands.dtype)

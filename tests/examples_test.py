@@ -12,6 +12,7 @@ from examples import char_transformer
 from examples import digits_cnn
 from examples import search_digits
 from examples import search_text
+from fliqs_jax import export
 
 _EXAMPLES = pathlib.Path(digits_cnn.__file__).parent
 
@@ -41,8 +42,8 @@ def test_the_models_know_nothing_of_us(name):
   assert set(imported) <= {'flax.linen', 'jax', 'jax.numpy'}
 
 
-def test_a_classifier_of_real_digits_is_searched():
-  result = search_digits.search(steps=200)
+def test_a_classifier_of_real_digits_is_searched_and_served(tmp_path):
+  result = search_digits.search(tmp_path / 'out', steps=200)
   losses = result['losses']
   assert losses[-20:].mean() < 0.2 * losses[:5].mean()
   # Four decisions make coarse steps: one more bit in the second convolution,
@@ -56,13 +57,18 @@ def test_a_classifier_of_real_digits_is_searched():
     'Dense_1',
   ]
   assert not result['coverage'].missed
+  # Everything but batch norms and biases is an integer of at most 8 bits.
+  exported = result['exported']
+  assert exported['reference']['bit_equal']
+  assert exported['bytes']['stored'] < exported['bytes']['float32'] / 3.5
+  assert export.verify(tmp_path / 'out')['through'] == 'model.stablehlo'
   assert jax.tree.map(jnp.shape, result['params']) == _shapes(
     digits_cnn.DigitsCNN(), np.zeros((1, 8, 8, 1)), train=False
   )
 
 
-def test_a_language_model_of_real_text_is_searched():
-  result = search_text.search(steps=120)
+def test_a_language_model_of_real_text_is_searched_and_served(tmp_path):
+  result = search_text.search(tmp_path / 'out', steps=120)
   losses = result['losses']
   # ln 128 = 4.85 at first; characters drawn by their frequency have 3.1.
   assert losses[0] > 4.5
@@ -80,6 +86,12 @@ def test_a_language_model_of_real_text_is_searched():
   # The found parameters are the original's: it runs with them as it is.
   logits = model.apply({'params': result['params']}, tokens, deterministic=True)
   assert np.isfinite(logits).all()
+  # Each step of a scanned layer is stored in its own format.
+  exported = result['exported']
+  reference = exported['reference']
+  assert reference['max_difference'] <= 1e-4 * reference['largest_output']
+  assert exported['bytes']['stored'] < exported['bytes']['float32'] / 3.5
+  assert 'blocks/up/@2' in exported['layers']
   # Query, key and value share a decision.
   found = result['assignment']
   assert len({found[f'blocks/attention/{n}/@0'] for n in ('query', 'key')}) == 1

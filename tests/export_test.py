@@ -1,5 +1,6 @@
 """A finished run as files: small, served bit for bit, damage always named."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -20,6 +21,7 @@ from fliqs_jax import models
 from fliqs_jax import parallel
 from fliqs_jax import qwix_rules
 from fliqs_jax import serving
+from fliqs_jax import stablehlo
 from fliqs_jax import stored
 from fliqs_jax import train
 from tests import tiny
@@ -135,6 +137,11 @@ def test_the_program_runs_without_this_package(exported):
   np.testing.assert_array_equal(program.call(tensors, images), served(images))
 
 
+def test_a_workdirs_export_builds_its_own_network(exported):
+  with pytest.raises(ValueError, match='model=Dense: .* network is mlp; leave'):
+    serving.load(exported, model=nn.Dense(10))
+
+
 def test_a_kill_while_writing_leaves_no_export(exported, tmp_path, monkeypatch):
   content = artifact.read(exported)
   out = tmp_path / 'out'
@@ -233,14 +240,17 @@ def test_other_outputs_are_noticed(exported, tmp_path):
   reference['outputs'] = reference['outputs'] + 1
   manifest = {
     key: content.manifest[key]
-    for key in ('model', 'arch', 'num_classes', 'versions', 'machine')
+    for key in ('model', 'call', 'arch', 'num_classes', 'versions', 'machine')
   }
   artifact.write(
     tmp_path / 'out',
     manifest,
     content.layers,
     content.tensors,
-    {artifact.REFERENCE: artifact.packed_file(reference)},
+    {
+      artifact.REFERENCE: artifact.packed_file(reference),
+      stablehlo.NAME: (exported / stablehlo.NAME).read_bytes(),
+    },
   )
   with pytest.raises(ValueError, match='differ from the reference outputs by'):
     export.verify(tmp_path / 'out')
@@ -284,6 +294,28 @@ def test_qwix_rules_say_the_assignment_and_what_they_cannot():
   assert missing == [
     'stage0/conv1: activations E4M3',
     'odd: activations INT8 alone',
+  ]
+
+
+def test_qwix_rules_of_scanned_layers_and_of_attention():
+  def step(name):
+    return dataclasses.replace(_layer(name, name), lead=(2, 1, 1, 1, 1))
+
+  rules, missing = qwix_rules.rules(
+    {
+      'up/@0': step('INT4'),
+      'up/@1': step('INT4'),
+      'down/@0': step('INT4'),
+      'down/@1': step('INT8'),
+      'qk': dataclasses.replace(_layer('INT8', 'INT8', ()), variable=''),
+    }
+  )
+  assert rules == [
+    dict(module_path='up', weight_qtype='int4', act_qtype='int4')
+  ]
+  assert missing == [
+    'down: a scanned layer of several formats',
+    'qk: a product of attention',
   ]
 
 

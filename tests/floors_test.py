@@ -55,10 +55,10 @@ FLOORS = (
     'unhooked',
     'served_layers',
   ),
-  ('train_step', 'cost', 'repeats', 'stored'),
-  ('intercept', 'artifact', 'stablehlo', 'qwix_rules'),
+  ('train_step', 'cost', 'repeats', 'stored', 'linen_calls', 'stacks'),
+  ('intercept', 'artifact', 'stablehlo', 'qwix_rules', 'served_model'),
   ('found', 'serving'),
-  ('experiment',),
+  ('experiment', 'model_export'),
   ('results', 'finished_run', 'spelling'),
   ('evaluate', 'pictures'),
   (

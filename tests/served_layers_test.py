@@ -1,6 +1,7 @@
 """Served layers and networks: the search's outputs, bit for bit."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from fliqs_jax import formats
+from fliqs_jax import integer
 from fliqs_jax import layers
 from fliqs_jax import models
 from fliqs_jax import quant_spec
@@ -142,6 +144,29 @@ def test_integers_sum_exactly_where_float32_does_not():
   np.testing.assert_allclose(jax.jit(layer.apply)(variables, x), y, rtol=1e-5)
 
 
+@pytest.mark.parametrize('axes', [(1, None), (None, 2), (2, 0)])
+def test_the_unsigned_product_is_batched(axes):
+  rng = np.random.default_rng(0)
+
+  def draw(shape, axis):
+    shape = shape if axis is None else np.insert(shape, axis, 3)
+    return rng.integers(-127, 128, shape).astype(np.int8)
+
+  x, w = draw((4, 5), axes[0]), draw((5, 6), axes[1])
+  numbers = (((1,), (0,)), ((), ()))
+
+  def product(x, w, shifted):
+    shift = integer.offset(w, (0,)) if shifted else None
+    return integer.dot_general(x, w, numbers, shift)
+
+  np.testing.assert_array_equal(
+    *(
+      jax.vmap(functools.partial(product, shifted=s), axes)(x, w)
+      for s in (True, False)
+    )
+  )
+
+
 NETWORKS = {
   'resnet_cifar': dict(name='resnet_cifar', depth=8, filters=4),
   'deit': models.published('deit_ti16')
@@ -173,16 +198,17 @@ def test_a_network_of_mixed_formats_is_served_bit_for_bit(name):
   variables = dict(params=params, arch=arch, **state)
   tell = stored.teller(model.apply, train=False)
   flat, kept = stored.tensors(tell, variables, space.assignment(choices), x)
+  low_bit = models.construct(NETWORKS[name], 10, **serving.constructors(kept))
+  call = dict(train=False)
   served = serving.Served(
-    models.construct(NETWORKS[name], 10, **serving.constructors(kept)),
-    serving.variables(flat, kept),
-    {},
+    low_bit, serving.variables(low_bit, flat, kept), dict(call=call)
   )
   expected = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, x)
   np.testing.assert_array_equal(served(x), expected)
   # And as a program for other machines, of any batch size.
-  one = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-  data = stablehlo.serialize(served.model, kept, flat, one)
-  y = jax.export.deserialize(bytearray(data)).call(flat, x)
+  program = serving.program(low_bit, kept, call)
+  data, is_open = stablehlo.serialize(program, flat, (x[:2],))
+  assert is_open
+  y = stablehlo.deserialize(data).call(flat, x)
   # Sums of floats, in another program: perhaps in another order.
   np.testing.assert_allclose(y, expected, atol=1e-5)
