@@ -1,9 +1,20 @@
 """All tests: warnings are errors, no implicit rank promotion, 8 devices.
 
 Runs use one of them; a test that wants all says `jax.default_device(None)`.
+Programs are compiled once for all tests of a worker and the runs they start:
+compiling is most of what tests do.
 """
 
-import jax
+import atexit
+import os
+import shutil
+import tempfile
+
+_CACHE = tempfile.mkdtemp(prefix='compiled')
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE  # Before jax is imported.
+
+import jax  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')

@@ -1,14 +1,18 @@
 """One step on many devices: the same result, or copies that stay in step."""
 
+import dataclasses
 import functools
 import itertools
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
+import fliqs_jax as fliqs
 from fliqs_jax import controller as controller_lib
 from fliqs_jax import experiment as experiment_lib
 from fliqs_jax import parallel
@@ -47,8 +51,11 @@ def _devices(count, keys):
 
 def _after(config, count, steps):
   """Returns state and metrics of each step, taken on so many devices."""
-  experiment = experiment_lib.build(config)
-  devices = _devices(count, config.parallel)
+  return _steps(experiment_lib.build(config), count, steps)
+
+
+def _steps(experiment, count, steps):
+  devices = _devices(count, experiment.config.parallel)
   where = devices.of_state(jax.eval_shape(experiment.initial_state))
   state = jax.jit(experiment.initial_state, out_shardings=where)()
   streams = experiment.streams
@@ -87,15 +94,32 @@ def test_pjit_on_many_devices_is_the_run_of_one(count):
     np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-5)
 
 
-def test_convolutions_and_batch_norm_see_the_batch_of_all_devices():
-  def config():
-    config = _config(preset='paper')  # One sample compiles faster than four.
-    with config.unlocked(), config.ignore_type():
-      config.model = dict(name='resnet_cifar', depth=8, filters=4)
-    return config
+class _Net(nn.Module):
+  """The least network with a convolution and a batch norm."""
 
-  one, _ = _after(config(), 1, 1)
-  many, _ = _after(config(), 4, 1)
+  conv: Any
+  input_shape = (8, 8, 1)
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = self.conv(4, (3, 3), name='conv')(x)
+    x = nn.BatchNorm(not train, momentum=0.9)(x)
+    return nn.relu(x).mean((1, 2)) @ jnp.ones((4, 10))
+
+
+def test_convolutions_and_batch_norm_see_the_batch_of_all_devices():
+  config = _config()
+  experiment = experiment_lib.build(config)
+  model = _Net(fliqs.with_spec(fliqs.QuantConv, experiment.spec))
+  space = fliqs.find_decisions(model, jnp.zeros((1, 8, 8, 1)), train=False)
+  controller = controller_lib.make(
+    'paper', lambda tree: jnp.ones(()), experiment.phases
+  )
+  experiment = dataclasses.replace(
+    experiment, model=model, space=space, controller=controller
+  )
+  one, _ = _steps(experiment, 1, 2)
+  many, _ = _steps(experiment, 4, 2)
   _assert_close(one, many, rtol=1e-4, atol=1e-5)
 
 
