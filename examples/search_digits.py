@@ -111,6 +111,8 @@ def search(out: str, steps: int = STEPS) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
+  if len(sys.argv) != 2:
+    sys.exit('usage: python -m examples.search_digits OUT')
   result = search(sys.argv[1])
   print(result['coverage'])
   for layer, formats in result['assignment'].items():

@@ -16,6 +16,32 @@ os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE  # Before jax is imported.
 
 import jax  # noqa: E402
 
+# The files that take longest, first: no worker shall end alone with one.
+_LONG = (
+  'recipes_test',
+  'processes_test',
+  'train_test',
+  'slicing_test',
+  'export_intercepted_test',
+  'served_layers_test',
+  'found_networks_test',
+  'parallel_test',
+  'examples_test',
+  'benchmarks_test',
+  'scanned_test',
+  'export_test',
+)
+
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_default_device', jax.devices()[0])
+
+
+def pytest_collection_modifyitems(items):
+  """Sorts tests by file; xdist hands files out in this order."""
+
+  def place(item):
+    name = item.path.stem
+    return _LONG.index(name) if name in _LONG else len(_LONG)
+
+  items.sort(key=place)

@@ -187,7 +187,11 @@ def _start(workdir, *extra):
     cwd=_ROOT,
     stderr=subprocess.PIPE,
     text=True,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''},
+    env={
+      **os.environ,
+      'JAX_PLATFORMS': 'cpu',
+      'XLA_FLAGS': '--xla_backend_optimization_level=0',
+    },
   )
 
 
