@@ -134,7 +134,8 @@ def test_the_processes_are_one_run_on_any_number_of_devices(whole, tmp_path):
   # Later a value at the edge of two steps of a grid falls to the other one.
   for a, b in zip(_history(one)[:10], _history(two)[:10], strict=True):
     np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-4)
-    assert a['sampled_cost'] == b['sampled_cost']
+    # Of the same architectures; others differ by a hundredth and more.
+    np.testing.assert_allclose(a['sampled_cost'], b['sampled_cost'], rtol=1e-5)
 
 
 def test_a_signal_to_one_stops_all_at_one_step(stopped):
