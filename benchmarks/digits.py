@@ -19,8 +19,8 @@ import statistics
 import tempfile
 
 from configs import digits
-from fliqs_jax import experiment
-from fliqs_jax import train
+from fliqs_jax.run import experiment
+from fliqs_jax.run import train
 
 _ROWS = {
   'uniform': ('space=INT4', 'space=INT8', 'space=BF16'),

@@ -15,10 +15,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from fliqs_jax import cost_model
-from fliqs_jax import integer
-from fliqs_jax import quant_spec
-from fliqs_jax import serving
+from fliqs_jax.numerics import int8_ops
+from fliqs_jax.serving import loader
+from fliqs_jax.space import cost_model
+from fliqs_jax.space import quant_spec
 
 # Seconds. A sample has as many calls as fill it, so that neither the clock's
 # tick nor one interruption hides a small op.
@@ -61,14 +61,14 @@ class Row:
     """Returns what is known to keep such a layer from gaining."""
     if self.macs_per_number < _FEW:
       return 'few MACs for each number that is rounded, copied or scaled'
-    if not integer.likes_unsigned():
+    if not int8_ops.likes_unsigned():
       return 'the CPU has no product of uint8 by int8 (VNNI)'
     return 'unknown: profile it'
 
 
 def rows(
-  plain: serving.Served,
-  served: serving.Served,
+  plain: loader.Served,
+  served: loader.Served,
   ops: Mapping[str, cost_model.OpShape],
   image: jax.ShapeDtypeStruct,
 ) -> list[Row]:
@@ -129,7 +129,7 @@ def table(
   return lines
 
 
-def _calls(network: serving.Served, image) -> dict[str, tuple[nn.Module, Any]]:
+def _calls(network: loader.Served, image) -> dict[str, tuple[nn.Module, Any]]:
   """Returns {path: (unbound layer, shape of its input)}."""
   calls = {}
 

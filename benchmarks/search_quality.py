@@ -38,17 +38,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fliqs_jax import clipping
-from fliqs_jax import config_lib
-from fliqs_jax import controller as controller_lib
-from fliqs_jax import cost_model
-from fliqs_jax import decisions as decisions_lib
-from fliqs_jax import formats as formats_lib
 from fliqs_jax import models
-from fliqs_jax import policy as policy_lib
-from fliqs_jax import quant_spec
-from fliqs_jax import schedules
-from fliqs_jax import search_space
+from fliqs_jax.numerics import clipping
+from fliqs_jax.numerics import formats as formats_lib
+from fliqs_jax.search import controller as controller_lib
+from fliqs_jax.search import policy as policy_lib
+from fliqs_jax.search import presets
+from fliqs_jax.search import schedules
+from fliqs_jax.space import cost_model
+from fliqs_jax.space import discovery
+from fliqs_jax.space import quant_spec
+from fliqs_jax.space import search_space
 
 _TARGET = 1.5
 _CLAIM = 0.03  # Largest expected-cost error of `default`, mean over seeds.
@@ -100,7 +100,7 @@ class Problem:
   batch: int
 
   @functools.cached_property
-  def space(self) -> decisions_lib.SearchSpace:
+  def space(self) -> search_space.SearchSpace:
     """The decisions, one for each of L layers."""
     spec = quant_spec.QuantSpec(formats=self.menu)
     if self.network == 'resnet18':
@@ -108,7 +108,7 @@ class Problem:
     keys = dict(name=self.network, width=1.0, dropout=0.0)
     model = models.build(keys, 1000, spec)
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    return search_space.find(model, image, spec=spec, train=False)
+    return discovery.find(model, image, spec=spec, train=False)
 
   def cost(self, choices: Mapping[str, Any]) -> jax.Array:
     """Returns C / C_T [] of {decision: [K]}."""
@@ -160,11 +160,11 @@ def _resnet18(spec):
     )
     ops += [cost_model.Op(f'{len(ops) + i}', shape) for i in range(count)]
   decisions = tuple(
-    decisions_lib.Decision(op.path, spec.formats, (op.leaf('format'),))
+    search_space.Decision(op.path, spec.formats, (op.leaf('format'),))
     for op in ops
   )
   params = sum(op.shape.weights for op in ops)
-  return decisions_lib.SearchSpace(decisions, tuple(ops), params)
+  return search_space.SearchSpace(decisions, tuple(ops), params)
 
 
 def _uniform_losses(network: str, menu: str) -> np.ndarray:
@@ -205,7 +205,7 @@ def make_controller(
   problem: Problem, preset: str, gamma: float | None
 ) -> tuple[controller_lib.Controller, schedules.Phases, dict[str, Any]]:
   """Returns the controller as a run of that length has it; phases and keys."""
-  keys = config_lib.search_keys(preset, problem.steps, gamma)
+  keys = presets.search_keys(preset, problem.steps, gamma)
   phases = schedules.phases(
     problem.steps, keys['start'], keys['start'], keys['freeze']
   )

@@ -30,11 +30,11 @@ import numpy as np
 
 from benchmarks import layer_times
 from fliqs_jax import models
-from fliqs_jax import quant_spec
-from fliqs_jax import search_space
-from fliqs_jax import serving
-from fliqs_jax import stored
-from fliqs_jax import train_step
+from fliqs_jax.search import train_step
+from fliqs_jax.serving import loader
+from fliqs_jax.serving import stored_layers
+from fliqs_jax.space import discovery
+from fliqs_jax.space import quant_spec
 
 # Config, height and width of the images.
 NETWORKS = {
@@ -53,7 +53,7 @@ def variants(config, size: int):
   spec = quant_spec.QuantSpec(_FORMAT)
   search = models.build(config, 10, spec)
   image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  space = search_space.find(search, image, spec=spec, train=False)
+  space = discovery.find(search, image, spec=spec, train=False)
   example = jnp.zeros(image.shape, image.dtype)
   init = jax.jit(functools.partial(search.init, train=False))
   variables = dict(init(jax.random.key(0), example))
@@ -64,23 +64,23 @@ def variants(config, size: int):
   settle = jax.jit(train_step.settle_step(search.apply))
   state = settle(params, state, arch, dict(image=x), jax.random.key(2))
   fake = dict(params=params, arch=arch, **state)
-  tensors, kept = stored.tensors(
-    stored.teller(search.apply, train=False),
+  tensors, kept = stored_layers.tensors(
+    stored_layers.teller(search.apply, train=False),
     fake,
     space.assignment(space.only()),
     x,
   )
   plain = models.construct(config, 10, conv=nn.Conv, dense=nn.Dense)
   floats = {k: v for k, v in fake.items() if k in ('params', 'batch_stats')}
-  low_bit = models.construct(config, 10, **serving.constructors(kept))
-  integers = serving.variables(low_bit, tensors, kept)
+  low_bit = models.construct(config, 10, **loader.constructors(kept))
+  integers = loader.variables(low_bit, tensors, kept)
   how = dict(call=dict(train=False))
   functions = {
-    'float32': serving.Served(plain, floats, how),
-    'float32/16': serving.Served(plain, floats, how, at_once=16),
-    'fake': serving.Served(search, fake, how),
-    'int8': serving.Served(low_bit, integers, how),
-    'int8/16': serving.Served(low_bit, integers, how, at_once=16),
+    'float32': loader.Served(plain, floats, how),
+    'float32/16': loader.Served(plain, floats, how, at_once=16),
+    'fake': loader.Served(search, fake, how),
+    'int8': loader.Served(low_bit, integers, how),
+    'int8/16': loader.Served(low_bit, integers, how, at_once=16),
   }
   return functions, {op.path: op.shape for op in space.ops}
 

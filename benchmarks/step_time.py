@@ -46,20 +46,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fliqs_jax import classification
-from fliqs_jax import controller
-from fliqs_jax import cost_model
-from fliqs_jax import decisions as decisions_lib
-from fliqs_jax import formats
-from fliqs_jax import layers
-from fliqs_jax import live
 from fliqs_jax import models
-from fliqs_jax import quant_spec
-from fliqs_jax import schedules
-from fliqs_jax import search_space
-from fliqs_jax import sizes as sizes_lib
-from fliqs_jax import train_state
-from fliqs_jax import train_step
+from fliqs_jax.layers import channel_masks
+from fliqs_jax.layers import quant_layers
+from fliqs_jax.numerics import formats
+from fliqs_jax.search import controller
+from fliqs_jax.search import schedules
+from fliqs_jax.search import train_state
+from fliqs_jax.search import train_step
+from fliqs_jax.space import cost_model
+from fliqs_jax.space import discovery
+from fliqs_jax.space import quant_spec
+from fliqs_jax.space import search_space
+from fliqs_jax.space import sizes as sizes_lib
+from fliqs_jax.tasks import classification
 
 # Fields that are not as published, pixels, batch.
 NETWORKS = {
@@ -116,7 +116,7 @@ class Problem:
 
   def network(self, conv, dense, sizes=models.AS_PUBLISHED) -> nn.Module:
     """Returns the network of these layers."""
-    constructors = dict(conv=conv, dense=dense, norm=live.BatchNorm)
+    constructors = dict(conv=conv, dense=dense, norm=channel_masks.BatchNorm)
     typed = {
       name: functools.partial(layer, dtype=self.dtype)
       for name, layer in constructors.items()
@@ -174,15 +174,15 @@ def _ours(
   """Returns the fused step and its state."""
   spec = quant_spec.QuantSpec(**quant, act_clip=4.0)
   model = problem.network(
-    layers.with_spec(layers.QuantConv, spec),
-    layers.with_spec(layers.QuantDense, spec),
+    quant_layers.with_spec(quant_layers.QuantConv, spec),
+    quant_layers.with_spec(quant_layers.QuantDense, spec),
     sizes,
   )
-  space = search_space.find(model, image, spec=spec, train=False)
+  space = discovery.find(model, image, spec=spec, train=False)
   apply = model.apply
   if space.is_fixed and judged:
     # A decision that changes nothing, so that this step judges as well.
-    idle = decisions_lib.Decision('idle', formats.menu('int_s'), ('idle',))
+    idle = search_space.Decision('idle', formats.menu('int_s'), ('idle',))
     space = dataclasses.replace(space, decisions=(*space.decisions, idle))
     apply = functools.partial(_apply_idle, model)
   cost = space.cost('bops')

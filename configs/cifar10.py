@@ -26,7 +26,8 @@ search needs are those of the digits.
 
 import ml_collections
 
-from fliqs_jax import config_lib
+from fliqs_jax.run import config as config_lib
+from fliqs_jax.search import presets
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -88,7 +89,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.sizes = dict(widths=(), kernels=(), kernel_weights='branches')
   config.cost = dict(kind='bops', target=arg.target, relative_to='INT4')
-  config.search = config_lib.search_keys(arg.preset, steps, arg.gamma)
+  config.search = presets.search_keys(arg.preset, steps, arg.gamma)
   config.optimizer = dict(
     name='sgd',
     learning_rate=0.1,

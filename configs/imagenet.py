@@ -32,7 +32,8 @@ from typing import Any
 
 import ml_collections
 
-from fliqs_jax import config_lib
+from fliqs_jax.run import config as config_lib
+from fliqs_jax.search import presets
 
 BATCH_SIZE = 2048
 STEPS_PER_EPOCH = 1_281_167 / BATCH_SIZE
@@ -157,7 +158,7 @@ def recipe(
     kernel_weights='branches',
   )
   config.cost = dict(kind='bops', target=arg.target, relative_to='INT4')
-  config.search = config_lib.search_keys(arg.preset, steps, arg.gamma)
+  config.search = presets.search_keys(arg.preset, steps, arg.gamma)
   config.optimizer = dict(optimizer, warmup=warmup_epochs / epochs)
   if arg.smoke:  # Batches are so much smaller.
     config.optimizer.learning_rate *= config.data.batch_size / BATCH_SIZE

@@ -31,7 +31,8 @@ quality AUC, with the gamma of accuracy, -0.1, which like AUC is a fraction.
 
 import ml_collections
 
-from fliqs_jax import config_lib
+from fliqs_jax.run import config as config_lib
+from fliqs_jax.search import presets
 
 _BATCH_SIZE = 4096
 _TRAIN_EXAMPLES = 45_840_617 * 84 // 100
@@ -110,7 +111,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     kernel_weights='branches',
   )
   config.cost = dict(kind='bops', target=arg.target, relative_to='INT4')
-  config.search = config_lib.search_keys(arg.preset, steps, arg.gamma)
+  config.search = presets.search_keys(arg.preset, steps, arg.gamma)
   config.search.update(quality='auc')
   config.optimizer = dict(
     name='adamw',

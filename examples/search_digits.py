@@ -20,7 +20,7 @@ from sklearn import datasets
 
 from examples import digits_cnn
 import fliqs_jax as fliqs
-from fliqs_jax import serving
+from fliqs_jax.serving import loader
 
 STEPS = 300
 TARGET = 1.5  # Times the cost of INT4 everywhere.
@@ -98,7 +98,7 @@ def search(out: str, steps: int = STEPS) -> dict[str, Any]:
     out=out,
     train=False,
   )
-  logits = serving.load(out, model=digits_cnn.DigitsCNN())(test['image'])
+  logits = loader.load(out, model=digits_cnn.DigitsCNN())(test['image'])
   return dict(
     coverage=fliqs.coverage(model, images, train=False),
     exported=exported,

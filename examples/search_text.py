@@ -22,7 +22,7 @@ import optax
 
 from examples import char_transformer
 import fliqs_jax as fliqs
-from fliqs_jax import serving
+from fliqs_jax.serving import loader
 
 STEPS = 300
 BITS = 5.0  # Target: of the average weight that has a choice.
@@ -170,7 +170,7 @@ def search(out: str, steps: int = STEPS) -> dict[str, Any]:
     out=out,
     deterministic=True,
   )
-  served = serving.load(out, model=char_transformer.CharTransformer())
+  served = loader.load(out, model=char_transformer.CharTransformer())
   test_loss = optax.softmax_cross_entropy_with_integer_labels(
     served(pieces[:, :-1]), pieces[:, 1:]
   ).mean()

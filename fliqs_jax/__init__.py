@@ -5,26 +5,26 @@ the fused search step in a training loop of their own; README.md has an example.
 Everything else is reached through its module.
 """
 
-from fliqs_jax.controller import make as make_controller
-from fliqs_jax.cost_model import uniform as uniform_cost
-from fliqs_jax.decisions import SearchSpace
-from fliqs_jax.formats import NumericFormat
-from fliqs_jax.found import coverage
-from fliqs_jax.intercept import searchable
-from fliqs_jax.layers import QuantConv
-from fliqs_jax.layers import QuantDense
-from fliqs_jax.layers import QuantDenseGeneral
-from fliqs_jax.layers import QuantEinsum
-from fliqs_jax.layers import with_spec
-from fliqs_jax.model_export import export_model
-from fliqs_jax.operands import set_activation_quantization
-from fliqs_jax.policy import argmax
-from fliqs_jax.quant_spec import QuantSpec
-from fliqs_jax.schedules import phases
-from fliqs_jax.search_space import find as find_decisions
-from fliqs_jax.train_state import create as create_state
-from fliqs_jax.train_step import eval_step
-from fliqs_jax.train_step import search_step
+from fliqs_jax.intercept.coverage import coverage
+from fliqs_jax.intercept.searchable import searchable
+from fliqs_jax.layers.operands import set_activation_quantization
+from fliqs_jax.layers.quant_layers import QuantConv
+from fliqs_jax.layers.quant_layers import QuantDense
+from fliqs_jax.layers.quant_layers import QuantDenseGeneral
+from fliqs_jax.layers.quant_layers import QuantEinsum
+from fliqs_jax.layers.quant_layers import with_spec
+from fliqs_jax.numerics.formats import NumericFormat
+from fliqs_jax.search.controller import make as make_controller
+from fliqs_jax.search.policy import argmax
+from fliqs_jax.search.schedules import phases
+from fliqs_jax.search.train_state import create as create_state
+from fliqs_jax.search.train_step import eval_step
+from fliqs_jax.search.train_step import search_step
+from fliqs_jax.serving.export_model import export_model
+from fliqs_jax.space.cost_model import uniform as uniform_cost
+from fliqs_jax.space.discovery import find as find_decisions
+from fliqs_jax.space.quant_spec import QuantSpec
+from fliqs_jax.space.search_space import SearchSpace
 
 __all__ = [
   'NumericFormat',

@@ -16,11 +16,11 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from fliqs_jax import cost_model
-from fliqs_jax import decisions as decisions_lib
 from fliqs_jax import models
-from fliqs_jax import quant_spec
-from fliqs_jax import search_space
+from fliqs_jax.space import cost_model
+from fliqs_jax.space import discovery
+from fliqs_jax.space import quant_spec
+from fliqs_jax.space import search_space
 
 
 def space_of(
@@ -29,7 +29,7 @@ def space_of(
   width: float | None = None,
   image_size: int | None = None,
   classes: int = 1000,
-) -> decisions_lib.SearchSpace:
+) -> search_space.SearchSpace:
   """Returns the ops of a network with one format everywhere.
 
   Args:
@@ -62,10 +62,10 @@ def space_of(
   one = jax.tree.map(
     lambda spec: jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype), inputs
   )
-  return search_space.find(model, one, spec=spec, train=False)
+  return discovery.find(model, one, spec=spec, train=False)
 
 
-def totals(space: decisions_lib.SearchSpace) -> dict[str, float]:
+def totals(space: search_space.SearchSpace) -> dict[str, float]:
   """Returns gbops, gmacs, params and layers of a space with nothing open.
 
   Layers are those that are quantized, as the paper counts them.
@@ -79,7 +79,7 @@ def totals(space: decisions_lib.SearchSpace) -> dict[str, float]:
   )
 
 
-def table(space: decisions_lib.SearchSpace) -> str:
+def table(space: search_space.SearchSpace) -> str:
   """Returns a line per layer: kind, format, MACs, parameters, GBOPs, share."""
   leaves = space.leaves(space.only())
   formats_of = space.assignment(space.only())

@@ -8,155 +8,11 @@ the test split. Prints one JSON object. Nothing in WORKDIR changes.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import json
-import pathlib
 import sys
-from typing import Any, NamedTuple
 
-import jax
-import ml_collections
-import numpy as np
-
-from fliqs_jax import checkpoint
-from fliqs_jax import experiment as experiment_lib
-from fliqs_jax import parallel
-from fliqs_jax import policy as policy_lib
-from fliqs_jax import results
-from fliqs_jax import train_step
-
-
-def settled_statistics(
-  experiment: experiment_lib.Experiment,
-  state: Any,
-  choices: Mapping[str, Any],
-  devices: parallel.Devices,
-) -> Mapping[str, Any]:
-  """Returns the model's collections with statistics of one architecture.
-
-  Runs `train.settle_batches` training batches forward; weights stay.
-  """
-  settle = jax.jit(train_step.settle_step(experiment.model.apply))
-  arch = experiment.space.expand(choices)
-  steps = experiment.phases.steps
-  batches = devices.feed(experiment.streams.train(steps))
-  model_state = state.model_state
-  for i in range(experiment.config.train.settle_batches):
-    key = jax.random.fold_in(state.key, steps + i)
-    model_state = settle(
-      state.served_params, model_state, arch, next(batches), key
-    )
-  return model_state
-
-
-def test_metrics(
-  experiment: experiment_lib.Experiment,
-  state: Any,
-  choices: Mapping[str, Any],
-  devices: parallel.Devices,
-) -> dict[str, Any]:
-  """Returns quality on the test split, and costs, of one architecture.
-
-  Args:
-    experiment: the run.
-    state: its last `TrainState`, on the devices.
-    choices: {decision: [K] one-hot}.
-    devices: over which batches are split.
-  """
-  model_state = settled_statistics(experiment, state, choices, devices)
-  step = jax.jit(
-    train_step.eval_step(experiment.model.apply, experiment.task.measure)
-  )
-  arch = experiment.space.expand(choices)
-  totals: dict[str, np.ndarray] = {}
-  for batch in devices.feed(experiment.streams.test()):
-    sums = jax.device_get(step(state.served_params, model_state, arch, batch))
-    for name, value in sums.items():
-      totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
-  return results.measured(experiment, choices, totals)
-
-
-class Finished(NamedTuple):
-  """A finished run, read back.
-
-  Attributes:
-    experiment: its parts.
-    state: its last `TrainState`.
-    found: the architecture it found, {decision: [K] one-hot}.
-  """
-
-  experiment: experiment_lib.Experiment
-  state: Any
-  found: dict[str, np.ndarray]
-
-
-def restore(workdir: str) -> Finished:
-  """Returns a finished run.
-
-  Raises:
-    ValueError: no workdir of a run, or an unfinished run.
-  """
-  path = pathlib.Path(workdir)
-  try:
-    content = json.loads((path / 'config.json').read_text())
-  except OSError as error:
-    raise ValueError(f'{workdir} is no workdir of a run: {error}') from None
-  experiment = experiment_lib.build(ml_collections.ConfigDict(content))
-  abstract = jax.eval_shape(experiment.initial_state)
-  with checkpoint.Checkpoints(path / 'checkpoints') as checkpoints:
-    restored = checkpoints.restore_latest(abstract)
-  if restored is None or restored.step < experiment.phases.steps:
-    raise ValueError(
-      f'{workdir} holds a run at step {restored.step if restored else 0} of '
-      f'{experiment.phases.steps}; finish it first, with the command that '
-      'began it'
-    )
-  policy = restored.state.search_state.policy
-  found = jax.device_get(policy_lib.argmax(policy))
-  return Finished(experiment, restored.state, found)
-
-
-def choose(
-  run: Finished, arch: str = '', numeric_format: str = ''
-) -> dict[str, np.ndarray]:
-  """Returns the architecture that is asked for: the found one by default.
-
-  Args:
-    run: a finished run.
-    arch: path of an arch.json.
-    numeric_format: a uniform format, in place of `arch`.
-
-  Raises:
-    ValueError: both are given, or the space lacks the assignment.
-  """
-  if arch and numeric_format:
-    raise ValueError('--arch and --format exclude each other; give one')
-  if arch:
-    content = experiment_lib.read_arch(arch)
-    assigned = experiment_lib.assignment(content)
-    return run.experiment.space.choices(assigned, content['sizes'])
-  if numeric_format:
-    return run.experiment.space.uniform(numeric_format)
-  return run.found
-
-
-def evaluate(
-  workdir: str, arch: str = '', numeric_format: str = ''
-) -> dict[str, Any]:
-  """Returns the test metrics of an assignment under a finished run's weights.
-
-  Args:
-    workdir: of a run that reached its last step.
-    arch: path of an arch.json.
-    numeric_format: a uniform format, in place of `arch`.
-
-  Raises:
-    ValueError: an unfinished run, or an assignment that the space lacks.
-  """
-  run = restore(workdir)
-  choices = choose(run, arch, numeric_format)
-  devices = parallel.one_device()
-  return test_metrics(run.experiment, run.state, choices, devices)
+from fliqs_jax.run import evaluation
 
 
 def main(argv: Sequence[str]) -> int:
@@ -167,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument('--format', default='')
   args = parser.parse_args(argv)
   try:
-    print(json.dumps(evaluate(args.workdir, args.arch, args.format)))
+    print(json.dumps(evaluation.evaluate(args.workdir, args.arch, args.format)))
   except ValueError as error:
     print(error, file=sys.stderr)
     return 2

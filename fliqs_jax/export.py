@@ -20,15 +20,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from fliqs_jax import artifact
 from fliqs_jax import data
-from fliqs_jax import evaluate
-from fliqs_jax import model_export
-from fliqs_jax import packing
-from fliqs_jax import parallel
-from fliqs_jax import results
-from fliqs_jax import slicing
-from fliqs_jax import stored
+from fliqs_jax.numerics import packing
+from fliqs_jax.run import evaluation
+from fliqs_jax.run import results
+from fliqs_jax.run import slicing
+from fliqs_jax.runtime import devices as devices_lib
+from fliqs_jax.serving import export_files
+from fliqs_jax.serving import export_model as model_export
+from fliqs_jax.serving import stored_layers
 
 TARGETS = ('packed', 'native')
 
@@ -68,9 +68,9 @@ def export(
     raise ValueError(f'target={target!r} is unknown; allowed: packed, native')
   if examples < 1:
     raise ValueError(f'examples={examples} must be at least 1')
-  artifact.check_free(out)
-  run = evaluate.restore(str(workdir))
-  choices = evaluate.choose(run, arch, numeric_format)
+  export_files.check_free(out)
+  run = evaluation.restore(str(workdir))
+  choices = evaluation.choose(run, arch, numeric_format)
   space = run.experiment.space
   if space.sizes(choices) and not space.is_fixed:  # Not what is dead.
     run = slicing.sliced(run, choices, arch)
@@ -81,15 +81,15 @@ def export(
   variables = dict(
     params=run.state.served_params,
     arch=experiment.space.expand(choices),
-    **evaluate.settled_statistics(
-      experiment, run.state, choices, parallel.one_device()
+    **evaluation.settled_statistics(
+      experiment, run.state, choices, devices_lib.one_device()
     ),
   )
   batch = data.model_inputs(next(iter(experiment.streams.test())))
   inputs = jax.tree.map(lambda x: np.asarray(x)[:examples], batch)
   apply = experiment.model.apply
-  tell = stored.teller(apply, train=False)
-  tensors, layers = stored.tensors(tell, variables, assignment, inputs)
+  tell = stored_layers.teller(apply, train=False)
+  tensors, layers = stored_layers.tensors(tell, variables, assignment, inputs)
   outputs = jax.jit(lambda v, x: apply(v, x, train=False))(variables, inputs)
   manifest = dict(
     task=experiment.config.task,
@@ -103,7 +103,7 @@ def export(
   return model_export.write(out, manifest, layers, tensors, (inputs,), outputs)
 
 
-def _check_target(target: str, assignment: stored.Assignment) -> None:
+def _check_target(target: str, assignment: stored_layers.Assignment) -> None:
   if target == 'packed':
     return
   for path, (weights, _) in assignment.items():

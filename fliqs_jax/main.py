@@ -17,10 +17,10 @@ from absl import logging as absl_logging
 import jax
 from ml_collections import config_flags
 
-from fliqs_jax import journal
-from fliqs_jax import loop
-from fliqs_jax import processes
-from fliqs_jax import train
+from fliqs_jax.run import loop
+from fliqs_jax.run import run_log
+from fliqs_jax.run import train
+from fliqs_jax.runtime import processes
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A file of configs/, with its arguments after a colon.'
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
       stop=processes.Stop(),
       profile_steps=_PROFILE_STEPS.value,
     )
-  except (ValueError, journal.DivergedError) as error:
+  except (ValueError, run_log.DivergedError) as error:
     log.error('%s', error)
     sys.exit(_MISTAKE)
   except loop.PreemptedError as error:

@@ -10,11 +10,11 @@ done, as a shell script, and does nothing.
 from collections.abc import Sequence
 import sys
 
+from launch import common
 from launch import gke
 from launch import local
 from launch import slurm
 from launch import tpu_vm
-from launch import words
 
 _PLATFORMS = dict(local=local, slurm=slurm, tpu_vm=tpu_vm, gke=gke)
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         f'{given}'
       )
     platform = _PLATFORMS[argv[0]]
-    parser = words.Parser(
+    parser = common.Parser(
       prog=f'python -m launch {argv[0]}',
       description=platform.__doc__.split('\n')[0],
       allow_abbrev=False,
@@ -37,10 +37,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
       'action', nargs='?', choices=platform.ACTIONS, default='up'
     )
-    words.add_flags(parser)
+    common.add_flags(parser)
     platform.add_flags(parser)
-    args, overrides = words.parse(parser, argv[1:])
-    plan = words.plan(args, overrides)
+    args, overrides = common.parse(parser, argv[1:])
+    plan = common.plan(args, overrides)
     script = platform.script(args, plan)
     if args.dry_run:
       print(script, end='')
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     return platform.perform(args, plan)
   except ValueError as error:
     print(f'launch: {error}', file=sys.stderr)
-    return words.MISTAKE
+    return common.MISTAKE
 
 
 if __name__ == '__main__':

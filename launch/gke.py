@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from launch import words
+from launch import common
 
 ACTIONS = ('up', 'build', 'logs', 'status', 'resume', 'delete')
 _ACCELERATORS = {  # Dimensions of their topologies.
@@ -54,29 +54,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--storage', default='', help='for xpk: storage at /gcs')
 
 
-def script(args: argparse.Namespace, plan: words.Plan) -> str:
+def script(args: argparse.Namespace, plan: common.Plan) -> str:
   """Returns the commands of an action."""
-  words.matches(args, 'namespace', '[a-z0-9]([a-z0-9-]*[a-z0-9])?', 'my-team')
+  common.matches(args, 'namespace', '[a-z0-9]([a-z0-9-]*[a-z0-9])?', 'my-team')
   kubectl = ['kubectl', f'--namespace={args.namespace}']
   chosen = f'--selector={_LABEL}={plan.name}'
   if args.action == 'build':
-    words.required(args, 'image')
+    common.required(args, 'image')
     build = [
       'docker',
       'build',
       f'--tag={args.image}',
       '--file=launch/Dockerfile',
     ]
-    return words.script(
+    return common.script(
       "git diff --quiet HEAD || echo 'uncommitted changes are not sent' >&2",
-      f'git archive HEAD | {words.quote([*build, "-"])}',
-      words.quote(['docker', 'push', args.image]),
+      f'git archive HEAD | {common.quote([*build, "-"])}',
+      common.quote(['docker', 'push', args.image]),
     )
   if args.action == 'status':
-    return words.script(words.quote([*kubectl, 'get', 'jobsets', chosen]))
-  delete = words.quote([*kubectl, 'delete', 'jobsets', '--wait', chosen])
+    return common.script(common.quote([*kubectl, 'get', 'jobsets', chosen]))
+  delete = common.quote([*kubectl, 'delete', 'jobsets', '--wait', chosen])
   if args.action == 'delete':
-    return words.script(delete)
+    return common.script(delete)
   if args.action == 'logs':
     logs = [
       *kubectl,
@@ -87,34 +87,34 @@ def script(args: argparse.Namespace, plan: words.Plan) -> str:
     ]
     index = 'batch.kubernetes.io/job-completion-index=0'
     logs += ['--max-log-requests=50', f'{chosen},{index}']
-    return words.script(words.quote(logs))
-  plan, buckets = words.on_bucket(plan)
+    return common.script(common.quote(logs))
+  plan, buckets = common.on_bucket(plan)
   if args.xpk:
     return _xpk(args, plan)
   hosts = _check(args, plan)
   manifests = [_manifest(args, plan, job, hosts, buckets) for job in plan.jobs]
   text = yaml.safe_dump_all(manifests, sort_keys=False, width=1000)
   parts = [delete] if args.action == 'resume' else []
-  create = words.quote([*kubectl, 'create', '--filename=-'])
-  return words.script(*parts, words.heredoc(create, text))
+  create = common.quote([*kubectl, 'create', '--filename=-'])
+  return common.script(*parts, common.heredoc(create, text))
 
 
-def perform(args: argparse.Namespace, plan: words.Plan) -> int:
+def perform(args: argparse.Namespace, plan: common.Plan) -> int:
   """Does the action."""
   tools = ['docker', 'git'] if args.action == 'build' else ['kubectl']
-  return words.perform(script(args, plan), *(['xpk'] if args.xpk else tools))
+  return common.perform(script(args, plan), *(['xpk'] if args.xpk else tools))
 
 
-def _check(args: argparse.Namespace, plan: words.Plan) -> int:
+def _check(args: argparse.Namespace, plan: common.Plan) -> int:
   """Returns the hosts of a slice."""
-  words.required(args, 'image', 'accelerator', 'topology')
-  words.positive(slices=args.slices, chips_per_host=args.chips_per_host)
+  common.required(args, 'image', 'accelerator', 'topology')
+  common.positive(slices=args.slices, chips_per_host=args.chips_per_host)
   if args.accelerator not in _ACCELERATORS:
     raise ValueError(
       f'--accelerator={args.accelerator} must be one of '
       f'{", ".join(_ACCELERATORS)}'
     )
-  words.matches(args, 'topology', '[0-9]+(x[0-9]+)+', '4x4 or 2x2x4')
+  common.matches(args, 'topology', '[0-9]+(x[0-9]+)+', '4x4 or 2x2x4')
   dimensions = _ACCELERATORS[args.accelerator]
   if args.topology.count('x') + 1 != dimensions:
     raise ValueError(
@@ -144,8 +144,8 @@ def _chips(args: argparse.Namespace) -> tuple[int, int]:
 
 def _manifest(
   args,
-  plan: words.Plan,
-  job: words.Job,
+  plan: common.Plan,
+  job: common.Job,
   hosts: int,
   buckets: Sequence[str],
 ) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _manifest(
     'apiVersion': 'jobset.x-k8s.io/v1alpha2',
     'kind': 'JobSet',
     'metadata': {
-      'name': words.job_name(plan, job),
+      'name': common.job_name(plan, job),
       'labels': labels | queue,
       'annotations': annotations,
     },
@@ -197,7 +197,7 @@ def _job(args, job, hosts, buckets, labels) -> dict[str, Any]:
   saved = {
     'containerName': _CONTAINER,
     'operator': 'In',
-    'values': [words.PREEMPTED],
+    'values': [common.PREEMPTED],
   }
   disrupted = [{'type': 'DisruptionTarget', 'status': 'True'}]
   return {
@@ -268,17 +268,17 @@ def _pod(args, job, buckets) -> dict[str, Any]:
   }
 
 
-def _xpk(args, plan: words.Plan) -> str:
-  words.required(
+def _xpk(args, plan: common.Plan) -> str:
+  common.required(
     args, 'image', 'cluster', 'project', 'zone', 'tpu_type', 'storage'
   )
-  words.positive(slices=args.slices)
+  common.positive(slices=args.slices)
   commands = [
     [
       'xpk',
       'workload',
       'create',
-      f'--workload={words.job_name(plan, job)}',
+      f'--workload={common.job_name(plan, job)}',
       f'--cluster={args.cluster}',
       f'--project={args.project}',
       f'--zone={args.zone}',
@@ -287,10 +287,10 @@ def _xpk(args, plan: words.Plan) -> str:
       f'--docker-image={args.image}',
       f'--storage={args.storage}',
       f'--max-restarts={args.restarts}',
-      f'--restart-on-exit-codes={words.PREEMPTED}',
+      f'--restart-on-exit-codes={common.PREEMPTED}',
       f'--termination-grace-period-seconds={_GRACE}',
-      f'--command={words.quote(job.command())}',
+      f'--command={common.quote(job.command())}',
     ]
     for job in plan.jobs
   ]
-  return words.script(*map(words.quote, commands))
+  return common.script(*map(common.quote, commands))

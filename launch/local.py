@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-from launch import words
+from launch import common
 
 ACTIONS = ('up',)
 
@@ -49,29 +49,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def script(args: argparse.Namespace, plan: words.Plan) -> str:
+def script(args: argparse.Namespace, plan: common.Plan) -> str:
   """Returns what is done, in the shell; without teardown and restarts."""
   _check(args, plan)
   parts = []
   for job in plan.jobs:
-    command = words.quote(job.command(sys.executable))
+    command = common.quote(job.command(sys.executable))
     for i in range(args.processes):
       environment = _environment('127.0.0.1:12345', args.processes, i)
       environment |= _devices(args.cpu_devices)
       pairs = ' '.join(f'{k}={v}' for k, v in environment.items())
       parts.append(f'{pairs} {command} &')
     parts.append('wait')
-  return words.script(*parts)
+  return common.script(*parts)
 
 
-def perform(args: argparse.Namespace, plan: words.Plan) -> int:
+def perform(args: argparse.Namespace, plan: common.Plan) -> int:
   """Runs every run that is not finished; returns the worst status."""
   _check(args, plan)
   failed: dict[str, int] = {}
   with _Asked() as asked:
     for i, job in enumerate(plan.jobs, 1):
       where = f'[{i}/{len(plan.jobs)}] {job.workdir}'
-      if job.name and words.finished(job):
+      if job.name and common.finished(job):
         _say(f'{where}: finished before')
         continue
       if job.name:
@@ -93,13 +93,13 @@ def perform(args: argparse.Namespace, plan: words.Plan) -> int:
   return max(failed.values(), default=0)
 
 
-def _check(args: argparse.Namespace, plan: words.Plan) -> None:
-  words.positive(processes=args.processes)
+def _check(args: argparse.Namespace, plan: common.Plan) -> None:
+  common.positive(processes=args.processes)
   if args.cpu_devices is not None:
-    words.positive(cpu_devices=args.cpu_devices)
+    common.positive(cpu_devices=args.cpu_devices)
   if args.grace < 0:
     raise ValueError(f'--grace={args.grace} must be at least 0')
-  words.on_disk(plan)
+  common.on_disk(plan)
 
 
 def _environment(coordinator: str, count: int, i: int) -> dict[str, str]:
@@ -154,9 +154,9 @@ def run(
   crashes = 0
   while True:
     status = _attempt(command, processes, grace, environment, asked)
-    if status in (0, words.MISTAKE) or asked.signal:
+    if status in (0, common.MISTAKE) or asked.signal:
       return status
-    if status != words.PREEMPTED:
+    if status != common.PREEMPTED:
       crashes += 1
       if crashes > restarts:
         return status
@@ -219,7 +219,7 @@ def _watch(children, grace, asked) -> int:
     failures = {i: s for i, s in enumerate(statuses) if s}
     if failures and not failure:
       # Who saved may be followed by who was cut off: the crash counts.
-      i, failure = max(failures.items(), key=lambda x: x[1] != words.PREEMPTED)
+      i, failure = max(failures.items(), key=lambda x: x[1] != common.PREEMPTED)
       failure = failure if failure > 0 else 128 - failure
       if None in statuses:
         _say(
@@ -228,7 +228,7 @@ def _watch(children, grace, asked) -> int:
         )
         deadline = now + grace
         # Preempted processes save together and leave by themselves.
-        if failure != words.PREEMPTED:
+        if failure != common.PREEMPTED:
           _signal(children, signal.SIGTERM)
     if asked.signal and not told:
       told, deadline = True, now + grace

@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 
-from launch import words
+from launch import common
 
 ACTIONS = ('up', 'resume', 'logs', 'status', 'delete')
 _TOOLS = ('sbatch', 'squeue', 'scancel')
@@ -40,50 +40,54 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--at_once', type=int, default=8, help='runs of a sweep')
 
 
-def script(args: argparse.Namespace, plan: words.Plan) -> str:
+def script(args: argparse.Namespace, plan: common.Plan) -> str:
   """Returns the commands of an action."""
   if args.action == 'status':
-    return words.script(words.quote(['squeue', '--me', f'--name={plan.name}']))
+    return common.script(
+      common.quote(['squeue', '--me', f'--name={plan.name}'])
+    )
   if args.action == 'delete':
-    return words.script(words.quote(['scancel', '--me', f'--name={plan.name}']))
+    return common.script(
+      common.quote(['scancel', '--me', f'--name={plan.name}'])
+    )
   if args.action == 'logs':
-    words.required(args, 'config' if not args.sweep else 'sweep')
-    place = words.quote([_place(args, plan)])
-    return words.script(f'tail -n 50 -F {place}/slurm-*.log')
+    common.required(args, 'config' if not args.sweep else 'sweep')
+    place = common.quote([_place(args, plan)])
+    return common.script(f'tail -n 50 -F {place}/slurm-*.log')
   _check(args, plan)
-  jobs = [job for job in plan.jobs if not words.finished(job)]
+  jobs = [job for job in plan.jobs if not common.finished(job)]
   if not jobs:
-    return words.script('echo "every run is finished"')
+    return common.script('echo "every run is finished"')
   place = _place(args, plan)
-  return words.script(
-    words.quote(['mkdir', '-p', place]),
-    words.heredoc('sbatch', _batch(args, plan.name, place, jobs)),
+  return common.script(
+    common.quote(['mkdir', '-p', place]),
+    common.heredoc('sbatch', _batch(args, plan.name, place, jobs)),
   )
 
 
-def perform(args: argparse.Namespace, plan: words.Plan) -> int:
+def perform(args: argparse.Namespace, plan: common.Plan) -> int:
   """Does the action."""
-  return words.perform(script(args, plan), *_TOOLS)
+  return common.perform(script(args, plan), *_TOOLS)
 
 
-def _check(args: argparse.Namespace, plan: words.Plan) -> None:
-  words.required(args, 'gpus_per_node', 'time')
-  words.positive(
+def _check(args: argparse.Namespace, plan: common.Plan) -> None:
+  common.required(args, 'gpus_per_node', 'time')
+  common.positive(
     nodes=args.nodes,
     gpus_per_node=args.gpus_per_node,
     cpus_per_task=args.cpus_per_task,
     at_once=args.at_once,
   )
-  words.matches(
+  common.matches(
     args,
     'time',
     r'\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}',
     'minutes, hours:minutes:seconds or days-hours',
   )
-  words.on_disk(plan)
+  common.on_disk(plan)
 
 
-def _place(args: argparse.Namespace, plan: words.Plan) -> str:
+def _place(args: argparse.Namespace, plan: common.Plan) -> str:
   """Returns where the logs go: beside the runs of a sweep, or into the run."""
   workdir = os.path.abspath(plan.jobs[0].workdir)
   return os.path.dirname(workdir) if args.sweep else workdir
@@ -111,7 +115,7 @@ def _batch(args, name: str, place: str, jobs) -> str:
   }
   lines = ['#!/usr/bin/env bash']
   lines += [
-    f'#SBATCH --{key}={words.quote([str(value)])}'
+    f'#SBATCH --{key}={common.quote([str(value)])}'
     for key, value in options.items()
     if value != ''
   ]
@@ -123,18 +127,18 @@ def _batch(args, name: str, place: str, jobs) -> str:
   # Not when the user cancelled the job: that, too, is a SIGTERM.
   requeue = (
     '[[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]] && '
-    f'scontrol requeue "$SLURM_JOB_ID"; exit {words.PREEMPTED}'
+    f'scontrol requeue "$SLURM_JOB_ID"; exit {common.PREEMPTED}'
   )
-  lines += [words.search_function(args.restarts, 5, requeue)]
+  lines += [common.search_function(args.restarts, 5, requeue)]
   # The first to leave must not take the others' time to follow.
   srun = ['srun', '--kill-on-bad-exit=0', f'--wait={_FOLLOW}', '--label']
   # Since Slurm 22.05 it does not take this from the batch script.
   srun += [f'--cpus-per-task={args.cpus_per_task}']
   calls = []
   for job in jobs:
-    job = words.Job(job.name, os.path.abspath(job.workdir), job.flags)
+    job = common.Job(job.name, os.path.abspath(job.workdir), job.flags)
     command = [job.workdir, *srun, *job.command(args.python)]
-    calls.append(f'search {words.quote(command)}')
+    calls.append(f'search {common.quote(command)}')
   if len(jobs) == 1:
     return '\n'.join([*lines, *calls])
   lines += ['case $SLURM_ARRAY_TASK_ID in']

@@ -11,7 +11,7 @@ again by `resume`, which goes on from the bucket.
 
 import argparse
 
-from launch import words
+from launch import common
 
 ACTIONS = (
   'up',
@@ -54,11 +54,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--worker', default='0', help='whose logs')
 
 
-def script(args: argparse.Namespace, plan: words.Plan) -> str:
+def script(args: argparse.Namespace, plan: common.Plan) -> str:
   """Returns the commands of an action."""
-  words.required(args, 'project', 'zone')
-  words.matches(args, 'project', '[a-z][a-z0-9.:-]*[a-z0-9]', 'my-project')
-  words.matches(args, 'zone', '[a-z]+-[a-z]+[0-9]+-[a-z]', 'us-central1-a')
+  common.required(args, 'project', 'zone')
+  common.matches(args, 'project', '[a-z][a-z0-9.:-]*[a-z0-9]', 'my-project')
+  common.matches(args, 'zone', '[a-z]+-[a-z]+[0-9]+-[a-z]', 'us-central1-a')
   steps = {
     'up': ('create', 'install', 'run', 'logs'),
     'resume': ('gone', 'create', 'install', 'run', 'logs'),
@@ -75,21 +75,21 @@ def script(args: argparse.Namespace, plan: words.Plan) -> str:
     delete=_delete,
     gone=lambda args, plan: _delete(args, plan) + ' || true',
   )
-  return words.script(*(makers[step](args, plan) for step in steps))
+  return common.script(*(makers[step](args, plan) for step in steps))
 
 
-def perform(args: argparse.Namespace, plan: words.Plan) -> int:
+def perform(args: argparse.Namespace, plan: common.Plan) -> int:
   """Does the action."""
-  return words.perform(script(args, plan), 'gcloud', 'git')
+  return common.perform(script(args, plan), 'gcloud', 'git')
 
 
 def _check_accelerator(args: argparse.Namespace) -> None:
-  words.required(args, 'accelerator')
+  common.required(args, 'accelerator')
   if args.accelerator.startswith('v5e'):
     raise ValueError(
       f'--accelerator={args.accelerator}: gcloud calls v5e v5litepod'
     )
-  words.matches(args, 'accelerator', '[a-z0-9]+-[0-9]+', 'v5litepod-16')
+  common.matches(args, 'accelerator', '[a-z0-9]+-[0-9]+', 'v5litepod-16')
   if not args.runtime and args.accelerator.split('-')[0] not in _RUNTIMES:
     raise ValueError(
       f'--accelerator={args.accelerator} is of a generation whose software '
@@ -99,10 +99,10 @@ def _check_accelerator(args: argparse.Namespace) -> None:
 
 def _gcloud(args, *command: str) -> str:
   where = [f'--project={args.project}', f'--zone={args.zone}']
-  return words.quote(['gcloud', 'compute', 'tpus', *command, *where])
+  return common.quote(['gcloud', 'compute', 'tpus', *command, *where])
 
 
-def _create(args, plan: words.Plan) -> str:
+def _create(args, plan: common.Plan) -> str:
   name = plan.name
   runtime = args.runtime or _RUNTIMES[args.accelerator.split('-')[0]]
   more = ['--spot'] if args.spot else []
@@ -134,14 +134,14 @@ def _ssh(args, name: str, worker: str, command: str) -> str:
 
 
 def _scp(args, name: str, *files: str) -> str:
-  target = words.quote(['gcloud', 'compute', 'tpus', 'tpu-vm', 'scp'])
+  target = common.quote(['gcloud', 'compute', 'tpus', 'tpu-vm', 'scp'])
   where = [f'--project={args.project}', f'--zone={args.zone}', '--worker=all']
-  return f'{target} {" ".join(files)} {words.quote([f"{name}:", *where])}'
+  return f'{target} {" ".join(files)} {common.quote([f"{name}:", *where])}'
 
 
-def _install(args, plan: words.Plan) -> str:
+def _install(args, plan: common.Plan) -> str:
   """Sends what is committed; uv brings a Python that is new enough."""
-  _, buckets = words.on_bucket(plan)
+  _, buckets = common.on_bucket(plan)
   mounts = [
     f'mountpoint -q /gcs/{b} || gcsfuse --implicit-dirs '
     f'--rename-dir-limit=200000 {b} /gcs/{b}'
@@ -158,7 +158,7 @@ def _install(args, plan: words.Plan) -> str:
       f'{_UV} pip install --quiet --python=venv/bin/python '
       "--editable=fliqs_jax 'jax[tpu]'",
       _GCSFUSE,
-      f'sudo mkdir -p {words.quote([f"/gcs/{b}" for b in buckets])}',
+      f'sudo mkdir -p {common.quote([f"/gcs/{b}" for b in buckets])}',
       'sudo chown -R "$USER" /gcs',
       *mounts,
     ]
@@ -167,7 +167,7 @@ def _install(args, plan: words.Plan) -> str:
 git diff --quiet HEAD || echo 'uncommitted changes are not sent' >&2
 scratch=$(mktemp -d)
 git archive --format=tar.gz --output="$scratch/fliqs_jax.tar.gz" HEAD
-{words.heredoc('cat > "$scratch/install.sh"', worker)}
+{common.heredoc('cat > "$scratch/install.sh"', worker)}
 {_scp(args, plan.name, '"$scratch"/fliqs_jax.tar.gz', '"$scratch"/install.sh')}
 {_ssh(args, plan.name, 'all', 'bash install.sh')}"""
 
@@ -186,18 +186,18 @@ gcsfuse-$VERSION_CODENAME main" |
 fi"""
 
 
-def _run(args, plan: words.Plan) -> str:
+def _run(args, plan: common.Plan) -> str:
   """Starts the runs, one after another, detached from the connection."""
-  plan, _ = words.on_bucket(plan)
+  plan, _ = common.on_bucket(plan)
   lines = [
     '#!/usr/bin/env bash',
     'set -uo pipefail',
     'cd "$HOME/fliqs_jax" || exit',
   ]
-  lines += [words.search_function(args.restarts, _PAUSE, ':'), 'failed=0']
+  lines += [common.search_function(args.restarts, _PAUSE, ':'), 'failed=0']
   for job in plan.jobs:
     command = job.command('../venv/bin/python')
-    lines += [f'search {words.quote([job.workdir, *command])} || failed=$?']
+    lines += [f'search {common.quote([job.workdir, *command])} || failed=$?']
   worker = '\n'.join([*lines, 'exit "$failed"'])
   start = (
     'if kill -0 "$(cat run.pid 2> /dev/null)" 2> /dev/null; '
@@ -206,16 +206,16 @@ def _run(args, plan: words.Plan) -> str:
   )
   return f"""\
 scratch=$(mktemp -d)
-{words.heredoc('cat > "$scratch/run.sh"', worker)}
+{common.heredoc('cat > "$scratch/run.sh"', worker)}
 {_scp(args, plan.name, '"$scratch"/run.sh')}
 {_ssh(args, plan.name, 'all', start)}"""
 
 
-def _logs(args, plan: words.Plan) -> str:
+def _logs(args, plan: common.Plan) -> str:
   return _ssh(args, plan.name, args.worker, 'tail -n 100 -F run.log')
 
 
-def _status(args, plan: words.Plan) -> str:
+def _status(args, plan: common.Plan) -> str:
   name = plan.name
   if args.direct:
     return _gcloud(args, 'tpu-vm', 'describe', name, '--format=value(state)')
@@ -225,13 +225,13 @@ def _status(args, plan: words.Plan) -> str:
   return f'{describe}\n{_ssh(args, name, "all", "tail -n 1 run.log")}'
 
 
-def _stop(args, plan: words.Plan) -> str:
+def _stop(args, plan: common.Plan) -> str:
   """Ends the loop and the run below it, which saves first."""
   kill = 'kill -TERM -- "-$(cat run.pid)"'
   return _ssh(args, plan.name, 'all', kill)
 
 
-def _delete(args, plan: words.Plan) -> str:
+def _delete(args, plan: common.Plan) -> str:
   if args.direct:
     return _gcloud(args, 'tpu-vm', 'delete', plan.name, '--quiet')
   delete = ['queued-resources', 'delete', plan.name, '--force', '--quiet']

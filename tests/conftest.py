@@ -25,7 +25,7 @@ _LONG = (
   'export_intercepted_test',
   'served_layers_test',
   'found_networks_test',
-  'parallel_test',
+  'devices_test',
   'examples_test',
   'benchmarks_test',
   'scanned_test',

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from fliqs_jax import config_lib
-from fliqs_jax import experiment as experiment_lib
+from fliqs_jax.run import config as config_lib
+from fliqs_jax.run import experiment as experiment_lib
 
 _ROOT = pathlib.Path(__file__).parents[1]
 # Every file of configs/ that is a recipe; imagenet.py is what some share.

@@ -8,7 +8,7 @@ python -m fliqs_jax.main --config=tests/tiny.py:seed=1 --workdir=DIR
 import ml_collections
 
 from configs import digits
-from fliqs_jax import config_lib
+from fliqs_jax.run import config as config_lib
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

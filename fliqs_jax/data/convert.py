@@ -18,9 +18,9 @@ import sys
 
 from array_record.python import array_record_module
 
-from fliqs_jax import files
 from fliqs_jax.data import build_once
 from fliqs_jax.data import tfds_records
+from fliqs_jax.runtime import files
 
 _LOG = logging.getLogger(__name__)
 

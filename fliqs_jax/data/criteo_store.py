@@ -19,8 +19,8 @@ import typing
 
 import numpy as np
 
-from fliqs_jax import files
 from fliqs_jax.data import build_once
+from fliqs_jax.runtime import files
 
 _LOG = logging.getLogger(__name__)
 

@@ -6,9 +6,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from fliqs_jax import layers
-from fliqs_jax import quant_spec
-from fliqs_jax import sizes as sizes_lib
+from fliqs_jax.layers import quant_layers
 from fliqs_jax.models import deit
 from fliqs_jax.models import efficientnet
 from fliqs_jax.models import inception_v3
@@ -17,6 +15,8 @@ from fliqs_jax.models import mobilenet_v2
 from fliqs_jax.models import recommender
 from fliqs_jax.models import resnet
 from fliqs_jax.models import resnet_cifar
+from fliqs_jax.space import quant_spec
+from fliqs_jax.space import sizes as sizes_lib
 
 
 class Network(NamedTuple):
@@ -99,8 +99,8 @@ def build(
     config,
     num_classes,
     sizes=sizes,
-    conv=layers.with_spec(layers.QuantConv, spec),
-    dense=layers.with_spec(layers.QuantDense, spec),
+    conv=quant_layers.with_spec(quant_layers.QuantConv, spec),
+    dense=quant_layers.with_spec(quant_layers.QuantDense, spec),
   )
 
 

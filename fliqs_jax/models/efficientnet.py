@@ -18,9 +18,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from fliqs_jax import live
-from fliqs_jax import sizes as sizes_lib
+from fliqs_jax.layers import channel_masks
 from fliqs_jax.models import mobilenet_v2
+from fliqs_jax.space import sizes as sizes_lib
 
 between = sizes_lib.between
 
@@ -104,7 +104,7 @@ class EfficientNet(nn.Module):
       return mobilenet_v2.make_divisible(channels * width * self.width)
 
     norm = functools.partial(
-      live.BatchNorm,
+      channel_masks.BatchNorm,
       use_running_average=not train,
       momentum=0.99,
       epsilon=1e-3,
@@ -174,9 +174,9 @@ class _MBConv(nn.Module):
     # Squeezed to a share of the block's own input, not of the expanded one.
     squeezed = self.inputs.scaled(lambda count: max(1, int(count * _SQUEEZE)))
     gate = x.mean(axis=(1, 2), keepdims=True)
-    squeeze = between(live.Dense, expanded, squeezed)
+    squeeze = between(channel_masks.Dense, expanded, squeezed)
     gate = nn.swish(squeeze(kernel_init=_FAN_OUT, name='squeeze')(gate))
-    excite = between(live.Dense, squeezed, expanded)
+    excite = between(channel_masks.Dense, squeezed, expanded)
     gate = excite(kernel_init=_FAN_OUT, name='excite')(gate)
     x = x * nn.sigmoid(gate)
     project = between(self.conv, expanded, self.outputs)

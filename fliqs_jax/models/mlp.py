@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 
-from fliqs_jax import live
-from fliqs_jax import sizes as sizes_lib
+from fliqs_jax.layers import channel_masks
+from fliqs_jax.space import sizes as sizes_lib
 
 
 class MLP(nn.Module):
@@ -42,7 +42,7 @@ class MLP(nn.Module):
       width = self.sizes.channels(f'hidden{i}', features)
       layer = sizes_lib.between(self.dense, channels, width)
       x = nn.relu(layer(name=f'hidden{i}')(x))
-      x = live.Mask(width, name=f'hidden{i}_mask')(x)
+      x = channel_masks.Mask(width, name=f'hidden{i}_mask')(x)
       channels = width
     classes = sizes_lib.constant(self.num_classes)
     return sizes_lib.between(self.dense, channels, classes)(name='head')(x)

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 
-from fliqs_jax import live
-from fliqs_jax import sizes as sizes_lib
+from fliqs_jax.layers import channel_masks
+from fliqs_jax.space import sizes as sizes_lib
 
 between = sizes_lib.between
 
@@ -84,7 +84,7 @@ class MobileNetV2(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns logits [N, num_classes] of images [N, H, W, 3]."""
     norm = functools.partial(
-      live.BatchNorm,
+      channel_masks.BatchNorm,
       use_running_average=not train,
       momentum=0.99,
       epsilon=1e-3,

@@ -16,8 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fliqs_jax import live
-from fliqs_jax import sizes as sizes_lib
+from fliqs_jax.layers import channel_masks
+from fliqs_jax.space import sizes as sizes_lib
 
 
 class Recommender(nn.Module):
@@ -88,9 +88,9 @@ class Recommender(nn.Module):
       width = self.sizes.channels(u, sizes[0])
       rank = self.sizes.channels(v, sizes[1])
       y = between(self.dense, channels, rank)(use_bias=False, name=v)(y)
-      y = live.Mask(rank, name=f'{v}_mask')(y)
+      y = channel_masks.Mask(rank, name=f'{v}_mask')(y)
       y = nn.relu(between(self.dense, rank, width)(name=u)(y))
-      y = live.Mask(width, name=f'{u}_mask')(y)
+      y = channel_masks.Mask(width, name=f'{u}_mask')(y)
       channels = width
     head = between(self.dense, channels, sizes_lib.constant(1))
     return head(name='head')(y)[:, 0]

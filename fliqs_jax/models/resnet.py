@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 
-from fliqs_jax import live
-from fliqs_jax import sizes as sizes_lib
+from fliqs_jax.layers import channel_masks
+from fliqs_jax.space import sizes as sizes_lib
 
 between = sizes_lib.between
 
@@ -60,7 +60,7 @@ class ResNet(nn.Module):
   sizes: sizes_lib.Sizes = sizes_lib.Sizes()
   conv: Any = nn.Conv
   dense: Any = nn.Dense
-  norm: Any = live.BatchNorm
+  norm: Any = channel_masks.BatchNorm
 
   def __post_init__(self):
     if self.depth not in DEPTHS:

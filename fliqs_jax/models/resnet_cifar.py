@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 
-from fliqs_jax import live
-from fliqs_jax import sizes as sizes_lib
+from fliqs_jax.layers import channel_masks
+from fliqs_jax.space import sizes as sizes_lib
 
 between = sizes_lib.between
 
@@ -57,7 +57,7 @@ class ResNetCifar(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns logits [N, num_classes] of images [N, H, W, C]."""
     norm = functools.partial(
-      live.BatchNorm, use_running_average=not train, momentum=0.9
+      channel_masks.BatchNorm, use_running_average=not train, momentum=0.9
     )
     conv = functools.partial(
       self.conv,

@@ -1,0 +1,1 @@
+"""Makes linen models that were not written for this searchable."""

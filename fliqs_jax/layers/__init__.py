@@ -1,0 +1,1 @@
+"""Quantized linen layers that read their format from `arch`."""

@@ -1,0 +1,250 @@
+"""Quantized ops of linen layers that let no op of theirs be replaced.
+
+Like `layers`, for what an intercepted model may hold besides: ConvTranspose,
+ConvLocal, Embed, and the products of attention. Where linen multiplies itself,
+the operands are put on the grid just before (`promote_dtype`), and scales and
+bias follow its result.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fliqs_jax.layers import operands as operands_lib
+from fliqs_jax.layers import quant_layers
+from fliqs_jax.numerics import float_ops
+from fliqs_jax.numerics import quantize
+from fliqs_jax.space import quant_spec
+
+# The products of attention: linen's field, and the name under its path.
+PRODUCTS = {
+  'qk_attn_weights_einsum_cls': 'qk',
+  'attn_weights_value_einsum_cls': 'av',
+}
+
+
+def conv_transpose(
+  operands: operands_lib.Operands, inputs: jax.Array
+) -> jax.Array:
+  """`nn.ConvTranspose` with quantized operands; a scale per output channel."""
+  operands.has_integer_op = False
+  module = operands.module
+  after = []
+
+  def quantized(x, w, bias, dtype):
+    del dtype
+    channel = w.ndim - (2 if module.transpose_kernel else 1)
+    summed = tuple(i for i in range(w.ndim) if i != channel)
+    x_q, w_q = operands(x, w, summed)
+    # Every input meets every tap, whatever the strides.
+    macs = x.size * math.prod(w.shape[:-2]) * module.features
+    operands.record('conv', macs, w.size, module.features)
+    after.extend((x_q.scale, _flat(w_q.scale), bias))
+    return x_q.values, w_q.values, _nothing(bias)
+
+  y = quant_layers.twin(
+    module,
+    nn.ConvTranspose,
+    promote_dtype=quantized,
+    preferred_element_type=jnp.float32,
+  )(inputs)
+  return _finish(operands, y, *after)
+
+
+def conv_local(operands: operands_lib.Operands, inputs: jax.Array) -> jax.Array:
+  """`nn.ConvLocal` with quantized operands; a scale per output and place."""
+  operands.has_integer_op = False
+  module = operands.module
+  after = []
+
+  def quantized(x, w, bias, dtype):
+    del dtype
+    x_q, w_q = operands(x, w, (w.ndim - 2,))
+    channels = w.size // w.shape[-2]
+    operands.record('conv', x.shape[0] * w.size, w.size, channels)
+    w_scale = w_q.scale
+    if w_scale.ndim:
+      w_scale = jnp.squeeze(w_scale, -2)
+    after.extend((x_q.scale, w_scale, bias))
+    # Linen's op accumulates in the type of its operands.
+    x, w = (q.values.astype(jnp.float32) for q in (x_q, w_q))
+    return x, w, _nothing(bias)
+
+  hook = 'conv_general_dilated'
+  y = quant_layers.twin(
+    module,
+    nn.ConvLocal,
+    promote_dtype=quantized,
+    **{hook: None, f'{hook}_cls': None},
+  )(inputs)
+  return _finish(operands, y, *after)
+
+
+def _nothing(bias):
+  # Linen adds what it is given; the bias comes after the scales.
+  return None if bias is None else jnp.zeros_like(bias)
+
+
+def _finish(operands, y, x_scale, w_scale, bias):
+  """Scales the result of linen's op, adds the bias and rounds once."""
+  # Where weights are not quantized there is one scale, 1.
+  w_scale = _below(w_scale, y) if w_scale.ndim else w_scale
+  y = quantize.rescale(y, x_scale, w_scale)
+  y = float_ops.computed_once(y, w_scale)
+  if bias is not None:
+    y += _below(bias.astype(jnp.float32), y)
+  return y.astype(operands.dtype)
+
+
+def _flat(scale):
+  return scale.reshape(-1) if scale.ndim else scale
+
+
+def _below(small, y):
+  return small.reshape((1,) * (y.ndim - small.ndim) + small.shape)
+
+
+def embed(
+  operands: operands_lib.Operands, inputs: jax.Array, method: str
+) -> jax.Array:
+  """`nn.Embed` with a quantized table; a scale per row, as `attend` needs it.
+
+  Args:
+    operands: of the layer; activations stay as they are.
+    inputs: integers [...] to look up, or queries [..., features] to `attend`.
+    method: `__call__` or `attend`.
+
+  Returns:
+    [..., features], or [..., num_embeddings].
+  """
+  operands.has_integer_op = False
+  choices = operands.choices
+  operands.choices = dataclasses.replace(choices, activations=None, tied=False)
+  table = operands.module.embedding.astype(jnp.float32)
+  rows, features = table.shape
+  x = jnp.zeros(()) if method == '__call__' else inputs
+  x, w = operands(x, table, (1,))
+  if method == '__call__':
+    operands.record('embed', 0, table.size, rows)
+    w_scale = jnp.broadcast_to(w.scale, (rows, 1))
+    y = w.values.astype(jnp.float32) * w_scale
+    if rows == 1:  # Linen's way, whatever the index.
+      y = jnp.broadcast_to(y, (*inputs.shape, features))
+    else:
+      y = jnp.take(y, inputs, axis=0)
+    return y.astype(operands.dtype)
+  operands.record('embed', inputs.size * rows, table.size, rows)
+  y = jnp.dot(x.values, w.values.T, preferred_element_type=jnp.float32)
+  return _finish(operands, y, x.scale, _flat(w.scale), None)
+
+
+def attention(
+  module: nn.MultiHeadDotProductAttention,
+  operands: Callable[[str, jax.Array], operands_lib.Operands],
+) -> nn.Module:
+  """Returns the attention with quantized products of scores and of values.
+
+  They go by the names `qk` and `av` under the attention's path. Their second
+  operands, keys and values, are on the side of the weights.
+
+  Args:
+    module: the attention.
+    operands: `(name, first operand) -> Operands` of a product, which take both
+      operands.
+  """
+  products = {}
+  for field, name in PRODUCTS.items():
+    product = functools.partial(_product, operands, name)
+    products[field] = functools.partial(lambda einsum: einsum, product)
+  return quant_layers.twin(module, nn.MultiHeadDotProductAttention, **products)
+
+
+def product_choices(
+  spec: quant_spec.QuantSpec, path: str
+) -> quant_spec.Choices:
+  """Returns what a product of two activations may choose from."""
+  choices = spec.choices(path)
+  if spec.mode == 'weights':
+    return quant_spec.Choices(None, None, False)
+  if spec.mode == 'activations':
+    menu = choices.activations
+    return quant_spec.Choices(menu, menu, menu is not None)
+  return choices
+
+
+class Product(operands_lib.Operands):
+  """The operands of a product of two activations, both quantized per tensor.
+
+  As of `operands.Operands`, but called with the two, and `state` is that of a
+  part, `qk` or `av`.
+  """
+
+  def __init__(
+    self,
+    module: nn.Module,
+    inputs: jax.Array,
+    spec: quant_spec.QuantSpec,
+    state: Any,
+  ):
+    super().__init__(module, inputs, spec, state)
+    self.dtype = inputs.dtype
+    self.choices = product_choices(spec, state.path)
+
+  def __call__(
+    self, lhs: jax.Array, rhs: jax.Array
+  ) -> tuple[quantize.Quantized, quantize.Quantized]:
+    """Returns both operands on their grids."""
+    x = self._quantized('activations', lhs)
+    w = self._quantized('weights', rhs)
+    if not self.module.is_initializing():
+      self.state.sow('operands', 'activations', x.scale)
+      self.state.sow('operands', 'weights', w.scale)
+    return x, w
+
+  def _quantized(self, side, x):
+    """Returns an operand on its grid.
+
+    The threshold of the attention weights is the softmax's bound, 1: they are
+    nothing like a Laplacian.
+    """
+    menu, x = getattr(self.choices, side), x.astype(jnp.float32)
+    if menu is None:
+      return quantize.unquantized(x)
+    one_hot = self._decision(side)
+    own = operands_lib.Operands(self.module, x, self.spec, self.state.at(side))
+    if self.state.parts[-1] == 'av' and side == 'activations':
+      active = own.state.variable(
+        'quant_stats', 'active', jnp.ones, (), jnp.bool_
+      )
+      q = quantize.quantize(x, quantize.select(menu, one_hot), jnp.ones(()))
+      return quantize.Quantized(
+        jnp.where(active.value, q.values, x),
+        jnp.where(active.value, q.scale, 1.0),
+      )
+    stats = own._statistics(menu)
+    if self.module.is_initializing():
+      return quantize.unquantized(x)
+    return own._activations(x, menu, one_hot, stats)
+
+
+def _product(operands_of, name, einsum_str, lhs, rhs) -> jax.Array:
+  """`jnp.einsum` of two activations, both on their grids."""
+  operands = operands_of(name, lhs)
+  if not operands.module.is_initializing() and not operands.is_quantized:
+    return jnp.einsum(einsum_str, lhs, rhs)
+  x, w = operands(lhs, rhs)
+  y = jnp.einsum(
+    einsum_str,
+    x.values.astype(operands.dtype),
+    w.values.astype(operands.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  operands.state.mark(lhs)
+  operands.record('attend', y.size * lhs.shape[-1], 0, 1)
+  return quantize.rescale(y, x.scale, w.scale).astype(operands.dtype)

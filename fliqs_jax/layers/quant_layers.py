@@ -1,0 +1,371 @@
+"""Linen's own layers with a quantized op: they read `arch`, keep `quant_stats`.
+
+Each layer is the linen layer of the same name (same parameters, same options)
+in which the one multiplication is replaced: both operands are put on the grid
+of a format that the `arch` collection chooses, the op runs on grid values with
+a float32 accumulator, and the scales are applied to its result.
+
+Where a layer is told that its sizes are decided about, dead input channels and
+dead taps of its kernel enter neither scales nor statistics.
+
+Collections, per layer:
+  arch: `format` [K] one-hot, or `weights` and `activations` [K]; where sizes
+    are decided about, `input_channels`, `output_channels` and `kernel` [K].
+  quant_stats: `mean`, `mean_square` [], running moments of the input; `count`
+    [], batches seen; `active` [], whether activations are quantized yet; `clip`
+    [K], threshold of each format as a multiple of the standard deviation.
+  cost: `ops`, a static `cost_model.OpShape` per call.
+"""
+
+from collections.abc import Callable
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+import opt_einsum
+
+from fliqs_jax.layers import operands as operands_lib
+from fliqs_jax.numerics import float_ops
+from fliqs_jax.numerics import quantize
+from fliqs_jax.space import quant_spec
+from fliqs_jax.space import sizes
+
+
+class QuantConv(nn.Conv):
+  """`nn.Conv` (any stride, dilation, groups) with a searchable format.
+
+  Attributes:
+    spec: which formats the layer may use; matched against the layer's path.
+    input_channels: which of the input's channels are live; None: all.
+    output_channels: which of the output's channels will be.
+    kernel: how large the kernel is; `kernel_size` is the largest. `SAME`
+      padding only.
+  """
+
+  spec: quant_spec.QuantSpec = quant_spec.QuantSpec()
+  input_channels: sizes.Channels | None = None
+  output_channels: sizes.Channels | None = None
+  kernel: sizes.Kernel | None = None
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Applies the convolution: [..., H, W, C] to [..., H', W', features].
+
+    Raises:
+      ValueError: a kernel of which the outermost taps see padding alone.
+    """
+    if self.kernel is not None:
+      _check_kernel(self, inputs.shape)
+      if self.kernel.has_branches:
+        return _branched_conv(self, inputs)
+    return apply(operands_lib.Operands(self, inputs), nn.Conv, inputs)
+
+
+class QuantDense(nn.Dense):
+  """`nn.Dense` with a searchable format.
+
+  Attributes:
+    spec: which formats the layer may use; matched against the layer's path.
+    input_channels: which of the input's channels are live; None: all.
+    output_channels: which of the output's channels will be.
+  """
+
+  spec: quant_spec.QuantSpec = quant_spec.QuantSpec()
+  input_channels: sizes.Channels | None = None
+  output_channels: sizes.Channels | None = None
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Applies the layer: [..., C] to [..., features]."""
+    return apply(operands_lib.Operands(self, inputs), nn.Dense, inputs)
+
+
+class QuantDenseGeneral(nn.DenseGeneral):
+  """`nn.DenseGeneral` with a searchable format.
+
+  Attributes:
+    spec: which formats the layer may use; matched against the layer's path.
+  """
+
+  spec: quant_spec.QuantSpec = quant_spec.QuantSpec()
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Applies the layer over `axis` of the inputs."""
+    return apply(operands_lib.Operands(self, inputs), nn.DenseGeneral, inputs)
+
+
+class QuantEinsum(nn.Einsum):
+  """`nn.Einsum` with a searchable format.
+
+  Attributes:
+    spec: which formats the layer may use; matched against the layer's path.
+  """
+
+  spec: quant_spec.QuantSpec = quant_spec.QuantSpec()
+
+  @nn.compact
+  def __call__(
+    self, inputs: jax.Array, einsum_str: str | None = None
+  ) -> jax.Array:
+    """Applies the contraction of the inputs with the kernel."""
+    einsum_str = nn.merge_param('einsum_str', self.einsum_str, einsum_str)
+    return apply_einsum(operands_lib.Operands(self, inputs), einsum_str, inputs)
+
+
+def with_spec(
+  layer: type[nn.Module], spec: quant_spec.QuantSpec
+) -> Callable[..., nn.Module]:
+  """Returns the layer's constructor with its `spec` given."""
+  return functools.partial(layer, spec=spec)
+
+
+def twin(module: nn.Module, linen_class: type[nn.Module], **replaced: Any):
+  """Returns a linen layer in the module's own scope, with fields replaced."""
+  fields = {
+    name: getattr(module, name)
+    for name in linen_class.__dataclass_fields__
+    if name not in ('parent', 'name')
+  }
+  return linen_class(**{**fields, 'parent': module.scope, **replaced})
+
+
+def apply(
+  operands: operands_lib.Operands,
+  linen_class: type[nn.Module],
+  inputs: jax.Array,
+) -> jax.Array:
+  """Applies a linen layer, with the module's fields, to quantized operands.
+
+  Args:
+    operands: of the module.
+    linen_class: `nn.Conv`, `nn.Dense` or `nn.DenseGeneral`.
+    inputs: as of the layer.
+
+  Raises:
+    ValueError: the module was given an op of its own.
+  """
+  module = operands.module
+  field, _ = _HOOKS[linen_class]
+  for given in (field, f'{field}_cls'):
+    if getattr(module, given) is not None:
+      raise ValueError(
+        f'{type(module).__name__} was given {given}, which is what '
+        'quantization replaces'
+      )
+  return with_op(operands, linen_class, inputs)
+
+
+def with_op(
+  operands: operands_lib.Operands,
+  linen_class: type[nn.Module],
+  inputs: jax.Array,
+) -> jax.Array:
+  """Applies the linen layer with its op replaced by a quantized one.
+
+  Operands stay float32 until they are on the grid, and the bias is added to the
+  float32 result, which is rounded once to the layer's dtype.
+  """
+  field, op = _HOOKS[linen_class]
+  hooks = {field: functools.partial(op, operands), f'{field}_cls': None}
+  layer = twin(
+    operands.module, linen_class, promote_dtype=operands.keep, **hooks
+  )
+  return layer(inputs).astype(operands.dtype)
+
+
+def _conv(
+  operands: operands_lib.Operands, lhs, rhs, window_strides, padding, **kwargs
+) -> jax.Array:
+  """`lax.conv_general_dilated` with quantized operands; channels last."""
+  x, w = operands(lhs, rhs, tuple(range(rhs.ndim - 1)))
+  y = _convolved(operands, x, w, window_strides, padding, **kwargs)
+  kind = _conv_kind(rhs.shape, kwargs['feature_group_count'])
+  operands.record(kind, y.size * rhs[..., 0].size, rhs.size, rhs.shape[-1])
+  return y
+
+
+def _conv_kind(kernel: tuple[int, ...], groups: int) -> str:
+  """Returns the kind of a convolution, as of `cost_model.OpShape`."""
+  *taps, inputs, _ = kernel
+  # One input to an output is not enough: an image may have a single channel.
+  if groups > 1 and inputs == 1:
+    return 'depthwise'
+  return 'pointwise' if max(taps) == 1 else 'conv'
+
+
+def _convolved(operands, x, w, window_strides, padding, **kwargs) -> jax.Array:
+  y = operands.conv(x, w, window_strides, padding, **kwargs)
+  y = quantize.rescale(y, x.scale, w.scale)
+  return float_ops.computed_once(y, w.scale)
+
+
+def _check_kernel(module: QuantConv, shape: tuple[int, ...]) -> None:
+  """Refuses sizes of a kernel that the layer cannot have."""
+  kernel, path = module.kernel, '/'.join(module.path)
+  if module.padding != 'SAME':
+    raise ValueError(
+      f'{path}: padding={module.padding!r} fits kernels of one size; a kernel '
+      "that is decided about needs 'SAME'"
+    )
+  dilations = module.input_dilation, module.kernel_dilation
+  is_dilated = any(d not in (None, 1, (1, 1)) for d in dilations)
+  if kernel.has_branches and (is_dilated or module.mask is not None):
+    raise ValueError(
+      f'{path}: branches of a kernel can have neither dilation nor mask'
+    )
+  strides = module.strides or 1
+  stride = strides if isinstance(strides, int) else max(strides)
+  if kernel.is_masked and min(kernel.labels) < stride:
+    raise ValueError(
+      f'{path}: at a stride of {stride} the pixels that a kernel of '
+      f'{min(kernel.labels)} sees are not those under the centre of a larger '
+      f'one; leave it out of sizes.kernels={kernel.labels}'
+    )
+  height, width = shape[-3:-1]
+  if len(kernel.labels) > 1 and kernel.size > 2 * min(height, width) - 1:
+    raise ValueError(
+      f'{path}: on a map of {height}x{width} the outermost taps of a kernel of '
+      f'{kernel.size} see nothing but padding; leave {kernel.size} out of '
+      f'sizes.kernels={kernel.labels} or use larger images'
+    )
+
+
+def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
+  """A convolution with a kernel of its own for each size, one of them used.
+
+  Where the leaf is no one-hot, all are, weighted by it (the warm-up of TuNAS).
+  """
+  operands = operands_lib.Operands(module, inputs)
+  leaf, labels = operands.leaves['kernel'], module.kernel.labels
+  groups = module.feature_group_count
+  shape = (inputs.shape[-1] // groups, module.features)
+  kernels = [
+    module.param(
+      f'kernel{k}', module.kernel_init, (k, k, *shape), module.param_dtype
+    )
+    for k in labels
+  ]
+  x = operands.activations(inputs)
+  strides = module.strides or 1
+  window = (strides, strides) if isinstance(strides, int) else tuple(strides)
+
+  def branch(kernel):
+    w = operands.weights(kernel, (0, 1, 2))
+    return _convolved(
+      operands,
+      x,
+      w,
+      window,
+      module.padding,
+      lhs_dilation=(1, 1),
+      rhs_dilation=(1, 1),
+      dimension_numbers=float_ops.IMAGES,
+      feature_group_count=groups,
+      precision=module.precision,
+    )
+
+  if module.is_initializing():
+    largest = kernels[labels.index(module.kernel.size)]
+    y = branch(largest)
+    operands.record(
+      _conv_kind(largest.shape, groups),
+      macs=y.size * largest[..., 0].size,
+      weights=largest.size,
+      channels=module.features,
+      spare=sum(kernel.size for kernel in kernels) - largest.size,
+    )
+  else:
+    one = [functools.partial(branch, kernel) for kernel in kernels]
+
+    def every():
+      return sum(p * b() for p, b in zip(leaf, one))
+
+    index = jnp.where(leaf.max() > 0.5, jnp.argmax(leaf), len(labels))
+    y = lax.switch(index, [*one, every])
+  if module.use_bias:
+    bias = module.param(
+      'bias', module.bias_init, (module.features,), module.param_dtype
+    )
+    y += bias.reshape((1,) * (y.ndim - 1) + (-1,))
+  return y.astype(operands.dtype)
+
+
+def _dot_general(
+  operands: operands_lib.Operands, lhs, rhs, dimension_numbers, precision
+) -> jax.Array:
+  """`lax.dot_general` with quantized operands."""
+  (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+  x, w = operands(lhs, rhs, tuple(rhs_contract))
+  y = operands.dot_general(x, w, dimension_numbers, precision)
+  lhs_free = lhs.ndim - len(lhs_contract) - len(lhs_batch)
+  rhs_free = [
+    i for i in range(rhs.ndim) if i not in (*rhs_contract, *rhs_batch)
+  ]
+  # The result's axes: batch, then the activations' own, then the weights'.
+  scale_shape = [rhs.shape[i] for i in rhs_batch]
+  scale_shape += [1] * lhs_free + [rhs.shape[i] for i in rhs_free]
+  summed = math.prod(rhs.shape[i] for i in rhs_contract)
+  operands.record('dense', y.size * summed, rhs.size, rhs.size // summed)
+  w_scale = w.scale
+  if w_scale.ndim:
+    w_scale = jnp.transpose(w_scale, (*rhs_batch, *rhs_contract, *rhs_free))
+    w_scale = w_scale.reshape(scale_shape)
+  y = quantize.rescale(y, x.scale, w_scale)
+  return float_ops.computed_once(y, w_scale)
+
+
+def apply_einsum(
+  operands: operands_lib.Operands, einsum_str: str, inputs: jax.Array
+) -> jax.Array:
+  """`nn.Einsum` with quantized operands; scales and bias follow its result."""
+  after = []
+
+  def quantized(x, w, bias, dtype):
+    del dtype
+    labels, result, _ = opt_einsum.parser.parse_einsum_input((einsum_str, x, w))
+    x_labels, w_labels = labels.split(',')
+    sizes = dict(zip(x_labels + w_labels, (*x.shape, *w.shape)))
+    contracted = tuple(i for i, c in enumerate(w_labels) if c not in result)
+    x_q, w_q = operands(x, w, contracted)
+    summed = math.prod(w.shape[i] for i in contracted)
+    macs = math.prod(sizes.values())
+    operands.record('einsum', macs, w.size, w.size // summed)
+
+    channels = [c for c in w_labels if c in result]
+    broadcast = [sizes[c] if c in channels else 1 for c in result]
+    in_order = sorted(
+      range(len(channels)), key=lambda i: result.index(channels[i])
+    )
+    w_scale = w_q.scale
+    if w_scale.ndim:
+      w_scale = jnp.squeeze(w_scale, contracted).transpose(in_order)
+      w_scale = w_scale.reshape(broadcast)
+    if bias is not None:
+      bias = bias.reshape(broadcast)
+    after.extend((x_q.scale, w_scale, bias))
+    return x_q.values, w_q.values, None
+
+  module = operands.module
+  y = twin(
+    module,
+    nn.Einsum,
+    einsum_str=None,  # Given with the call.
+    promote_dtype=quantized,
+    preferred_element_type=operands.accumulator,
+  )(inputs, einsum_str).astype(jnp.float32)
+  x_scale, w_scale, bias = after
+  y = quantize.rescale(y, x_scale, w_scale)
+  return (y if bias is None else y + bias).astype(operands.dtype)
+
+
+# Where linen lets an op be replaced, and by what.
+_HOOKS = {
+  nn.Conv: ('conv_general_dilated', _conv),
+  nn.Dense: ('dot_general', _dot_general),
+  nn.DenseGeneral: ('dot_general', _dot_general),
+}

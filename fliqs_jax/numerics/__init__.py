@@ -1,0 +1,1 @@
+"""Numeric formats: grids, quantization, clipping, packing, fast products."""

@@ -1,0 +1,324 @@
+"""What a finished run left in its workdir, read, checked and joined."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import math
+import os
+from typing import Any
+
+from fliqs_jax.numerics import formats
+from fliqs_jax.runtime import workdir as workdir_lib
+from fliqs_jax.search import schedules
+
+SIDES = ('weights', 'activations')
+SIZES = ('input_channels', 'output_channels', 'kernel')
+UNIFORM_BITS = 8  # Of the uniform model that each layer's cost is set against.
+_FILES = (
+  workdir_lib.CONFIG,
+  workdir_lib.ARCH,
+  workdir_lib.RESULT,
+  workdir_lib.HISTORY,
+)
+_MEASURED = (
+  'loss',
+  'cost',
+  'cost_target',
+  'size_bits',
+  'average_bits',
+)
+_CURVES = ('loss', 'quality', 'reward', 'cost', 'entropy')
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """A number of channels or a size of a kernel that a layer was given.
+
+  Attributes:
+    count: what the layer has.
+    decision: name of the decision that picked it, None if unknown.
+    label: what was picked; `count` may follow from it, as six times as many.
+    options: what it was picked from.
+    probability: of what was picked, NaN where unknown.
+  """
+
+  count: int
+  decision: str | None = None
+  label: float = math.nan
+  options: tuple[int, ...] = ()
+  probability: float = math.nan
+
+  @property
+  def share(self) -> float:
+    """What was picked as a part of the largest option, NaN where unknown."""
+    return self.label / max(self.options, default=math.nan)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+  """A run that went to its end.
+
+  Attributes:
+    config: the exact config, nested.
+    arch: `arch.json`: the found formats, the versions they were found with.
+    result: `result.json`: how the run went.
+    found: what was measured of the found model, NaN where unknown.
+    references: the same of uniform models, by name.
+    history: rows in order of steps, with NaN where a number is missing or not
+      finite.
+    layers: rows in model order: `path`, `kind`, `weights`, `activations`,
+      `macs`, `params`, `cost`; as fractions of their sums, `share` of the cost,
+      `reference_share` of the cost at `UNIFORM_BITS` and `macs_share`;
+      `probabilities` of the chosen formats, by side; and `sizes`, a `Size` for
+      each of `SIZES` that was decided about. NaN where unknown.
+    reference: what `reference_share` refers to; None if this kind of cost
+      cannot be told from the formats alone.
+  """
+
+  config: Mapping[str, Any]
+  arch: Mapping[str, Any]
+  result: Mapping[str, Any]
+  found: Mapping[str, Any]
+  references: Mapping[str, Mapping[str, Any]]
+  history: Sequence[Mapping[str, Any]]
+  layers: Sequence[Mapping[str, Any]]
+  reference: str | None
+
+  @property
+  def metric(self) -> str:
+    """What `found` is judged by, a fraction of 1: `accuracy` or `AUC`."""
+    return self.result['metric']
+
+  @property
+  def searched(self) -> dict[str, Mapping[str, Any]]:
+    """The decisions that had a choice, by name."""
+    decisions = self.result['decisions'].items()
+    return {name: d for name, d in decisions if len(d['options']) > 1}
+
+  @property
+  def searched_formats(self) -> dict[str, Mapping[str, Any]]:
+    """Of these, the decisions about formats."""
+    return {n: d for n, d in self.searched.items() if d['kind'] == 'format'}
+
+  @property
+  def searched_sizes(self) -> dict[str, Mapping[str, Any]]:
+    """And the others: about channels first, then about kernels."""
+    sizes = [x for x in self.searched.items() if x[1]['kind'] != 'format']
+    return dict(sorted(sizes, key=lambda x: x[1]['kind']))
+
+  @property
+  def has_sizes(self) -> bool:
+    """Whether any layer's size was decided about, in this run or before."""
+    return any(layer['sizes'] for layer in self.layers)
+
+  @property
+  def marks(self) -> dict[str, int]:
+    """The first step of each phase, by its description."""
+    keys = 'train.steps', 'quant.act_start', 'search.start', 'search.freeze'
+    phases = schedules.phases(*(config_value(self.config, k) for k in keys))
+    marks = {'activations quantized': phases.act_start}
+    if self.searched:
+      marks |= {'search starts': phases.search_start}
+      marks |= {'policy frozen': phases.freeze}
+    return marks
+
+  @property
+  def policy_rows(self) -> list[Mapping[str, Any]]:
+    """The rows of the history whose policy is complete."""
+    return [
+      row
+      for row in self.history
+      if row.get('policy')
+      and all(
+        math.isfinite(_number(p))
+        for name in self.searched
+        for p in row['policy'].get(name, [None])
+      )
+    ]
+
+
+def config_value(config: Mapping[str, Any], key: str) -> Any:
+  """Returns the value of a dotted key.
+
+  Raises:
+    ValueError: naming the key, if the config lacks it.
+  """
+  value = config
+  for part in key.split('.'):
+    if not isinstance(value, Mapping) or part not in value:
+      raise ValueError(f'config.json lacks {key}, which a report needs')
+    value = value[part]
+  return value
+
+
+def read(workdir: str) -> FinishedRun:
+  """Reads a run.
+
+  Raises:
+    FileNotFoundError: naming the first file that is missing.
+    ValueError: naming a file that does not hold what it should.
+  """
+  texts = {name: _text(workdir, name) for name in _FILES}
+  config, arch, result = (
+    _parse(texts[name], os.path.join(workdir, name)) for name in _FILES[:3]
+  )
+  rows = [
+    _parse(line, f'{os.path.join(workdir, _FILES[3])} line {i}')
+    for i, line in enumerate(texts[_FILES[3]].splitlines(), 1)
+    if line.strip()
+  ]
+  history = [
+    row | {name: _number(row.get(name)) for name in _CURVES} for row in rows
+  ]
+  for name, decision in result['decisions'].items():
+    if not {'kind', 'options'} <= set(decision):
+      raise ValueError(
+        f'{os.path.join(workdir, workdir_lib.RESULT)} lacks kind or options of '
+        f'the decision {name!r}: another version of fliqs_jax has written it'
+      )
+  layers, reference = _layers(arch, result)
+  return FinishedRun(
+    config=config,
+    arch=arch,
+    result=result,
+    found=_measured(result['found'], result['metric']),
+    references={
+      name: _measured(model, result['metric'])
+      for name, model in result['references'].items()
+    },
+    history=history,
+    layers=layers,
+    reference=reference,
+  )
+
+
+def _text(workdir: str, name: str) -> str:
+  path = os.path.join(workdir, name)
+  try:
+    with open(path, encoding='utf-8') as file:
+      return file.read()
+  except (FileNotFoundError, NotADirectoryError):
+    raise FileNotFoundError(
+      f'{path} is missing: a report needs the workdir of a finished run, which '
+      f'has {", ".join(_FILES)}'
+    ) from None
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+  try:
+    value = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{where} is not JSON: {error}') from None
+  if not isinstance(value, dict):
+    raise ValueError(f'{where} holds {type(value).__name__}, not an object')
+  return value
+
+
+def _number(value: Any) -> float:
+  """Returns a finite number, or NaN for what JSON writes in its place."""
+  known = isinstance(value, (int, float)) and math.isfinite(value)
+  return float(value) if known else math.nan
+
+
+def _measured(model: Mapping[str, Any], metric: str) -> dict[str, Any]:
+  numbers = {name: _number(model.get(name)) for name in (metric, *_MEASURED)}
+  return {**model, **numbers}
+
+
+def _layers(
+  arch: Mapping[str, Any], result: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], str | None]:
+  """Joins what the files say of each layer; see `FinishedRun.layers`."""
+  details = {row['path']: row for row in result['layers']}
+  layers = {}
+  for path in dict.fromkeys([*arch['layers'], *details]):
+    row = details.get(path, {})
+    layers[path] = {
+      'path': path,
+      'kind': row.get('kind', ''),
+      **{side: arch['layers'].get(path, row)[side] for side in SIDES},
+      **{name: _number(row.get(name)) for name in ('macs', 'params', 'cost')},
+      'probabilities': {},
+    }
+  _join_formats(layers, arch['mode'], result['decisions'])
+  for path, layer in layers.items():
+    layer['sizes'] = _sizes(
+      details.get(path, {}), arch.get('sizes', {}), result['decisions']
+    )
+  kind = arch['cost']['kind']
+  counted = {'bops': SIDES, 'size': SIDES[:1], 'average_bits': SIDES[:1]}
+  counted = counted.get(kind, ())
+  rows = list(layers.values())
+  uniform = [_uniform_cost(row, counted) for row in rows]
+  for name, costs in (
+    ('share', [row['cost'] for row in rows]),
+    ('reference_share', uniform),
+    ('macs_share', [row['macs'] for row in rows]),
+  ):
+    total = math.fsum(cost for cost in costs if math.isfinite(cost))
+    for row, cost in zip(rows, costs):
+      row[name] = cost / total if total else math.nan
+  reference = f'uniform {UNIFORM_BITS} bits'
+  if any(row['sizes'] for row in rows):
+    reference += ' and the found sizes'
+  return rows, reference if counted else None
+
+
+def _join_formats(
+  layers: Mapping[str, dict[str, Any]],
+  mode: str,
+  decisions: Mapping[str, Mapping[str, Any]],
+) -> None:
+  """Adds `probabilities` to layers by path."""
+  for name, decision in decisions.items():
+    if decision['kind'] != 'format':
+      continue
+    # Separate decisions are named for their side; others are one of a mode.
+    side = name.split('/')[-1] if mode == 'separate' else mode
+    side = side if side in SIDES else SIDES[0]
+    chances = dict(zip(decision['options'], decision['probabilities']))
+    for path in decision['layers']:
+      if path not in layers:
+        raise ValueError(
+          f'result.json: decision {name!r} governs layer {path!r}, which '
+          'neither arch.json nor result.json lists'
+        )
+      chance = _number(chances.get(layers[path][side]))
+      layers[path]['probabilities'][side] = chance
+
+
+def _sizes(
+  row: Mapping[str, Any],
+  found: Mapping[str, int],
+  decisions: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Size]:
+  """Returns the sizes of a row of result.json that were decided about."""
+  sizes = {}
+  for what in (what for what in SIZES if what in row):
+    sizes[what] = Size(row[what])
+    name = row.get('decided', {}).get(what)
+    if name is None:
+      continue
+    if name not in decisions or name not in found:
+      raise ValueError(
+        f'{what} of layer {row["path"]!r} follows the decision {name!r}, which '
+        'result.json does not list or arch.json lacks among its sizes'
+      )
+    options = tuple(decisions[name]['options'])
+    chances = dict(zip(options, decisions[name]['probabilities']))
+    chance = _number(chances.get(found[name]))
+    sizes[what] = Size(row[what], name, found[name], options, chance)
+  return sizes
+
+
+def _uniform_cost(layer: Mapping[str, Any], counted: Sequence[str]) -> float:
+  """Returns a layer's cost, were its quantized sides of `UNIFORM_BITS`.
+
+  Cost is proportional to the bits of each counted side (but for the scales in
+  a size), so this needs no unit; what is not quantized stays as it is.
+  """
+  cost = layer['cost']
+  for side in counted:
+    if layer[side]:
+      cost *= UNIFORM_BITS / formats.parse(layer[side]).bits
+  return cost

@@ -1,0 +1,86 @@
+"""Writes the report of a finished run: `report.html` and its figures.
+
+Needs matplotlib; nothing else of this package does.
+"""
+
+from collections.abc import Callable
+import functools
+import os
+
+from matplotlib import figure as figure_lib
+
+from fliqs_jax.numerics import formats
+from fliqs_jax.report import allocation_figure
+from fliqs_jax.report import architecture_figure
+from fliqs_jax.report import figures
+from fliqs_jax.report import finished_run
+from fliqs_jax.report import page
+from fliqs_jax.report import policy_figure
+from fliqs_jax.runtime import files
+from fliqs_jax.runtime import workdir as workdir_lib
+
+
+def write_report(workdir: str) -> str:
+  """Writes `report.html` and its pictures into a finished run's workdir.
+
+  Returns:
+    The path of the page.
+
+  Raises:
+    FileNotFoundError: naming the first file of the run that is missing.
+    ValueError: naming a file that does not hold what it should.
+  """
+  run = finished_run.read(workdir)
+  names = {layer[side] for layer in run.layers for side in finished_run.SIDES}
+  names |= {
+    name for d in run.searched_formats.values() for name in d['options']
+  }
+  names |= {name for name in run.references if _is_format(name)}
+  # One palette for all: a format has the same shade in every picture.
+  tint = figures.palette(names - {None})
+  images = {}
+  for name, draw in _drawings(run, tint).items():
+    light = figures.png(draw)
+    files.write_bytes(os.path.join(workdir, f'{name}.png'), light)
+    images[name] = light, figures.png(draw, dark=True)
+  path = os.path.join(workdir, workdir_lib.REPORT)
+  files.write_bytes(path, page.render(run, images, tint).encode())
+  return path
+
+
+def _drawings(
+  run: finished_run.FinishedRun, tint: dict[str, str]
+) -> dict[str, Callable[[], figure_lib.Figure]]:
+  """Returns what to draw, by the picture's name."""
+  bind = functools.partial
+  result = {
+    'architecture': bind(architecture_figure.architecture, run.layers, tint),
+    'curves': bind(figures.curves, run.history, run.marks, bool(run.searched)),
+    'cost_per_layer': bind(
+      figures.cost_per_layer, run.layers, tint, run.reference
+    ),
+  }
+  if len(run.policy_rows) > 1:  # One point is no course.
+    for name, decisions in (
+      ('policy', run.searched_formats),
+      ('policy_of_sizes', run.searched_sizes),
+    ):
+      if decisions:
+        result[name] = bind(
+          policy_figure.policy, run.policy_rows, decisions, tint
+        )
+  if allocation_figure.panes(run.layers):
+    result['allocation'] = bind(allocation_figure.allocation, run.layers, tint)
+  if run.references:
+    result['pareto'] = bind(
+      figures.pareto, run.found, run.references, run.metric, tint
+    )
+  return result
+
+
+def _is_format(name: str) -> bool:
+  try:
+    formats.parse(name)
+  except ValueError:
+    return False
+  return True

@@ -1,0 +1,205 @@
+"""Read a config's argument string; refuse configs that cannot work."""
+
+from collections.abc import Callable, Mapping
+import math
+import numbers
+import types
+from typing import Any
+
+import ml_collections
+
+_TRUE, _FALSE = ('true', '1', 'yes'), ('false', '0', 'no')
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
+  """Returns a config's arguments, typed as their defaults are.
+
+  Args:
+    arg: what follows the colon of `--config=FILE:key=value,...`; a bare key is
+      a true flag.
+    **defaults: every argument with its default; a type stands for an argument
+      of that type that is None unless given.
+
+  Raises:
+    ValueError: unknown or repeated argument, or a value of the wrong type.
+  """
+  values = {k: None if isinstance(v, type) else v for k, v in defaults.items()}
+  seen = set()
+  for item in filter(None, (arg or '').split(',')):
+    key, _, text = item.partition('=')
+    key = key.strip()
+    if key not in defaults:
+      raise ValueError(
+        f'unknown config argument {key!r}; allowed: {", ".join(defaults)}'
+      )
+    if key in seen:
+      raise ValueError(f'config argument {key!r} is given twice')
+    seen.add(key)
+    default = defaults[key]
+    kind = default if isinstance(default, type) else type(default)
+    values[key] = _convert(key, text.strip() if '=' in item else None, kind)
+  return types.SimpleNamespace(**values)
+
+
+def _convert(key: str, text: str | None, kind: type) -> Any:
+  if kind is bool:
+    if text is None or text.lower() in _TRUE:
+      return True
+    if text.lower() in _FALSE:
+      return False
+    raise ValueError(f'config argument {key}={text!r} must be true or false')
+  if not text:
+    raise ValueError(f'config argument {key!r} needs a value: {key}=...')
+  try:
+    return kind(text)
+  except ValueError:
+    raise ValueError(
+      f'config argument {key}={text!r} must be of type {kind.__name__}'
+    ) from None
+
+
+def _number(
+  least: float, most: float = math.inf, kind=numbers.Real
+) -> Callable:
+  noun = 'a whole number' if kind is numbers.Integral else 'a number'
+  ends = f'>= {least}' if most == math.inf else f'from {least} to {most}'
+
+  def problem(value):
+    if isinstance(value, bool) or not isinstance(value, kind):
+      return f'must be {noun} {ends}'
+    return None if least <= value <= most else f'must be {noun} {ends}'
+
+  return problem
+
+
+def _count(least: int) -> Callable:
+  return _number(least, kind=numbers.Integral)
+
+
+def _of_type(*kinds: type) -> Callable:
+  def problem(value):
+    if isinstance(value, kinds):
+      return None
+    return f'must be of type {" or ".join(k.__name__ for k in kinds)}'
+
+  return problem
+
+
+_LIST = _of_type(tuple, list)
+
+# Every key of a config; those of `model` are the fields of its network, those
+# of `data` depend on the data set; both are checked where they are used.
+_SCHEMA: dict[str, Any] = {
+  'seed': _count(0),
+  'task': _of_type(str),
+  'model': None,
+  'data': None,
+  'quant': {
+    'formats': _of_type(str, tuple, list),
+    'mode': _of_type(str),
+    'exclude': _LIST,
+    'menus': _LIST,
+    'groups': _LIST,
+    'weight_clip': _of_type(str, float, int),
+    'act_clip': _of_type(str, float, int),
+    'act_start': _number(0, 1),
+    'arch': _of_type(str),
+  },
+  'sizes': {
+    'widths': _LIST,
+    'kernels': _LIST,
+    'kernel_weights': _of_type(str),
+  },
+  'cost': {
+    'kind': _of_type(str),
+    'target': _number(0),
+    'relative_to': _of_type(str),
+  },
+  'search': {
+    'preset': _of_type(str),
+    'start': _number(0, 1),
+    'freeze': _number(0, 1),
+    'gamma': _of_type(float, int),
+    'quality': _of_type(str),
+    'learning_rate': _number(0),
+    'entropy_schedule': _of_type(str),
+    'entropy_beta': _of_type(float, int),
+  },
+  'optimizer': {
+    'name': _of_type(str),
+    'learning_rate': _number(0),
+    'schedule': _of_type(str),
+    'warmup': _number(0, 1),
+    'momentum': _number(0, 1),
+    'weight_decay': _number(0),
+    'ema_decay': _number(0, 1),
+  },
+  'train': {
+    'steps': _count(1),
+    'label_smoothing': _number(0, 1),
+    'mixup': _number(0),
+    'cutmix': _number(0),
+    'max_loss': _number(0),
+    'log_every': _count(1),
+    'checkpoint_every': _count(1),
+    'checkpoints_kept': _count(1),
+    'settle_batches': _count(0),
+  },
+  'parallel': {
+    'mode': _of_type(str),
+    'shard_params': _of_type(bool),
+    'accumulate': _count(1),
+    'leave_one_out': _of_type(bool),
+  },
+  'references': _LIST,
+}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Checks that a config has exactly the known keys and possible values.
+
+  Raises:
+    ValueError: naming every unknown key, missing key or impossible value.
+  """
+  problems = _problems(config.to_dict(), _SCHEMA, '')
+  if not problems:
+    every, log_every = config.train.checkpoint_every, config.train.log_every
+    if every % log_every:
+      problems.append(
+        f'train.checkpoint_every={every} must be a multiple of '
+        f'train.log_every={log_every}: only what was checked for NaN is saved'
+      )
+  if problems:
+    raise ValueError('the config cannot work: ' + '; '.join(problems))
+
+
+def _problems(config: Mapping, schema: Mapping, prefix: str) -> list[str]:
+  problems = []
+  for key in sorted(set(config) - set(schema)):
+    problems.append(
+      f'unknown key {prefix}{key} (allowed here: {", ".join(schema)})'
+    )
+  for key, expected in schema.items():
+    name = prefix + key
+    if key not in config:
+      problems.append(f'missing key {name}')
+    elif isinstance(expected, dict):
+      if isinstance(config[key], Mapping):
+        problems += _problems(config[key], expected, f'{name}.')
+      else:
+        problems.append(f'{name} must be a section of keys')
+    elif expected is not None and (problem := expected(config[key])):
+      problems.append(f'{name}={config[key]!r} {problem}')
+  return problems
+
+
+def differences(old: Mapping, new: Mapping, prefix: str = '') -> list[str]:
+  """Returns `key: old -> new` for every key in which two configs differ."""
+  found = []
+  for key in sorted(set(old) | set(new)):
+    name, a, b = prefix + key, old.get(key), new.get(key)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+      found += differences(a, b, f'{name}.')
+    elif a != b:
+      found.append(f'{name}: {a!r} -> {b!r}')
+  return found

@@ -1,0 +1,384 @@
+"""From a config to the parts of a run; refuses what cannot work, by key."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import json
+import pathlib
+import types
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from fliqs_jax import data
+from fliqs_jax import models
+from fliqs_jax import tasks
+from fliqs_jax.run import config as config_lib
+from fliqs_jax.runtime import devices as devices_lib
+from fliqs_jax.search import controller as controller_lib
+from fliqs_jax.search import optimizers
+from fliqs_jax.search import schedules
+from fliqs_jax.search import train_state
+from fliqs_jax.search import train_step
+from fliqs_jax.space import cost_model
+from fliqs_jax.space import discovery
+from fliqs_jax.space import quant_spec
+from fliqs_jax.space import search_space
+from fliqs_jax.space import sizes as sizes_lib
+from fliqs_jax.tasks import augment
+
+# Relative, where a target is held against the cheapest and the dearest cost:
+# all of them are float32 sums.
+_TOLERANCE = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """The parts of a run; nothing here changes while it runs.
+
+  Attributes:
+    config: as given.
+    streams: the data.
+    spec: which formats each layer may use.
+    model: the network.
+    space: its decisions.
+    cost: its cost.
+    target: the cost target C_T, in the cost's unit.
+    phases: when what happens.
+    controller: of the policy.
+    optimizer: of the weights.
+    task: its module: loss, qualities, and metrics of the test split.
+    mix: (key, training batch) -> training batch; None to leave it.
+  """
+
+  config: ml_collections.ConfigDict
+  streams: data.Streams
+  spec: quant_spec.QuantSpec
+  model: nn.Module
+  space: search_space.SearchSpace
+  cost: cost_model.Cost
+  target: float
+  phases: schedules.Phases
+  controller: controller_lib.Controller
+  optimizer: optax.GradientTransformation
+  task: types.ModuleType
+  mix: Callable | None
+
+  def initial_state(self) -> train_state.TrainState:
+    """Returns the state before the first step; pure, so it can be traced."""
+    example = jax.tree.map(
+      lambda spec: jnp.zeros(spec.shape, spec.dtype), _example(self.streams)
+    )
+    return train_state.create(
+      self.model,
+      self.space,
+      self.optimizer,
+      self.controller,
+      jax.random.key(self.config.seed),
+      example,
+      keep_average=self.config.optimizer.ema_decay > 0,
+      train=False,
+    )
+
+  @property
+  def loss(self) -> Callable:
+    """(outputs, batch) -> (scalar, metrics)."""
+    return self.task.loss(self.config.train.label_smoothing)
+
+  @property
+  def quality(self) -> Callable:
+    """(outputs, batch) -> scalar."""
+    return self.task.QUALITIES[self.config.search.quality]
+
+  def search_step(self) -> Callable:
+    """Returns the step, for `parallel.Devices.compile`."""
+    return train_step.search_step(
+      self.model.apply,
+      self.loss,
+      self.quality,
+      self.space,
+      self.controller,
+      self.optimizer,
+      self.phases,
+      mix=self.mix,
+      ema_decay=self.config.optimizer.ema_decay,
+      accumulate=self.config.parallel.accumulate,
+      replicas=devices_lib.replicas(self.config.parallel),
+    )
+
+  def cost_of(self, choices: Mapping[str, Any]) -> Any:
+    """Returns the cost of {decision: [K]}, in the cost's unit."""
+    return self.cost(self.space.leaves(choices))
+
+
+def build(
+  config: ml_collections.ConfigDict,
+  arch: Mapping[str, Any] | None = None,
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Experiment:
+  """Returns the parts of the run that a config describes.
+
+  Args:
+    config: as the files in `configs/` make it.
+    arch: content of the arch.json that `quant.arch` names; read if not given.
+    process_index: whose rows of every batch the streams are to give.
+    process_count: among how many processes.
+
+  Raises:
+    ValueError: the config cannot work; the message names key and value.
+  """
+  config_lib.check(config)
+  devices_lib.check(config.parallel)
+  phases = schedules.phases(
+    config.train.steps,
+    config.quant.act_start,
+    config.search.start,
+    config.search.freeze,
+  )
+  optimizer = _optimizer(config, phases.steps)
+  task = _task(config)
+  if arch is None and config.quant.arch:
+    arch = read_arch(config.quant.arch)
+  spec = _spec(config.quant, arch)
+  streams = data.make_streams(
+    config.data,
+    config.seed,
+    process_index=process_index,
+    process_count=process_count,
+  )
+  mix = _mixing(config, streams)
+  sizes = _sizes(config.sizes, arch)
+  model = models.build(config.model, streams.num_classes, spec, sizes)
+  _check_inputs(config, model, streams)
+  _check_outputs(config, task, model, streams)
+  space = discovery.find(model, _example(streams), spec=spec, train=False)
+  if arch is not None:
+    space.check_sizes(arch['sizes'])
+  _check_sizes(config, space)
+  cost = space.cost(config.cost.kind)
+  target = _target(config.cost, cost, space)
+  controller = _controller(config, space, cost, target, phases)
+  return Experiment(
+    config=config,
+    streams=streams,
+    spec=spec,
+    model=model,
+    space=space,
+    cost=cost,
+    target=target,
+    phases=phases,
+    controller=controller,
+    optimizer=optimizer,
+    task=task,
+    mix=mix,
+  )
+
+
+def _example(streams: data.Streams) -> Any:
+  """Returns the shapes of what the model is called with, for one example."""
+  return jax.tree.map(
+    lambda spec: jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype),
+    data.model_inputs(streams.inputs),
+  )
+
+
+def read_arch(path: str | pathlib.Path) -> dict[str, Any]:
+  """Returns the content of an arch.json.
+
+  Raises:
+    ValueError: the file is missing or is no arch.json.
+  """
+  try:
+    content = json.loads(pathlib.Path(path).read_text())
+    layers, mode = content['layers'], content['mode']
+    for sides in layers.values():
+      sides['weights'], sides['activations']
+    dict(content['sizes'])
+  except OSError as error:
+    raise ValueError(f'{path} cannot be read: {error.strerror}') from None
+  except (ValueError, KeyError, TypeError, AttributeError):
+    raise ValueError(
+      f'{path} is no arch.json: it needs "mode", "sizes" and "layers", each '
+      'layer with "weights" and "activations"'
+    ) from None
+  return content | dict(mode=mode)
+
+
+def assignment(arch: Mapping[str, Any]) -> dict[str, tuple]:
+  """Returns {layer: (weights, activations)} of an arch.json's content."""
+  return {
+    path: (sides['weights'], sides['activations'])
+    for path, sides in arch['layers'].items()
+  }
+
+
+def _sizes(
+  keys: ml_collections.ConfigDict, arch: Mapping[str, Any] | None
+) -> sizes_lib.Sizes:
+  if arch is None:
+    return sizes_lib.Sizes(keys.widths, keys.kernels, keys.kernel_weights)
+  if keys.widths or keys.kernels:
+    raise ValueError(
+      'quant.arch fixes every size; sizes.widths and sizes.kernels must be '
+      'empty with it'
+    )
+  return sizes_lib.Sizes(found=arch['sizes'])
+
+
+def _check_sizes(config, space: search_space.SearchSpace) -> None:
+  kinds = {d.kind for d in space.decisions}
+  for key, kind in (('widths', 'channels'), ('kernels', 'kernel')):
+    if config.sizes[key] and kind not in kinds:
+      raise ValueError(
+        f'sizes.{key}={config.sizes[key]}: model {config.model.name} has none '
+        'to decide about; set it to ()'
+      )
+  open_sizes = any(
+    d.kind != 'format' and len(d.menu) > 1 for d in space.decisions
+  )
+  if open_sizes and config.cost.kind == 'average_bits':
+    raise ValueError(
+      "cost.kind='average_bits' says nothing about sizes; use 'bops' or 'size' "
+      'where they are open'
+    )
+
+
+def _spec(
+  quant: ml_collections.ConfigDict, arch: Mapping[str, Any] | None
+) -> quant_spec.QuantSpec:
+  assigned, mode = None, quant.mode
+  if arch is not None:
+    assigned, mode = assignment(arch), arch['mode']
+  if quant.act_clip == 'profiled' and not quant.act_start:
+    raise ValueError(
+      "quant.act_clip='profiled' needs a first phase to profile: set "
+      'quant.act_start above 0'
+    )
+  return quant_spec.QuantSpec(
+    formats=quant.formats,
+    mode=mode,
+    exclude=tuple(quant.exclude),
+    menus=tuple(quant.menus),
+    groups=tuple(quant.groups),
+    weight_clip=quant.weight_clip,
+    act_clip=quant.act_clip,
+    assignment=assigned,
+  )
+
+
+def _target(
+  keys: ml_collections.ConfigDict,
+  cost: cost_model.Cost,
+  space: search_space.SearchSpace,
+) -> float:
+  target = keys.target
+  if keys.relative_to:
+    target *= cost_model.uniform(cost, keys.relative_to)
+  least, most = cost_model.bounds(cost)
+  slack = _TOLERANCE * most
+  if not space.is_fixed and not least - slack <= target <= most + slack:
+    relative = f' x {keys.relative_to}' if keys.relative_to else ''
+    raise ValueError(
+      f'cost.target={keys.target}{relative} = {target:.6g} {cost.unit} cannot '
+      f'be reached: the cheapest assignment costs {least:.6g}, the dearest '
+      f'{most:.6g}'
+    )
+  return target
+
+
+def _controller(config, space, cost, target, phases):
+  keys = config.search
+  controller = controller_lib.make(
+    keys.preset,
+    space.relative_cost(cost, target),
+    phases,
+    gamma=keys.gamma,
+    learning_rate=keys.learning_rate,
+    entropy_schedule=keys.entropy_schedule,
+    entropy_beta=keys.entropy_beta,
+    replicas=devices_lib.replicas(config.parallel),
+    leave_one_out=config.parallel.leave_one_out,
+  )
+  if config.data.valid_batch_size % controller.samples:
+    raise ValueError(
+      f'data.valid_batch_size={config.data.valid_batch_size} must be a '
+      f'multiple of {controller.samples}: search.preset={keys.preset!r} '
+      'judges so many architectures at once'
+    )
+  return controller
+
+
+def _optimizer(config, steps: int) -> optax.GradientTransformation:
+  keys = config.optimizer
+  rate = schedules.learning_rate(
+    keys.schedule, keys.learning_rate, steps, round(keys.warmup * steps)
+  )
+  if keys.ema_decay == 1:
+    raise ValueError(
+      'optimizer.ema_decay=1 must be below 1: the mean would stay where the '
+      'weights began'
+    )
+  return optimizers.make(keys.name, rate, keys.momentum, keys.weight_decay)
+
+
+def _task(config) -> types.ModuleType:
+  if config.task not in tasks.TASKS:
+    raise ValueError(
+      f'task={config.task!r} is unknown; allowed: {", ".join(tasks.TASKS)}'
+    )
+  task = tasks.TASKS[config.task]
+  if config.search.quality not in task.QUALITIES:
+    raise ValueError(
+      f'search.quality={config.search.quality!r} is unknown to '
+      f'task={config.task!r}; allowed: {", ".join(task.QUALITIES)}'
+    )
+  if not 0 <= config.train.label_smoothing < 1:
+    raise ValueError(
+      f'train.label_smoothing={config.train.label_smoothing} must be below 1'
+    )
+  return task
+
+
+def _mixing(config, streams: data.Streams) -> Callable | None:
+  mixup, cutmix = config.train.mixup, config.train.cutmix
+  if not mixup and not cutmix:
+    return None
+  if 'image' not in streams.inputs or config.task != 'classification':
+    raise ValueError(
+      f'train.mixup={mixup} and train.cutmix={cutmix} need images and '
+      "task='classification'; set both to 0"
+    )
+  return augment.mixing(streams.num_classes, mixup, cutmix)
+
+
+def _check_inputs(config, model: nn.Module, streams: data.Streams) -> None:
+  shape = model.input_shape
+  takes = tuple(shape) if isinstance(shape, Mapping) else ('image',)
+  if set(takes) != set(streams.inputs):
+    raise ValueError(
+      f'model.name={config.model.name!r} takes {", ".join(takes)}, but '
+      f'data.name={config.data.name!r} gives {", ".join(streams.inputs)}'
+    )
+  if 'buckets' in config.model and config.model.buckets != config.data.buckets:
+    raise ValueError(
+      f'model.buckets={config.model.buckets} and data.buckets='
+      f'{config.data.buckets} must be the same'
+    )
+
+
+def _check_outputs(config, task, model, streams: data.Streams) -> None:
+  init = functools.partial(model.init_with_output, train=False)
+  outputs, _ = jax.eval_shape(init, jax.random.key(0), _example(streams))
+  expected = task.output_shape(streams.num_classes)
+  if outputs.shape[1:] != expected:
+    raise ValueError(
+      f'model.name={config.model.name!r} gives an output of shape '
+      f'{outputs.shape[1:]} for an example, but task={config.task!r} needs '
+      f'{expected}'
+    )

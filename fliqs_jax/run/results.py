@@ -1,0 +1,157 @@
+"""What comes out of a run, as data: arch.json and result.json."""
+
+from collections.abc import Mapping
+import hashlib
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from fliqs_jax.run import experiment as experiment_lib
+from fliqs_jax.runtime import versions
+from fliqs_jax.search import policy as policy_lib
+from fliqs_jax.space import cost_model
+
+_SCHEMA = 1
+# Below this probability a decision had not settled when the run ended.
+_SETTLED = 0.9
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+  """Returns a hash of a config's content, 16 hex digits."""
+  text = json.dumps(config, sort_keys=True, default=list)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def arch(
+  experiment: experiment_lib.Experiment, choices: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the content of arch.json for {decision: [K]}."""
+  config = experiment.config.to_dict()
+  assigned = experiment.space.assignment(choices)
+  return dict(
+    schema=_SCHEMA,
+    versions=versions.versions(),
+    config_hash=config_hash(config),
+    model=config['model'],
+    mode=experiment.spec.mode,
+    cost=dict(
+      kind=experiment.cost.kind,
+      value=float(experiment.cost_of(choices)),
+      target=experiment.target,
+      unit=experiment.cost.unit,
+    ),
+    sizes=experiment.space.sizes(choices),
+    layers={
+      path: dict(weights=weights, activations=activations)
+      for path, (weights, activations) in assigned.items()
+    },
+  )
+
+
+def measured(
+  experiment: experiment_lib.Experiment,
+  choices: Mapping[str, Any],
+  sums: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+  """Returns quality and costs of one architecture.
+
+  Args:
+    experiment: the run.
+    choices: {decision: [K] one-hot}.
+    sums: of the task's `measure` over the test split.
+  """
+  leaves = experiment.space.leaves(choices)
+
+  def cost(kind):
+    return float(experiment.space.cost(kind)(leaves))
+
+  return dict(
+    **experiment.task.summarize(sums),
+    cost=float(experiment.cost(leaves)),
+    cost_target=experiment.target,
+    unit=experiment.cost.unit,
+    gbops=cost('bops'),
+    size_bits=cost('size') * 1e6,
+    average_bits=cost('average_bits'),
+  )
+
+
+def layers(
+  experiment: experiment_lib.Experiment, choices: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+  """Returns a row per layer: what it is, its formats, sizes and cost.
+
+  Sizes are `input_channels`, `output_channels` and `kernel`, where they are
+  decided about; `decided` names the decision of each.
+  """
+  leaves = experiment.space.leaves(choices)
+  assigned = experiment.space.assignment(choices)
+  return [
+    dict(
+      path=op.path,
+      kind=op.shape.kind,
+      macs=round(float(cost_model.op_macs(op, leaves))),
+      params=round(float(cost_model.op_weights(op, leaves))),
+      weights=assigned[op.path][0],
+      activations=assigned[op.path][1],
+      gbops=float(cost_model.op_gbops(op, leaves)),
+      cost=float(experiment.cost.of_op(op, leaves)),
+      **_sizes(op, leaves),
+    )
+    for op in experiment.space.ops
+  ]
+
+
+def _sizes(op: cost_model.Op, leaves: Mapping[str, Any]) -> dict[str, Any]:
+  if not op.shape.decided:
+    return {}
+  found = {
+    name: size.counts[int(np.argmax(leaves[op.leaf(name)]))]
+    for name, size in op.shape.decided
+  }
+  decided = {name: size.decision for name, size in op.shape.decided}
+  return dict(found, decided=decided)
+
+
+def decisions(
+  experiment: experiment_lib.Experiment, policy: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns, per decision, kind, options, layers and probabilities."""
+  probabilities = jax.device_get(policy_lib.probabilities(policy))
+  layers = {op.path for op in experiment.space.ops}
+  return {
+    d.name: dict(
+      kind=d.kind,
+      options=list(d.labels),
+      layers=sorted(layers & {leaf.rpartition('/')[0] for leaf in d.leaves}),
+      probabilities=[float(p) for p in probabilities[d.name]],
+    )
+    for d in experiment.space.decisions
+  }
+
+
+def warnings(
+  experiment: experiment_lib.Experiment, policy: Mapping[str, Any]
+) -> list[str]:
+  """Returns what a reader should know: unsettled decisions, a missed target."""
+  if experiment.space.is_fixed:
+    return []
+  found = []
+  probabilities = jax.device_get(policy_lib.probabilities(policy))
+  for name, pi in probabilities.items():
+    if pi.max() < _SETTLED:
+      found.append(
+        f'{name} had not settled: its likeliest option has probability '
+        f'{pi.max():.2f}'
+      )
+  choices = jax.device_get(policy_lib.argmax(policy))
+  cost = float(experiment.cost_of(choices))
+  error = cost / experiment.target - 1
+  if abs(error) > 0.05:
+    found.append(
+      f'the found architecture costs {cost:.4g} {experiment.cost.unit}, '
+      f'{error:+.1%} of the target {experiment.target:.4g}'
+    )
+  return found

@@ -1,0 +1,148 @@
+"""What a run tells of itself at logging points, and when it must not go on."""
+
+import logging
+import math
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+
+from fliqs_jax.run import experiment as experiment_lib
+from fliqs_jax.run import metrics as metrics_lib
+from fliqs_jax.runtime import monitoring
+from fliqs_jax.runtime import processes
+from fliqs_jax.runtime import workdir as workdir_lib
+from fliqs_jax.search import policy as policy_lib
+from fliqs_jax.search import train_state
+
+_LOG = logging.getLogger(__name__)
+
+
+class DivergedError(RuntimeError):
+  """The loss is not finite any more, or above `train.max_loss`."""
+
+
+class Journal:
+  """Averages of metrics, and where they are written; one per run.
+
+  Between logging points nothing leaves the device. All processes log; the first
+  alone writes history and TensorBoard files.
+  """
+
+  def __init__(
+    self,
+    experiment: experiment_lib.Experiment,
+    workdir: pathlib.Path,
+    step: int,
+    seen: dict[str, list[str]],
+  ):
+    """Opens the files.
+
+    Args:
+      experiment: the run.
+      workdir: of the run.
+      step: from which it goes on; 0 for a run that starts afresh.
+      seen: `unwritten` of the journal before.
+    """
+    monitoring.heartbeat(workdir, step)
+    self._experiment = experiment
+    self._workdir = workdir
+    self._sums = metrics_lib.unpacked(seen) if seen else None
+    self._logged: tuple[int, float] | None = None
+    self._writer = None
+    if processes.index() == 0:
+      self._writer = metrics_lib.Writer(workdir, step or None)
+
+  def add(self, step_metrics: dict[str, jax.Array]) -> None:
+    """Adds a step's metrics; waits for nothing."""
+    self._sums = metrics_lib.accumulate(self._sums, step_metrics)
+
+  def write(self, step: int, state: train_state.TrainState) -> None:
+    """Writes and logs what was added since the last time.
+
+    Args:
+      step: steps taken.
+      state: after them.
+
+    Raises:
+      DivergedError: it makes no sense to go on.
+    """
+    scalars = metrics_lib.compute(self._sums)
+    _check_finite(scalars, step, self._workdir)
+    config = self._experiment.config
+    if scalars['loss'] > config.train.max_loss:
+      raise _diverged('loss', scalars['loss'], step, self._workdir)
+    self._sums = None
+    now = time.monotonic()
+    timing = {}
+    if self._logged is not None:
+      logged, at = self._logged
+      timing = dict(steps_per_second=(step - logged) / (now - at))
+    self._logged = step, now
+    if self._writer:
+      policy = jax.device_get(state.search_state.policy)
+      probabilities = {
+        name: [float(p) for p in pi]
+        for name, pi in policy_lib.probabilities(policy).items()
+      }
+      self._writer.write(step, scalars, probabilities, timing)
+    monitoring.heartbeat(self._workdir, step)
+    _LOG.info('%s', _progress(self._experiment, step, scalars, timing))
+
+  def unwritten(self, step: int) -> dict[str, list[str]]:
+    """Returns what was added since the last `write`, as JSON can hold it.
+
+    Raises:
+      DivergedError: it is not finite.
+    """
+    if self._sums is None:
+      return {}
+    _check_finite(metrics_lib.compute(self._sums), step, self._workdir)
+    return metrics_lib.packed(self._sums)
+
+  def __enter__(self) -> 'Journal':
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._writer:
+      self._writer.close()
+
+
+def _check_finite(scalars, step, workdir) -> None:
+  for name in ('loss', 'grad_norm'):
+    if not math.isfinite(scalars[name]):
+      raise _diverged(name, scalars[name], step, workdir)
+
+
+def _diverged(
+  name: str, value: float, step: int, workdir: str | os.PathLike[str]
+) -> DivergedError:
+  return DivergedError(
+    f'training diverged: mean {name} is {value} at step {step} (allowed: '
+    'finite, loss up to train.max_loss); the last good checkpoint is in '
+    f'{pathlib.Path(workdir) / workdir_lib.CHECKPOINTS}. Lower '
+    'optimizer.learning_rate or lengthen optimizer.warmup'
+  )
+
+
+def _progress(
+  experiment: experiment_lib.Experiment,
+  step: int,
+  scalars: dict[str, Any],
+  timing: dict[str, float],
+) -> str:
+  steps = experiment.phases.steps
+  line = f'step {step}/{steps}  loss {scalars["loss"]:.3f}'
+  if not experiment.space.is_fixed:
+    cost = scalars['cost'] * experiment.target
+    line += (
+      f'  quality {scalars["quality"]:.3f}  cost {cost:.4g}/'
+      f'{experiment.target:.4g} {experiment.cost.unit}'
+      f'  entropy {scalars["entropy"]:.2f}'
+    )
+  if speed := timing.get('steps_per_second'):
+    left = round((steps - step) / speed)
+    line += f'  {speed:.1f} steps/s  {left // 60}:{left % 60:02d} left'
+  return line

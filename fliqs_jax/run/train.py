@@ -1,0 +1,186 @@
+"""One run from a config to a found, evaluated and reported model."""
+
+from collections.abc import Callable
+import json
+import logging
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import ml_collections
+
+from fliqs_jax.report import report
+from fliqs_jax.run import config as config_lib
+from fliqs_jax.run import evaluation
+from fliqs_jax.run import experiment as experiment_lib
+from fliqs_jax.run import loop
+from fliqs_jax.run import results
+from fliqs_jax.runtime import devices as devices_lib
+from fliqs_jax.runtime import files
+from fliqs_jax.runtime import monitoring
+from fliqs_jax.runtime import processes
+from fliqs_jax.runtime import workdir as workdir_lib
+from fliqs_jax.search import policy as policy_lib
+
+_LOG = logging.getLogger(__name__)
+
+
+def train_and_evaluate(
+  config: ml_collections.ConfigDict,
+  workdir: str | os.PathLike[str],
+  *,
+  stop: Callable[[], bool] = lambda: False,
+  profile_steps: str = '',
+) -> dict[str, Any]:
+  """Trains and searches, or goes on where a killed run stopped.
+
+  On all devices of all processes that `processes.join` brought together; each
+  of them must call this.
+
+  Leaves in `workdir`: config.json, arch.json, result.json, history.jsonl,
+  TensorBoard files, checkpoints, heartbeats, report.html and its pictures.
+
+  Args:
+    config: as the files in `configs/` make it.
+    workdir: empty, or that of an earlier start of the same run; the same
+      directory for all processes.
+    stop: whether to save and stop; asked after each step, and says the same in
+      all processes.
+    profile_steps: `N:M`, steps to profile into `workdir/profile`.
+
+  Returns:
+    The content of result.json.
+
+  Raises:
+    ValueError: the config cannot work, the processes differ in it, or the
+      workdir is another run's.
+    DivergedError: training diverged; the last good checkpoint stays.
+    PreemptedError: `stop` said so; the state is saved.
+  """
+  began = time.monotonic()
+  workdir = pathlib.Path(workdir)
+  _check_same(config, workdir)
+  with processes.together():
+    experiment = experiment_lib.build(
+      config,
+      process_index=processes.index(),
+      process_count=processes.count(),
+    )
+    devices = devices_lib.all_devices(config, experiment.controller.samples)
+    trace = monitoring.Trace(
+      profile_steps, config.train.steps, workdir / workdir_lib.PROFILE
+    )
+    if processes.index() == 0:
+      _claim(config, workdir)
+  _describe(experiment)
+  run = loop.run(experiment, devices, workdir, stop, trace, began)
+  policy = jax.device_get(run.state.search_state.policy)
+  choices = jax.device_get(policy_lib.argmax(policy))
+  references = {
+    name: _reference(config, name, workdir, stop) for name in config.references
+  }
+  result = dict(
+    metric=experiment.task.METRIC,
+    found=evaluation.test_metrics(experiment, run.state, choices, devices),
+    references=references,
+    layers=results.layers(experiment, choices),
+    decisions=results.decisions(experiment, policy),
+    warnings=results.warnings(experiment, policy),
+    steps=config.train.steps,
+    seed=config.seed,
+    compilations=run.compilations,
+    compile_seconds=run.compile_seconds,
+    wall_seconds=run.seconds_before + time.monotonic() - began,
+  )
+  if processes.index() == 0:
+    files.write_json(
+      workdir / workdir_lib.ARCH, results.arch(experiment, choices)
+    )
+    files.write_json(workdir / workdir_lib.RESULT, result)
+    _LOG.info('report: %s', report.write_report(str(workdir)))
+  _summarize(result)
+  return result
+
+
+def _check_same(config: ml_collections.ConfigDict, workdir) -> None:
+  """Checks that all processes were started for the same run."""
+  own = json.dumps(dict(config=config.to_dict(), workdir=str(workdir)))
+  first, *others = map(json.loads, processes.texts(own))
+  for i, other in enumerate(others, 1):
+    if found := config_lib.differences(first, other):
+      raise ValueError(
+        f'process {i} was started otherwise than process 0: '
+        f'{"; ".join(found)}; start all with the same flags and files'
+      )
+
+
+def _claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Makes the workdir this config's, or finds that it is."""
+  content = json.loads(json.dumps(config.to_dict()))
+  path = workdir / workdir_lib.CONFIG
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+      files.write_json(path, content)
+    claimed = json.loads(path.read_text())
+  except (OSError, json.JSONDecodeError) as error:
+    raise ValueError(
+      f'--workdir={workdir} cannot be used: {error}; choose a directory that '
+      'can be written'
+    ) from None
+  if found := config_lib.differences(claimed, content):
+    raise ValueError(
+      f'--workdir={workdir} belongs to a run of another config, which differs '
+      f'in {"; ".join(found)}; choose another workdir or the same config'
+    )
+
+
+def _reference(
+  config, name: str, workdir: pathlib.Path, stop: Callable[[], bool]
+) -> dict[str, Any]:
+  """Trains the published network at one format, by the same code."""
+  uniform = config.copy_and_resolve_references()
+  with uniform.unlocked(), uniform.ignore_type():
+    uniform.quant.formats = name
+    uniform.quant.menus, uniform.quant.groups = (), ()
+    uniform.sizes.widths, uniform.sizes.kernels = (), ()
+    uniform.references = ()
+  _LOG.info('reference: uniform %s', name)
+  return train_and_evaluate(uniform, workdir / f'uniform_{name}', stop=stop)[
+    'found'
+  ]
+
+
+def _describe(experiment) -> None:
+  space, config = experiment.space, experiment.config
+  _LOG.info(
+    '%s on %s: %d layers, %d parameters; %d decisions, 10^%.1f architectures; '
+    'cost target %.4g %s',
+    config.model.name,
+    config.data.name,
+    len(space.ops),
+    space.params,
+    len(space.decisions),
+    space.size,
+    experiment.target,
+    experiment.cost.unit,
+  )
+
+
+def _summarize(result) -> None:
+  found = result['found']
+  _LOG.info(
+    'test %s %.2f %% of %d examples at %.4g %s (target %.4g), '
+    '%.2f bits a weight',
+    result['metric'],
+    100 * found[result['metric']],
+    found['examples'],
+    found['cost'],
+    found['unit'],
+    found['cost_target'],
+    found['average_bits'],
+  )
+  for warning in result['warnings']:
+    _LOG.warning('%s', warning)

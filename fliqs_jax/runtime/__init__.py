@@ -1,0 +1,1 @@
+"""Files, processes, devices, checkpoints: what a run stands on."""

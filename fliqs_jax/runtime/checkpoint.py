@@ -1,0 +1,418 @@
+"""How a run's state is saved and found again, and damage noticed.
+
+Orbax writes the arrays. On top of it stand three things that it does not do:
+every leaf is stored with a digest of its bits, because Orbax restores a flipped
+byte without a word; a checkpoint that cannot be used is named and the next
+older one taken; a damaged checkpoint makes way when training reaches its step
+again.
+"""
+
+import asyncio
+from collections.abc import Mapping
+import json
+import logging
+import os
+import re
+from typing import Any, NamedTuple
+import zlib
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from fliqs_jax.runtime import digests
+from fliqs_jax.runtime import processes
+
+_LOG = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+  """What `Checkpoints.restore_latest` found."""
+
+  step: int
+  state: Any
+  extra: dict[str, Any]
+
+
+class Checkpoints:
+  """The checkpoints of one run, in one directory.
+
+  Invariants:
+    * A kill at any moment leaves every complete checkpoint as it was. One that
+      is being written has another name until it is complete.
+    * What `save` stores are the values at the call: the arrays may be donated
+      or overwritten as soon as it returns.
+    * `restore_latest` deletes nothing. `save` deletes complete checkpoints
+      beyond the newest `keep`, after the new one is complete, and those that
+      `restore_latest` found unusable, once their step is reached again.
+    * Steps increase strictly, unusable checkpoints aside.
+
+  One run uses a directory at a time: what another one is about to complete
+  would be cleaned up as the left-over of a killed run. All processes of the run
+  use it together, and call its methods in the same order.
+  """
+
+  def __init__(self, directory: str | os.PathLike[str], keep: int = 3):
+    """Opens a directory, made if need be.
+
+    Args:
+      directory: for checkpoints only; there must be room for `keep` + 1.
+      keep: how many complete checkpoints to keep.
+
+    Raises:
+      ValueError: if `keep` is not positive, or the directory not writable.
+    """
+    if keep < 1:
+      raise ValueError(f'keep={keep} must be at least 1')
+    self._directory = epath.Path(directory).absolute()
+    with processes.together():
+      _check_writable(self._directory)
+    self._unusable: dict[int, str] = {}  # Reason by step.
+    self._saving: int | None = None  # Step of the last save.
+    arrays = ocp.type_handlers.create_type_handler_registry(
+      (jax.Array, _LeafByLeaf())
+    )
+    self._manager = _Manager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=_NewestUsable(keep, self._unusable),
+        cleanup_tmp_directories=True,
+      ),
+      item_handlers={
+        'state': ocp.PyTreeCheckpointHandler(type_handler_registry=arrays),
+        'record': ocp.JsonCheckpointHandler(),
+      },
+    )
+
+  def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
+    """Starts to save; waits for the save before and for `state` itself.
+
+    Args:
+      step: greater than that of every usable checkpoint in the directory.
+      state: pytree of `jax.Array`; typed keys are fine, empty arrays are not.
+      extra: plain JSON values with string keys; comes back equal.
+
+    Raises:
+      ValueError: if an argument is not as above.
+      RuntimeError: if this save, or the one before, failed.
+    """
+    self.wait()
+    self._check_step(step)
+    leaves = _checked_leaves(state)
+    # The transfers here are meant, whatever guard is around the training loop.
+    with jax.transfer_guard('allow'):
+      digest_of = digests.digests(leaves)
+      record = {
+        'leaves': {
+          name: [digests.describe(leaf), digest_of[name]]
+          for name, leaf in leaves.items()
+        },
+        'extra': _checked_json(extra),
+      }
+      self._saving = step
+      try:
+        for damaged in sorted(self._unusable):
+          if damaged <= step:
+            self._manager.delete(damaged)
+            del self._unusable[damaged]
+            _LOG.info('deleted the unusable checkpoint of step %d', damaged)
+        self._manager.save(
+          step,
+          args=ocp.args.Composite(
+            state=ocp.args.PyTreeSave(
+              {name: digests.plain(leaf) for name, leaf in leaves.items()}
+            ),
+            record=ocp.args.JsonSave({'crc32': _crc32(record), **record}),
+          ),
+          # Orbax would pass over a step below that of a damaged checkpoint.
+          force=True,
+        )
+      except Exception as error:
+        raise self._failed(error) from error
+
+  def wait(self) -> None:
+    """Returns when the save under way, if any, is complete.
+
+    Raises:
+      RuntimeError: if it failed; earlier checkpoints are unharmed.
+    """
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      # What Orbax meant to delete after this save is still there.
+      self._manager.reload()
+      raise self._failed(error) from error
+
+  def restore_latest(self, abstract_state: Any) -> Restored | None:
+    """Restores the newest checkpoint that is whole and fits.
+
+    Every newer one is named in a warning, with what is wrong with it.
+
+    Args:
+      abstract_state: pytree of `jax.ShapeDtypeStruct`, or of arrays. A leaf is
+        restored to its sharding; without one, to the first local device.
+
+    Returns:
+      None if there is no checkpoint.
+
+    Raises:
+      ValueError: if there are checkpoints but none can be used.
+    """
+    self.wait()
+    self._manager.reload()
+    self._unusable.clear()
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      restored, problem = None, ''
+      try:
+        with jax.transfer_guard('allow'):
+          restored = self._restore(step, abstract_state)
+      except _UnusableError as error:
+        problem = str(error)
+      # What one process cannot read, none may go on from.
+      problem = next(filter(None, processes.texts(problem)), '')
+      if not problem:
+        return Restored(step, *restored)
+      _LOG.warning(
+        'checkpoint of step %d in %s cannot be used: %s',
+        step,
+        self._directory,
+        problem,
+      )
+      self._unusable[step] = problem
+    if not self._unusable:
+      return None
+    reasons = ''.join(
+      f'\n  step {step}: {reason}' for step, reason in self._unusable.items()
+    )
+    # A caller that goes on all the same must not delete them by saving.
+    self._unusable.clear()
+    raise ValueError(
+      f'no checkpoint in {self._directory} can be used:{reasons}\nNothing was '
+      'deleted. If they were written with another config, run with that one; '
+      'to start afresh, choose another directory or move this one away.'
+    )
+
+  def close(self) -> None:
+    """Waits for the save under way and releases Orbax's threads.
+
+    Raises:
+      RuntimeError: if that save failed.
+    """
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, exception_type, *_) -> None:
+    try:
+      self.close()
+    except RuntimeError as error:
+      if exception_type is None:
+        raise
+      # The exception that ended the run matters more.
+      _LOG.error('%s', error)
+
+  def _check_step(self, step: int) -> None:
+    usable = set(self._manager.all_steps()) - set(self._unusable)
+    if usable and step <= max(usable):
+      raise ValueError(
+        f'step {step} cannot be saved to {self._directory}, which holds a '
+        f'checkpoint of step {max(usable)}: restore that one first, or choose '
+        'another directory'
+      )
+
+  def _failed(self, error: Exception) -> RuntimeError:
+    return RuntimeError(
+      f'the checkpoint of step {self._saving} could not be written to '
+      f'{self._directory}: {_one_line(error)}. Earlier checkpoints are '
+      'unharmed.'
+    )
+
+  def _restore(
+    self, step: int, abstract_state: Any
+  ) -> tuple[Any, dict[str, Any]]:
+    """Returns state and extra of one checkpoint, or raises `_UnusableError`."""
+    stored, extra = _checked_record(
+      self._read(step, 'record', ocp.args.JsonRestore())
+    )
+    wanted = digests.named_leaves(abstract_state)
+    if problem := digests.mismatch(
+      {name: description for name, (description, _) in stored.items()},
+      {name: digests.describe(leaf) for name, leaf in wanted.items()},
+    ):
+      raise _UnusableError(problem)
+    targets = {name: _target(leaf) for name, leaf in wanted.items()}
+    restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
+    arrays = self._read(
+      step, 'state', ocp.args.PyTreeRestore(targets, restore_args=restore_args)
+    )
+    restored = digests.digests(arrays)
+    changed = [name for name in wanted if restored[name] != stored[name][1]]
+    if changed:
+      raise _UnusableError(
+        f'{digests.some(changed)} not what was saved (digest differs)'
+      )
+    leaves = [_typed(arrays[name], leaf) for name, leaf in wanted.items()]
+    return jax.tree.structure(abstract_state).unflatten(leaves), extra
+
+  def _read(self, step: int, item: str, args: Any) -> Any:
+    try:
+      return self._manager.restore(
+        step, args=ocp.args.Composite(**{item: args})
+      )[item]
+    except _UnusableError:
+      raise
+    except Exception as error:
+      # Damage shows as whatever Orbax, TensorStore or a parser trips over.
+      raise _UnusableError(
+        f'its {item} cannot be read ({_one_line(error)})'
+      ) from error
+
+
+class _Manager(ocp.CheckpointManager):
+  """Orbax's manager, which leaves it to its caller to ask about preemption.
+
+  It would ask by its own steps, and confuse whoever counts otherwise.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
+
+
+class _UnusableError(Exception):
+  """Why a checkpoint cannot be used, in one line."""
+
+
+class _NewestUsable(ocp.checkpoint_managers.PreservationPolicy):
+  """Keeps the newest checkpoints by step, not counting the unusable ones.
+
+  Orbax's own policy counts in the order of saving and counts damaged ones too:
+  after falling back it would delete good checkpoints before bad ones.
+  """
+
+  def __init__(self, keep: int, unusable: Mapping[int, str]):
+    self._keep = keep
+    self._unusable = unusable
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    usable = sorted(set(steps) - set(self._unusable))
+    kept = {*usable[-self._keep :], *self._unusable}
+    return [step in kept for step in steps]
+
+
+class _LeafByLeaf(ocp.type_handlers.ArrayHandler):
+  """Reads every leaf even when one fails, and says which could not be read.
+
+  Orbax stops at the first failure and closes the event loop under the others,
+  each of which then prints a TensorStore dump of its own.
+  """
+
+  async def deserialize(self, infos, args=None) -> list[jax.Array]:
+    before = asyncio.all_tasks()
+    read = super().deserialize
+    results = await asyncio.gather(
+      *(read([info], [arg]) for info, arg in zip(infos, args)),
+      return_exceptions=True,
+    )
+    # Further shards of a leaf that failed are still being read.
+    await asyncio.gather(
+      *(asyncio.all_tasks() - before), return_exceptions=True
+    )
+    failed = {
+      info.name: result
+      for info, result in zip(infos, results)
+      if isinstance(result, BaseException)
+    }
+    if failed:
+      raise _UnusableError(
+        f'{digests.some(failed)} unreadable '
+        f'({_one_line(next(iter(failed.values())))})'
+      )
+    return [array for (array,) in results]
+
+
+def _check_writable(directory: epath.Path) -> None:
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / f'.probe{processes.index()}'
+    probe.write_bytes(b'')
+    probe.unlink(missing_ok=True)
+  except OSError as error:
+    raise ValueError(
+      f'checkpoint directory {directory} cannot be written: {error}'
+    ) from error
+
+
+def _checked_leaves(state: Any) -> dict[str, jax.Array]:
+  leaves = digests.named_leaves(state)
+  for name, leaf in leaves.items():
+    # Orbax saves no empty arrays, and a Python number comes back as an array.
+    if not isinstance(leaf, jax.Array) or not leaf.size:
+      raise ValueError(
+        f'leaf {name} of the state is {leaf!r}; only a jax.Array of at least '
+        'one element can be saved'
+      )
+  return leaves
+
+
+def _checked_json(extra: Mapping[str, Any]) -> dict[str, Any]:
+  try:
+    copy = json.loads(json.dumps(extra, allow_nan=False))
+  except (TypeError, ValueError) as error:
+    raise ValueError(f'extra={extra} cannot be written as JSON') from error
+  if copy != extra:
+    raise ValueError(f'extra={extra} would be restored as {copy}')
+  return copy
+
+
+def _crc32(record: Mapping[str, Any]) -> int:
+  return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _checked_record(record: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns `leaves` and `extra` of a record that is as it was written."""
+  try:
+    content = {key: record[key] for key in ('leaves', 'extra')}
+    if record['crc32'] == _crc32(content):
+      return content['leaves'], content['extra']
+  except (KeyError, TypeError):
+    pass
+  raise _UnusableError('its record is damaged, or of another program')
+
+
+def _target(leaf: Any) -> jax.ShapeDtypeStruct:
+  """Returns what Orbax shall read for a leaf: plain data, and where to."""
+  sharding = getattr(leaf, 'sharding', None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  plain = jax.eval_shape(digests.plain, leaf)
+  return jax.ShapeDtypeStruct(plain.shape, plain.dtype, sharding=sharding)
+
+
+def _typed(array: jax.Array, leaf: Any) -> jax.Array:
+  """Undoes `fingerprint.plain` if `leaf` is one of typed keys."""
+  if not digests.is_key(leaf):
+    return array
+  # `key_impl` looks at an array, not at a ShapeDtypeStruct.
+  impl = jax.random.key_impl(jnp.empty((), leaf.dtype))
+  return jax.random.wrap_key_data(array, impl=impl)
+
+
+def _one_line(error: BaseException) -> str:
+  """Returns what went wrong, without TensorStore's account of its options."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  # `... [tensorstore_spec='{...`, `... [source locations='...`
+  text = re.split(r' \[[\w ]+(?:\[\d+\])?=', str(error))[0]
+  text = ' '.join(text.split())
+  # The cause stands at the end of a long message.
+  if len(text) > 200:
+    text = f'...{text[-200:]}'
+  return f'{type(error).__name__}: {text}'

@@ -1,0 +1,198 @@
+"""The devices of a run: what lies where, and what a step is on all of them.
+
+`pjit`: one program over all devices, one architecture a step; the result is
+that of one device, but for the order in which sums are rounded. `pmap`: a copy
+of the step on every device, each with its own architecture (`replicas`).
+
+In both, batches are split over the devices, and the state is the same on all;
+`shard_params` splits large parameters, their mean and their moments instead.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import ml_collections
+import numpy as np
+
+from fliqs_jax.runtime import replicas as replicas_lib
+
+MODES = ('pjit', 'pmap')
+_AXIS = 'data'
+# Elements from which on a leaf is split: below, talking costs more than memory.
+_LARGE = 1 << 14
+
+
+def replicas(keys: ml_collections.ConfigDict) -> replicas_lib.Replicas:
+  """Returns how the copies of a step differ, by `config.parallel`."""
+  return replicas_lib.along(_AXIS) if keys.mode == 'pmap' else replicas_lib.ONE
+
+
+def check(keys: ml_collections.ConfigDict) -> None:
+  """Checks `config.parallel`, whatever the devices will be.
+
+  Raises:
+    ValueError: an unknown mode, or keys that contradict each other.
+  """
+  if keys.mode not in MODES:
+    raise ValueError(
+      f'parallel.mode={keys.mode!r} is unknown; allowed: {", ".join(MODES)}'
+    )
+  if keys.shard_params and keys.mode == 'pmap':
+    raise ValueError(
+      "parallel.shard_params=True needs parallel.mode='pjit': in 'pmap' every "
+      'device has all parameters'
+    )
+  if keys.leave_one_out and keys.mode != 'pmap':
+    raise ValueError(
+      'parallel.leave_one_out=True is a baseline across replicas, which only '
+      "parallel.mode='pmap' has"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+  """The devices of a run, and what lies where.
+
+  Attributes:
+    mesh: of one axis, over which batches are split.
+    mode: one of `MODES`.
+    shard_params: whether large parameters are split, too.
+  """
+
+  mesh: jax.sharding.Mesh
+  mode: str = 'pjit'
+  shard_params: bool = False
+
+  @property
+  def everywhere(self) -> NamedSharding:
+    """Where every device has all of an array."""
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  @property
+  def split(self) -> NamedSharding:
+    """Where every device has its rows of a batch."""
+    return NamedSharding(self.mesh, PartitionSpec(_AXIS))
+
+  def of_state(self, state: Any) -> Any:
+    """Returns where each leaf of a `TrainState` lies.
+
+    Args:
+      state: arrays or shapes.
+    """
+    where = jax.tree.map(lambda _: self.everywhere, state)
+    if not self.shard_params:
+      return where
+    return where.replace(
+      **{
+        field: jax.tree.map(self._spread, getattr(state, field))
+        for field in ('params', 'average', 'opt_state')
+      }
+    )
+
+  def _spread(self, leaf: Any) -> NamedSharding:
+    """Splits a large leaf along its longest axis that can be split evenly."""
+    even = [n if n % self.mesh.size == 0 else 0 for n in leaf.shape]
+    if np.prod(leaf.shape) < _LARGE or not any(even):
+      return self.everywhere
+    axis = int(np.argmax(even))
+    return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, _AXIS))
+
+  def feed(self, batches: Iterable[Any]) -> Iterator[Any]:
+    """Yields batches on the devices.
+
+    Args:
+      batches: pytrees of NumPy arrays [B / processes, ...], this process's rows
+        of each.
+    """
+    for batch in batches:
+      yield jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(self.split, x), batch
+      )
+
+  def compile(self, step: Callable, state: Any, *batches: Any) -> Callable:
+    """Returns the search step, compiled: it cannot compile again, only refuse.
+
+    Args:
+      step: (state, *batches) -> (state, metrics), as of
+        `train_step.search_step` with the `replicas` of this mode.
+      state: arrays or shapes; donated.
+      *batches: on the devices.
+    """
+    if self.mode == 'pmap':
+      rows = [PartitionSpec(_AXIS)] * len(batches)
+      # Unchecked: what leaves is the same everywhere by `Replicas.mean`; and a
+      # gradient would otherwise be summed over the replicas without a word.
+      step = jax.shard_map(
+        step,
+        mesh=self.mesh,
+        in_specs=(PartitionSpec(), *rows),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+      )
+    where = self.of_state(state)
+    return (
+      jax.jit(
+        step,
+        in_shardings=(where, *[self.split] * len(batches)),
+        out_shardings=(where, self.everywhere),
+        donate_argnums=0,
+      )
+      .lower(state, *batches)
+      .compile()
+    )
+
+
+def one_device() -> Devices:
+  """Returns one device of this process, JAX's default if it has one."""
+  device = jax.config.jax_default_device or jax.local_devices()[0]
+  return Devices(_mesh([device]))
+
+
+def all_devices(config: ml_collections.ConfigDict, samples: int) -> Devices:
+  """Returns all devices of all processes, for a run.
+
+  If JAX was told of a default device (`jax.default_device`), that one alone.
+
+  Args:
+    config: of the run, checked.
+    samples: architectures that are judged at once.
+
+  Raises:
+    ValueError: the mode cannot have so many devices, or they cannot share a
+      batch evenly.
+  """
+  keys, devices = config.parallel, jax.devices()
+  if jax.config.jax_default_device is not None:
+    devices = [jax.config.jax_default_device]
+  count = len(devices)
+  if keys.leave_one_out and count == 1:
+    raise ValueError(
+      'parallel.leave_one_out=True needs several devices, but there is one'
+    )
+  valid = samples if keys.mode == 'pmap' else 1
+  for name, shares, why in (
+    ('batch_size', keys.accumulate, f'parallel.accumulate={keys.accumulate}'),
+    ('valid_batch_size', valid, f'{valid} architectures judged on each'),
+    ('test_batch_size', 1, ''),
+  ):
+    size, unit = config.data[name], count * shares
+    if size % unit:
+      below = size - size % unit
+      nearest = [str(n) for n in (below, below + unit) if n]
+      times = f', {why}' if shares > 1 else ''
+      raise ValueError(
+        f'data.{name}={size} must be a multiple of {unit} ({count} '
+        f'devices{times}); the nearest: {", ".join(nearest)}'
+      )
+  return Devices(_mesh(devices), keys.mode, keys.shard_params)
+
+
+def _mesh(devices) -> jax.sharding.Mesh:
+  return jax.sharding.Mesh(
+    np.asarray(devices), (_AXIS,), axis_types=(AxisType.Auto,)
+  )

@@ -1,0 +1,1 @@
+"""The fused search step: policy, controller, schedules, train state."""

@@ -1,0 +1,235 @@
+"""One fused search step and one eval step: pure functions.
+
+The order is TuNAS's: the weights learn from the training batch, then the new
+weights are judged on the validation batch with the same architecture, and the
+policy learns from that. Weights never see the validation batch, the controller
+never the test split.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from fliqs_jax import data
+from fliqs_jax.layers import operands as operands_lib
+from fliqs_jax.runtime import replicas as replicas_lib
+from fliqs_jax.search import controller as controller_lib
+from fliqs_jax.search import optimizers
+from fliqs_jax.search import schedules
+from fliqs_jax.search import train_state
+from fliqs_jax.space import search_space
+
+Batch = Mapping[str, jax.Array]
+
+
+def search_step(
+  apply: Callable,
+  loss: Callable,
+  quality: Callable,
+  space: search_space.SearchSpace,
+  controller: controller_lib.Controller,
+  optimizer: optax.GradientTransformation,
+  phases: schedules.Phases,
+  *,
+  mix: Callable | None = None,
+  ema_decay: float = 0.0,
+  accumulate: int = 1,
+  replicas: replicas_lib.Replicas = replicas_lib.ONE,
+) -> Callable:
+  """Returns the step `(state, train_batch, valid_batch) -> (state, metrics)`.
+
+  Args:
+    apply: the model's `apply`, called with (variables, inputs, train=...).
+    loss: (outputs, batch) -> (scalar, dict of scalars), on the training batch.
+    quality: (outputs, batch) -> scalar on the validation batch, more is better.
+    space: the model's decisions.
+    controller: proposes architectures and learns; its `samples` must divide the
+      validation batch. A space with nothing open is not judged at all.
+    optimizer: of the weights.
+    phases: when activation quantization starts.
+    mix: (key, training batch) -> training batch, as of `augment.mixing`.
+    ema_decay: of the running mean of the parameters; 0 keeps none, and must do
+      so if the state was made without.
+    accumulate: parts into which the training batch is cut, one after another,
+      to save memory; must divide it. Running statistics see each part.
+    replicas: of this step, if it runs inside `jax.shard_map`; those of the
+      controller.
+
+  Returns:
+    A pure function of a `TrainState` and two batches (dicts of inputs, which
+    the model is called with, and `label`), to be jitted with the state donated.
+  """
+
+  def step(
+    state: train_state.TrainState, train_batch: Batch, valid_batch: Batch
+  ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
+    key = replicas.key(jax.random.fold_in(state.key, state.step))
+    arch_key, dropout_key = jax.random.split(key)
+    proposed = controller.propose(state.search_state, arch_key, state.step)
+    chosen = space.together(
+      jax.tree.map(lambda a: a[0], proposed),
+      jax.random.bernoulli(
+        jax.random.fold_in(arch_key, 1), phases.branch_probability(state.step)
+      ),
+    )
+    model_state = _in_phase(state.model_state, state.step >= phases.act_start)
+    if mix is not None:
+      train_batch = mix(jax.random.fold_in(dropout_key, 1), train_batch)
+
+    gradients, model_state, metrics = replicas.mean(
+      _gradients(
+        apply,
+        loss,
+        state.params,
+        space.expand(chosen),
+        model_state,
+        train_batch,
+        dropout_key,
+        accumulate,
+      )
+    )
+    updates, opt_state = optimizer.update(
+      gradients, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    metrics['grad_norm'] = optax.tree.norm(gradients)
+    average = state.average
+    if ema_decay:
+      average = optimizers.averaged(average, params, ema_decay, state.step)
+
+    search_state = state.search_state
+    if not space.is_fixed:
+      variables = {'params': params, **model_state}
+      qualities = _judge(
+        apply, quality, space, variables, proposed, valid_batch
+      )
+      search_state, search_metrics = controller.update(
+        search_state, proposed, qualities, state.step
+      )
+      metrics |= replicas.mean(search_metrics)
+    state = state.replace(
+      step=state.step + 1,
+      params=params,
+      average=average,
+      opt_state=opt_state,
+      model_state=model_state,
+      search_state=search_state,
+    )
+    return state, metrics
+
+  return step
+
+
+def _gradients(apply, loss, params, arch, model_state, batch, key, accumulate):
+  """Returns gradients, the collections that changed, and metrics."""
+
+  def of(model_state, batch, key):
+    def train_loss(params):
+      outputs, changed = apply(
+        {'params': params, 'arch': arch, **model_state},
+        data.model_inputs(batch),
+        train=True,
+        mutable=list(model_state),
+        rngs={'dropout': key},
+      )
+      value, metrics = loss(outputs, batch)
+      return value, (changed, metrics)
+
+    gradients, (changed, metrics) = jax.grad(train_loss, has_aux=True)(params)
+    return changed, (gradients, metrics)
+
+  if accumulate == 1:
+    changed, (gradients, metrics) = of(model_state, batch, key)
+    return gradients, changed, metrics
+
+  def add(carry, part):
+    changed, sums = carry
+    changed, values = of(changed, *part)
+    return (changed, jax.tree.map(jnp.add, sums, values)), None
+
+  parts = jax.tree.map(lambda x: _every(x, accumulate), batch)
+  keys = jax.random.split(key, accumulate)
+  first = jax.tree.map(lambda x: x[0], (parts, keys))
+  _, shapes = jax.eval_shape(of, model_state, *first)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  (changed, sums), _ = lax.scan(add, (model_state, zeros), (parts, keys))
+  gradients, metrics = jax.tree.map(lambda x: x / accumulate, sums)
+  return gradients, changed, metrics
+
+
+def _every(x: jax.Array, n: int) -> jax.Array:
+  """Returns the examples i, i + n, ... of a batch, for each i: [n, B / n, ...].
+
+  Where a batch is split over devices, each so has its rows of every part.
+  """
+  return jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0)
+
+
+def _in_phase(model_state, active):
+  if 'quant_stats' not in model_state:
+    return model_state
+  stats = operands_lib.set_activation_quantization(
+    model_state['quant_stats'], active
+  )
+  return {**model_state, 'quant_stats': stats}
+
+
+def _judge(apply, quality, space, variables, proposed, batch):
+  """Returns the quality of every proposed architecture [M].
+
+  All see the same images, an M-th of the batch, so that the noise of the images
+  cancels between them.
+  """
+  samples = len(jax.tree.leaves(proposed)[0])
+  batch = jax.tree.map(lambda x: _every(x, samples)[0], batch)
+
+  def judge(i):
+    arch = space.expand(jax.tree.map(lambda a: a[i], proposed))
+    outputs = apply(
+      {**variables, 'arch': arch}, data.model_inputs(batch), train=False
+    )
+    return quality(outputs, batch)
+
+  # Unrolled: XLA runs convolutions inside a loop on one thread on CPU, and a
+  # vmap over weights would turn them into grouped ones.
+  return jnp.stack([judge(i) for i in range(samples)])
+
+
+def eval_step(apply: Callable, measure: Callable) -> Callable:
+  """Returns the step `(params, model_state, arch, batch) -> metrics`.
+
+  Args:
+    apply: the model's `apply`.
+    measure: (outputs, batch) -> dict of sums over the batch's real examples.
+  """
+
+  def step(params, model_state, arch, batch):
+    variables = {'params': params, 'arch': arch, **model_state}
+    return measure(
+      apply(variables, data.model_inputs(batch), train=False), batch
+    )
+
+  return step
+
+
+def settle_step(apply: Callable) -> Callable:
+  """Returns the step `(params, model_state, arch, batch) -> model_state`.
+
+  It moves the running statistics, batch norm's and the activations', towards
+  those of one architecture; weights stay.
+  """
+
+  def step(params, model_state, arch, batch, key):
+    _, model_state = apply(
+      {'params': params, 'arch': arch, **model_state},
+      data.model_inputs(batch),
+      train=True,
+      mutable=list(model_state),
+      rngs={'dropout': key},
+    )
+    return model_state
+
+  return step

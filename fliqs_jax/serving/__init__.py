@@ -1,0 +1,6 @@
+"""Exports: packed weights written, checked, loaded and served."""
+
+from fliqs_jax.serving.loader import Served
+from fliqs_jax.serving.loader import load
+
+__all__ = ['Served', 'load']

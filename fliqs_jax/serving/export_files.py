@@ -1,0 +1,359 @@
+"""The files of an export: how they are written whole, read and checked.
+
+  manifest.json          what is in the other files, and what each layer is
+  weights.safetensors    every tensor of the served model
+  reference.safetensors  inputs, and the outputs of the search's evaluation
+  model.stablehlo        the served model as a program (`stablehlo`)
+  qwix.json              the assignment as Qwix rules (`qwix_rules`)
+
+Invariants:
+  * A directory with a manifest.json is whole: everything is written beside it
+    and renamed at the end.
+  * Every byte of every file is under a checksum, the manifest's own included.
+"""
+
+from collections.abc import Mapping
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from fliqs_jax.numerics import formats
+from fliqs_jax.numerics import packing
+from fliqs_jax.runtime import files
+from fliqs_jax.serving import stored_layers
+
+SCHEMA = 2
+MANIFEST = 'manifest.json'
+WEIGHTS = 'weights.safetensors'
+REFERENCE = 'reference.safetensors'
+
+# Of safetensors, as numpy calls them.
+_DTYPES = {
+  'BOOL': 'bool',
+  'F64': 'float64',
+  'F32': 'float32',
+  'F16': 'float16',
+  'BF16': 'bfloat16',
+  'I64': 'int64',
+  'I32': 'int32',
+  'I16': 'int16',
+  'I8': 'int8',
+  'U64': 'uint64',
+  'U32': 'uint32',
+  'U16': 'uint16',
+  'U8': 'uint8',
+}
+
+
+class Content(NamedTuple):
+  """What `read` found.
+
+  Attributes:
+    manifest: as written.
+    layers: what is stored of each layer, by path.
+    tensors: of the served model, by name.
+  """
+
+  manifest: dict[str, Any]
+  layers: dict[str, stored_layers.Layer]
+  tensors: dict[str, np.ndarray]
+
+
+def check_free(directory: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns the path of a directory that may be written.
+
+  Raises:
+    ValueError: there is something in it, or it is no directory.
+  """
+  path = pathlib.Path(directory)
+  try:
+    if path.exists() and any(path.iterdir()):
+      raise ValueError(
+        f'--out={directory} is not empty; choose a directory that does not '
+        'exist yet'
+      )
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(
+      f'--out={directory} cannot be used: {error.strerror}'
+    ) from None
+  return path
+
+
+def write(
+  directory: str | os.PathLike[str],
+  manifest: Mapping[str, Any],
+  layers: Mapping[str, stored_layers.Layer],
+  tensors: Mapping[str, np.ndarray],
+  others: Mapping[str, bytes],
+) -> dict[str, Any]:
+  """Writes an export whole, or not at all.
+
+  Args:
+    directory: empty or not there yet.
+    manifest: what the caller has to say; `layers`, `tensors`, `files`, `bytes`
+      and `checksum` are added.
+    layers: what is stored of each layer.
+    tensors: of the served model.
+    others: further files by name.
+
+  Returns:
+    The manifest as written.
+
+  Raises:
+    ValueError: the directory is not free, or cannot be written.
+  """
+  path = check_free(directory)
+  contents = {WEIGHTS: packed_file(tensors), **others}
+  floats = 4 * sum(np.size(x) for x in tensors.values())
+  for name, layer in stored_layers.quantized_names(layers).items():
+    floats += 4 * (int(np.prod(layer.shape)) - np.size(tensors[name]))
+  scales = [x.nbytes for n, x in tensors.items() if n.startswith('scales/')]
+  manifest = dict(
+    schema=SCHEMA,
+    **manifest,
+    bytes=dict(
+      float32=floats - sum(scales),
+      stored=sum(x.nbytes for x in tensors.values()),
+      weights_file=len(contents[WEIGHTS]),
+    ),
+    layers={
+      path: _described(path, layer, tensors) for path, layer in layers.items()
+    },
+    tensors={name: _fingerprint(x) for name, x in sorted(tensors.items())},
+    files={
+      name: dict(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+      for name, data in contents.items()
+    },
+  )
+  manifest['checksum'] = checksum(manifest)
+  # A name of its own, so that what a kill leaves is no export; a fixed one, so
+  # that it is overwritten the next time.
+  partial = path.with_name(f'.{path.name}.partial')
+  try:
+    if partial.exists():
+      shutil.rmtree(partial)
+    partial.mkdir()
+    for name, data in contents.items():
+      files.write_bytes(partial / name, data)
+    files.write_json(partial / MANIFEST, manifest)
+    _sync(partial)
+    partial.replace(path)
+    _sync(path.parent)
+  except OSError as error:
+    raise ValueError(
+      f'--out={directory} cannot be written: {error.strerror}'
+    ) from None
+  return manifest
+
+
+def packed_file(tensors: Mapping[str, np.ndarray]) -> bytes:
+  """Returns the content of a safetensors file.
+
+  Raises:
+    ValueError: a tensor has a type that such a file cannot hold.
+  """
+  for name, x in tensors.items():
+    if x.dtype.name not in _DTYPES.values():
+      raise ValueError(
+        f'{name} is of type {x.dtype}, which cannot be stored; allowed: '
+        f'{", ".join(_DTYPES.values())}'
+      )
+  return safetensors.numpy.save(
+    # What is not contiguous would be saved in the order of its memory.
+    {name: np.array(x, order='C') for name, x in tensors.items()}
+  )
+
+
+def checksum(manifest: Mapping[str, Any]) -> str:
+  """Returns the sha256 of a manifest's content, its `checksum` aside."""
+  content = {k: v for k, v in manifest.items() if k != 'checksum'}
+  text = json.dumps(content, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
+  """Returns the manifest, which is as it was written.
+
+  Raises:
+    ValueError: it is missing, damaged, edited or of another schema.
+  """
+  path = pathlib.Path(directory) / MANIFEST
+  try:
+    manifest = json.loads(path.read_bytes().decode())
+  except OSError as error:
+    raise ValueError(
+      f'{directory} is no export: {path} cannot be read ({error.strerror})'
+    ) from None
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{path} is damaged: {error}') from None
+  if not isinstance(manifest, dict) or manifest.get('schema') != SCHEMA:
+    raise ValueError(f'{path} is damaged, or not of schema {SCHEMA}')
+  if manifest.get('checksum') != checksum(manifest):
+    raise ValueError(
+      f'{path} is not as it was written (its checksum differs): it was edited '
+      'or damaged; export again'
+    )
+  return manifest
+
+
+def read(directory: str | os.PathLike[str]) -> Content:
+  """Returns what an export holds; checks everything but the outputs.
+
+  Raises:
+    ValueError: the message names the file, tensor or layer that is missing,
+      damaged, or not as the manifest has it.
+  """
+  manifest = read_manifest(directory)
+  for name in manifest['files']:
+    read_file(directory, manifest, name)
+  tensors = read_tensors(directory, manifest, WEIGHTS)
+  layers = {
+    path: stored_layers.Layer(
+      *(entry[side] and formats.parse(entry[side]) for side in _SIDES),
+      tuple(entry['shape']),
+      entry['largest_sum'],
+      entry['variable'],
+      tuple(entry['lead']),
+      tuple(entry['stacked']),
+    )
+    for path, entry in manifest['layers'].items()
+  }
+  _check_tensors(directory, manifest, tensors)
+  _check_layers(directory, manifest, layers, tensors)
+  return Content(manifest, layers, tensors)
+
+
+_SIDES = ('weights', 'activations')
+
+
+def read_file(
+  directory: str | os.PathLike[str], manifest: Mapping[str, Any], name: str
+) -> bytes:
+  """Returns a file's bytes, which are those that were written.
+
+  Raises:
+    ValueError: they are not.
+  """
+  path = pathlib.Path(directory) / name
+  if name not in manifest['files']:
+    raise ValueError(f'{directory} was exported without {name}')
+  expected = manifest['files'][name]
+  try:
+    data = path.read_bytes()
+  except OSError as error:
+    raise ValueError(f'{path} cannot be read: {error.strerror}') from None
+  if len(data) != expected['bytes']:
+    raise ValueError(
+      f'{path} has {len(data)} bytes instead of {expected["bytes"]}: it was '
+      'truncated or edited'
+    )
+  if hashlib.sha256(data).hexdigest() != expected['sha256']:
+    raise ValueError(f'{path} is damaged: its checksum differs')
+  return data
+
+
+def read_tensors(
+  directory: str | os.PathLike[str], manifest: Mapping[str, Any], name: str
+) -> dict[str, np.ndarray]:
+  """Returns the tensors of a safetensors file, after `read_file`.
+
+  Raises:
+    ValueError: it is not as it was written, or not readable here.
+  """
+  try:
+    found = safetensors.deserialize(read_file(directory, manifest, name))
+    return {
+      key: np.frombuffer(
+        bytes(x['data']), np.dtype(_DTYPES[x['dtype']])
+      ).reshape(x['shape'])
+      for key, x in found
+    }
+  except (safetensors.SafetensorError, KeyError, TypeError) as error:
+    path = pathlib.Path(directory) / name
+    raise ValueError(f'{path} is no safetensors file: {error}') from None
+
+
+def _described(path, layer, tensors) -> dict[str, Any]:
+  """Returns a layer's entry in the manifest."""
+  entry = dict(
+    weights=layer.weights and layer.weights.name,
+    activations=layer.activations and layer.activations.name,
+    shape=list(layer.shape),
+    arithmetic=layer.arithmetic,
+    largest_sum=layer.largest_sum,
+    exact=layer.exact,
+    variable=layer.variable,
+    lead=list(layer.lead),
+    stacked=list(layer.stacked),
+  )
+  for name, quantized in stored_layers.quantized_names({path: layer}).items():
+    how = packing.layout(quantized.weights)
+    entry |= dict(
+      tensor=name,
+      dtype=how.dtype,
+      bits=quantized.weights.bits,
+      native=how.native,
+      factor=how.factor,
+      bytes=tensors[name].nbytes,
+    )
+  return entry
+
+
+def _fingerprint(x: np.ndarray) -> dict[str, Any]:
+  return dict(
+    dtype=x.dtype.name,
+    shape=list(x.shape),
+    bytes=x.nbytes,
+    sha256=hashlib.sha256(x.tobytes()).hexdigest(),
+  )
+
+
+def _check_tensors(directory, manifest, tensors) -> None:
+  expected = manifest['tensors']
+  if missing := sorted(set(expected) ^ set(tensors)):
+    raise ValueError(
+      f'{directory}: {WEIGHTS} and {MANIFEST} do not name the same tensors: '
+      f'{", ".join(missing)}'
+    )
+  for name, entry in expected.items():
+    if (found := _fingerprint(tensors[name])) != entry:
+      raise ValueError(
+        f'{directory}: the tensor {name} is {found}, but the manifest has '
+        f'{entry}'
+      )
+
+
+def _check_layers(directory, manifest, layers, tensors) -> None:
+  """Checks each layer's stored type and size against its format."""
+  for path, layer in layers.items():
+    if manifest['layers'][path] != _described(path, layer, tensors):
+      raise ValueError(
+        f"{directory}: the manifest's entry for layer {path} does not fit its "
+        'formats'
+      )
+  for name, layer in stored_layers.quantized_names(layers).items():
+    how = packing.layout(layer.weights)
+    expected = (how.dtype, packing.stored_shape(layer.weights, layer.shape))
+    found = (tensors[name].dtype.name, tensors[name].shape)
+    if found != expected:
+      raise ValueError(
+        f'{directory}: {name} is stored as {found}, but {layer.weights} of '
+        f'shape {layer.shape} is {expected}'
+      )
+
+
+def _sync(directory: pathlib.Path) -> None:
+  """Brings a directory's names to the disk."""
+  descriptor = os.open(directory, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)

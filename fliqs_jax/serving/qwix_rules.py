@@ -1,0 +1,58 @@
+"""The found assignment as rules for Qwix, as far as its types go.
+
+A rule is what `qwix.QuantizationRule` takes, as JSON: a regular expression of
+the module's path and Qwix's names of the types. Qwix finds its own scales, so
+its numbers are not this project's; what carries over is the assignment.
+"""
+
+from collections.abc import Mapping
+import re
+from typing import Any
+
+from fliqs_jax.numerics import formats
+from fliqs_jax.serving import stored_layers
+
+# Of these Qwix has the very grid. Its float8 types end at 448 and 57344, where
+# E4M3 and E5M2 go to 480 and 114688.
+_TYPES = {
+  **{f'INT{bits}': f'int{bits}' for bits in range(2, 9)},
+  'E2M1': 'float4_e2m1fn',
+}
+
+
+def rules(
+  layers: Mapping[str, stored_layers.Layer],
+) -> tuple[list[dict[str, Any]], list[str]]:
+  """Returns the rules, and a line for each side that they cannot express.
+
+  BF16 and unquantized sides get no type: there Qwix leaves the model's own.
+  """
+  found, missing = [], []
+  for path, steps in stored_layers.by_module(layers).items():
+    layer, *others = steps
+    if not layer.variable:
+      missing.append(f'{path}: a product of attention')
+      continue
+    if {(o.weights, o.activations) for o in others} - {
+      (layer.weights, layer.activations)
+    }:
+      missing.append(f'{path}: a scanned layer of several formats')
+      continue
+    types = {}
+    for key, side in (
+      ('weight_qtype', 'weights'),
+      ('act_qtype', 'activations'),
+    ):
+      numeric_format = getattr(layer, side)
+      if numeric_format in (None, formats.BF16):
+        continue
+      if numeric_format.name in _TYPES:
+        types[key] = _TYPES[numeric_format.name]
+      else:
+        missing.append(f'{path}: {side} {numeric_format}')
+    # Qwix quantizes no activations without weights.
+    if 'act_qtype' in types and 'weight_qtype' not in types:
+      missing.append(f'{path}: activations {layer.activations} alone')
+    elif types:
+      found.append(dict(module_path=re.escape(path), **types))
+  return found, missing

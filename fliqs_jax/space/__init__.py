@@ -1,0 +1,1 @@
+"""The search space: rules, decisions, sizes, and what they cost."""

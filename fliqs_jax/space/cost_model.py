@@ -1,0 +1,359 @@
+"""What an architecture costs: bit operations (Eq. 1), size, average bits.
+
+Every cost is a function of the tree of decisions and linear in each of them, so
+the expected cost of a policy is the cost at its probabilities, and its gradient
+is exact. Where one decision scales both sides of a layer, its products are
+summed, not multiplied from sums.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import types
+from typing import Any
+
+import flax
+import numpy as np
+
+from fliqs_jax.numerics import formats
+
+# What is not quantized is served as BF16; a scale is a float32.
+UNQUANTIZED_BITS = 16
+_SCALE_BITS = 32
+_OTHER_BITS = 32
+
+Leaves = Mapping[str, Any]  # {decision leaf's path: [K] one-hot or probability}
+
+
+@flax.struct.dataclass
+class OpShape:
+  """What one quantizable op tells of itself; known from shapes, so all static.
+
+  Attributes:
+    kind: `conv`, or what it is more precisely: `pointwise` (1x1), `depthwise`
+      (each output sees one of several inputs); `dense`, `einsum`, `embed`, or
+      `attend` (a product of attention).
+    macs: multiply-accumulates for the input that the model was traced with.
+    weights: number of weights.
+    channels: number of weight scales, one per output channel.
+    weight_menu: formats of the weights, or None where not quantized.
+    act_menu: formats of the input activations, or None.
+    tied: whether one decision sets both.
+    decided: (name of a leaf, what it picks from), where sizes are decided
+      about; the numbers above are those of the largest.
+    spare: number of weights of branches other than the largest.
+  """
+
+  kind: str = flax.struct.field(pytree_node=False)
+  macs: int = flax.struct.field(pytree_node=False)
+  weights: int = flax.struct.field(pytree_node=False)
+  channels: int = flax.struct.field(pytree_node=False)
+  weight_menu: tuple[formats.NumericFormat, ...] | None = flax.struct.field(
+    pytree_node=False
+  )
+  act_menu: tuple[formats.NumericFormat, ...] | None = flax.struct.field(
+    pytree_node=False
+  )
+  tied: bool = flax.struct.field(pytree_node=False)
+  decided: tuple[tuple[str, Any], ...] = flax.struct.field(
+    pytree_node=False, default=()
+  )
+  spare: int = flax.struct.field(pytree_node=False, default=0)
+
+  def leaves(self) -> dict[str, tuple[Any, ...]]:
+    """Returns {name of an arch leaf of this layer: what it picks from}."""
+    picked = {name: size.labels for name, size in self.decided}
+    return self.format_leaves() | picked
+
+  def format_leaves(self) -> dict[str, tuple[formats.NumericFormat, ...]]:
+    """Returns {name of an arch leaf of a format: its menu}."""
+    if self.tied:
+      return {'format': self.weight_menu}
+    menus = {'weights': self.weight_menu, 'activations': self.act_menu}
+    return {name: menu for name, menu in menus.items() if menu is not None}
+
+
+@flax.struct.dataclass
+class PerChannel:
+  """Parameters outside of ops that follow channels: biases, batch norm.
+
+  Attributes:
+    leaf: name of the arch leaf that picks the channels.
+    channels: `sizes.Channels`; or the same with numbers of parameters.
+    params: how many for each channel.
+  """
+
+  leaf: str = flax.struct.field(pytree_node=False)
+  channels: Any = flax.struct.field(pytree_node=False)
+  params: int = flax.struct.field(pytree_node=False)
+
+  @property
+  def allocated(self) -> int:
+    """Number of parameters of all channels."""
+    return self.params * self.channels.size
+
+
+@flax.struct.dataclass
+class Stacked:
+  """The same op in each step of a scan, or each slice of a vmap; all static.
+
+  Attributes:
+    shape: of one step's op.
+    length: number of steps that have weights of their own.
+    shared: whether one decision governs all of them.
+  """
+
+  shape: OpShape = flax.struct.field(pytree_node=False)
+  length: int = flax.struct.field(pytree_node=False)
+  shared: bool = flax.struct.field(pytree_node=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+  """One op of a model: where it stands and what it does.
+
+  Attributes:
+    path: of its layer; a step of a stack has `/@3` after it.
+    shape: what it does.
+    stack: path of the stack's layer, without the step, or empty.
+    shared: whether the stack has one decision.
+  """
+
+  path: str
+  shape: OpShape
+  stack: str = ''
+  shared: bool = False
+
+  @property
+  def layer(self) -> str:
+    """The path that the rules of a spec see."""
+    return self.stack or self.path
+
+  def leaf(self, name: str) -> str:
+    """Returns the path of one of the op's leaves in `arch`."""
+    return f'{self.path}/{name}' if self.path else name
+
+  def expected(
+    self, leaves: Leaves, weight_value: Callable, act_value: Callable
+  ) -> Any:
+    """Returns E[weight_value(format) * act_value(format)] under `leaves`.
+
+    One decision that sets both sides is summed over the products; two
+    decisions are independent, so their expectations multiply.
+    """
+    shape = self.shape
+    if shape.tied:
+      return _dot(
+        leaves[self.leaf('format')],
+        [weight_value(f) * act_value(f) for f in shape.weight_menu],
+      )
+    result = 1.0
+    for name, menu, value in (
+      ('weights', shape.weight_menu, weight_value),
+      ('activations', shape.act_menu, act_value),
+    ):
+      if menu is None:
+        result = result * value(formats.BF16)
+      else:
+        result = result * _dot(
+          leaves[self.leaf(name)], [value(f) for f in menu]
+        )
+    return result
+
+  def live(self, leaves: Leaves, *names: str) -> Any:
+    """Returns the expected share of what is allocated that is live.
+
+    Args:
+      leaves: one-hot or probability.
+      names: of the leaves of sizes that count.
+    """
+    factors: dict[str, np.ndarray] = {}
+    leaf_of = {}
+    for name, size in self.shape.decided:
+      if name in names:
+        shares = np.asarray(size.shares)
+        factors[size.decision] = factors.get(size.decision, 1.0) * shares
+        leaf_of[size.decision] = self.leaf(name)
+    result = 1.0
+    for decision, shares in factors.items():
+      result = result * _dot(leaves[leaf_of[decision]], shares)
+    return result
+
+
+def _dot(leaf, values):
+  # Not a matmul, whose default precision rounds to bf16 on TPU.
+  return (leaf * np.asarray(values, np.float32)).sum(-1)
+
+
+def _bits(numeric_format: formats.NumericFormat) -> int:
+  return numeric_format.bits
+
+
+_ALL_SIZES = ('input_channels', 'output_channels', 'kernel')
+
+
+def op_macs(op: Op, leaves: Leaves) -> Any:
+  """Returns the layer's expected multiply-accumulates."""
+  return op.shape.macs * op.live(leaves, *_ALL_SIZES)
+
+
+def op_weights(op: Op, leaves: Leaves) -> Any:
+  """Returns the layer's expected number of weights."""
+  return op.shape.weights * op.live(leaves, *_ALL_SIZES)
+
+
+def op_gbops(op: Op, leaves: Leaves) -> Any:
+  """Returns the layer's cost b_w * b_a * MACs / 1e9 (Eq. 1, one input)."""
+  return op.expected(leaves, _bits, _bits) * (op_macs(op, leaves) / 1e9)
+
+
+def op_size(op: Op, leaves: Leaves) -> Any:
+  """Returns the bits of the layer's weights and of its scales.
+
+  One float32 scale per output channel, and one for the activations, where the
+  format is scaled.
+  """
+  channels = op.shape.channels * op.live(leaves, 'output_channels')
+
+  def scale_bits(f):
+    return _SCALE_BITS if f.scaled else 0
+
+  weights = op_weights(op, leaves) * op.expected(leaves, _bits, lambda f: 1)
+  weight_scales = channels * op.expected(leaves, scale_bits, lambda f: 1)
+  return weights + weight_scales + op.expected(leaves, lambda f: 1, scale_bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """A cost of a whole model.
+
+  Attributes:
+    kind: `bops`, `size` or `average_bits`.
+    unit: how the numbers are printed.
+    ops: the model's ops.
+    others: {path of a leaf: parameters that follow it}.
+    constant: what no decision changes, in the unit.
+  """
+
+  kind: str
+  unit: str
+  ops: tuple[Op, ...]
+  others: Mapping[str, PerChannel]
+  constant: float
+
+  def of_op(self, op: Op, leaves: Leaves) -> Any:
+    """Returns the part of the cost that one op causes, in the unit."""
+    if self.kind == 'bops':
+      return op_gbops(op, leaves)
+    if self.kind == 'size':
+      return op_size(op, leaves) / 1e6
+    weights = sum(op_weights(o, leaves) for o in self.ops)
+    bits = op_weights(op, leaves) * op.expected(leaves, _bits, lambda f: 1)
+    return bits / weights
+
+  def __call__(self, leaves: Leaves) -> Any:
+    """Returns the (expected) cost of one-hot (or probability) `leaves`, []."""
+    cost = self.constant + sum(self.of_op(op, leaves) for op in self.ops)
+    for leaf, other in self.others.items():
+      live = _dot(leaves[leaf], other.channels.counts)
+      cost = cost + live * (other.params * _OTHER_BITS / 1e6)
+    return cost
+
+
+KINDS = {'bops': 'GBOPs', 'size': 'Mbit', 'average_bits': 'bits'}
+
+
+def make(
+  kind: str,
+  ops: tuple[Op, ...],
+  params: int,
+  others: Mapping[str, PerChannel] = types.MappingProxyType({}),
+) -> Cost:
+  """Returns a cost function.
+
+  Args:
+    kind: `bops` (billions, Eq. 1), `size` (megabits of weights, scales and, at
+      32 bits, every other parameter) or `average_bits` (per weight).
+    ops: the model's ops.
+    params: number of all parameters, those outside the ops included.
+    others: {path of a leaf: parameters that follow it}.
+
+  Raises:
+    ValueError: for another kind.
+  """
+  if kind not in KINDS:
+    raise ValueError(
+      f'cost.kind={kind!r} is unknown; allowed: {", ".join(KINDS)}'
+    )
+  if kind != 'bops':  # A shared layer works at each call, but is stored once.
+    ops = {op.path: op for op in ops}.values()
+  constant = 0.0
+  if kind == 'size':
+    rest = params - sum(op.shape.weights + op.shape.spare for op in ops)
+    rest -= sum(other.allocated for other in others.values())
+    constant = _OTHER_BITS * rest / 1e6
+  else:
+    others = {}
+  return Cost(kind, KINDS[kind], tuple(ops), others, constant)
+
+
+def bounds(cost: Cost) -> tuple[float, float]:
+  """Returns the cost of the cheapest and of the dearest architecture."""
+  # The parts of an op's cost are products or sums of one term per leaf, and no
+  # term is negative: each size decides for itself, whatever the formats are.
+  # The formats come after the sizes: which one is dearest depends on how many
+  # weights share a scale.
+  first = {
+    op.leaf(name): _one_hot(0, len(menu))
+    for op in cost.ops
+    for name, menu in op.shape.leaves().items()
+  }
+  extremes = []
+  for pick in (min, max):
+    leaves = first | {
+      leaf: _one_hot(
+        other.channels.counts.index(pick(other.channels.counts)),
+        len(other.channels.counts),
+      )
+      for leaf, other in cost.others.items()
+    }
+    for op in cost.ops:
+      for name, menu in reversed(op.shape.leaves().items()):
+        one_hots = [_one_hot(i, len(menu)) for i in range(len(menu))]
+        costs = [
+          float(cost.of_op(op, leaves | {op.leaf(name): one_hot}))
+          for one_hot in one_hots
+        ]
+        leaves[op.leaf(name)] = one_hots[costs.index(pick(costs))]
+    extremes.append(float(cost(leaves)))
+  return extremes[0], extremes[1]
+
+
+def uniform(cost: Cost, numeric_format: str) -> float:
+  """Returns the cost with every quantized side of every layer at one format.
+
+  Sizes are the published ones. The format need not be on the layers' menus: it
+  is a yardstick for targets.
+  """
+  choice = (formats.parse(numeric_format),)
+  leaves = {
+    leaf: _one_hot(other.channels.published, len(other.channels.counts))
+    for leaf, other in cost.others.items()
+  }
+  ops = []
+  for op in cost.ops:
+    shape = dataclasses.replace(
+      op.shape,
+      weight_menu=op.shape.weight_menu and choice,
+      act_menu=op.shape.act_menu and choice,
+    )
+    ops.append(dataclasses.replace(op, shape=shape))
+    leaves |= {op.leaf(name): np.ones(1) for name in shape.format_leaves()}
+    leaves |= {
+      op.leaf(name): _one_hot(size.published, len(size.labels))
+      for name, size in shape.decided
+    }
+  return float(dataclasses.replace(cost, ops=tuple(ops))(leaves))
+
+
+def _one_hot(index: int, size: int) -> np.ndarray:
+  return np.eye(size, dtype=np.float32)[index]

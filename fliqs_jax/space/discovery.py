@@ -1,0 +1,196 @@
+"""Finds a model's decisions by tracing it."""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import fnmatch
+import math
+from typing import Any
+
+from flax import traverse_util
+import flax.linen as nn
+import jax
+
+from fliqs_jax.space import cost_model
+from fliqs_jax.space import quant_spec
+from fliqs_jax.space import search_space
+from fliqs_jax.space import sizes as sizes_lib
+
+
+def find(
+  model: nn.Module,
+  *args,
+  spec: quant_spec.QuantSpec | None = None,
+  **kwargs,
+) -> search_space.SearchSpace:
+  """Finds a model's decisions by tracing its `init`; allocates nothing.
+
+  Args:
+    model: built with this project's layers, or made searchable by `intercept`.
+    *args: what the model is called with, arrays or `jax.ShapeDtypeStruct`. MACs
+      are counted for exactly this input, so its batch size should be 1.
+    spec: the spec that the layers were given; its patterns are checked and its
+      groups tied. The model's own `spec`, if it has one, unless given.
+    **kwargs: more of the call, static.
+
+  Raises:
+    ValueError: the model has no quantizable layer, or `spec` does not fit it.
+  """
+  if spec is None and isinstance(
+    own := getattr(model, 'spec', None), quant_spec.QuantSpec
+  ):
+    spec = own
+  calls: list[str] = []
+
+  def note_order(call, call_args, call_kwargs, context):
+    calls.append('/'.join(context.module.path))
+    return call(*call_args, **call_kwargs)
+
+  def init(*args):
+    with nn.intercept_methods(note_order):
+      return model.init(jax.random.key(0), *args, **kwargs)
+
+  variables = jax.eval_shape(init, *args)
+  cost = variables.get('cost', {})
+  callers = {_caller(path, sown) for path, sown in _sown_ops(cost)}
+  if not callers <= set(calls):
+    # nn.jit has traced the first of several equal modules and repeated the
+    # result for the others; see each of them.
+    calls.clear()
+    with jax.disable_jit():
+      each = jax.eval_shape(init, *args)['cost']
+    if each != cost:
+      raise ValueError(
+        'nn.jit takes modules for equal that a rule of the spec tells apart by '
+        'their paths, and would give all of them the formats of the first'
+      )
+  ops = _ops(cost, calls)
+  if not ops:
+    raise ValueError(
+      'the model has no layer that could be quantized; build it with '
+      'QuantConv, QuantDense, QuantDenseGeneral or QuantEinsum, or make it '
+      'searchable'
+    )
+  if spec is not None:
+    spec.check(
+      dict.fromkeys(op.layer for op in ops),
+      dict.fromkeys(op.path for op in ops if op.stack),
+    )
+  params = sum(
+    math.prod(p.shape) for p in jax.tree.leaves(variables.get('params', {}))
+  )
+  picked = _picked(variables.get('sizes', {}), calls)
+  return search_space.SearchSpace(
+    decisions=_decisions(ops, spec) + _size_decisions(picked),
+    ops=ops,
+    params=params,
+    others=_others(cost),
+    published={size.decision: size.published for size in picked.values()},
+  )
+
+
+def _flat(tree: Mapping) -> dict[str, Any]:
+  return traverse_util.flatten_dict(tree, sep='/')
+
+
+def _sown_ops(cost: Mapping) -> Iterator[tuple[str, tuple]]:
+  """Yields the path of every op's layer, and the shapes of its calls."""
+  for path, sown in _flat(cost).items():
+    layer, _, name = path.rpartition('/')
+    if name == 'ops':
+      yield layer, sown
+
+
+def _caller(path: str, sown: tuple) -> str:
+  """Returns the path of the module whose call has sown an op's cost."""
+  # The products of an attention are named after it.
+  shape = getattr(sown[0], 'shape', sown[0])
+  return path.rpartition('/')[0] if shape.kind == 'attend' else path
+
+
+def _ops(cost: Mapping, calls: list[str]) -> tuple[cost_model.Op, ...]:
+  order = {path: i for i, path in reversed(list(enumerate(calls)))}
+  ops = []
+  for path, sown in _sown_ops(cost):
+    place = order[_caller(path, sown)]
+    for shape in sown:  # A shared layer is counted once per call.
+      if isinstance(shape, cost_model.Stacked):
+        ops += [
+          (
+            place,
+            cost_model.Op(f'{path}/@{i}', shape.shape, path, shape.shared),
+          )
+          for i in range(shape.length)
+        ]
+      else:
+        ops.append((place, cost_model.Op(path, shape)))
+  return tuple(op for _, op in sorted(ops, key=lambda placed: placed[0]))
+
+
+def _decisions(
+  ops: tuple[cost_model.Op, ...], spec: quant_spec.QuantSpec | None
+) -> tuple[search_space.Decision, ...]:
+  decisions: dict[str, search_space.Decision] = {}
+  paths = [op.path for op in ops]
+  for op in ops:
+    names = op.shape.format_leaves()
+    for leaf, menu in names.items():
+      suffix = f'/{leaf}' if len(names) > 1 else ''
+      name = (op.stack if op.shared else op.path) + suffix
+      for group, pattern in spec.groups if spec else ():
+        if any(fnmatch.fnmatchcase(p, pattern) for p in {op.path, op.layer}):
+          name = group + suffix
+          if group in paths:
+            raise ValueError(
+              f'quant.groups[{group}]: a layer has that path; rename the group'
+            )
+      known = decisions.get(name, search_space.Decision(name, menu, ()))
+      if known.menu != menu:
+        raise ValueError(
+          f'quant.groups[{name}]: {op.path} may use '
+          f'{", ".join(f.name for f in menu)}, but {known.leaves[0]} '
+          f'{", ".join(f.name for f in known.menu)}; layers that share a '
+          'decision need the same menu'
+        )
+      path = op.leaf(leaf)
+      leaves = known.leaves + ((path,) if path not in known.leaves else ())
+      decisions[name] = search_space.Decision(name, menu, leaves)
+  return tuple(decisions.values())
+
+
+def _others(cost: Mapping) -> dict[str, cost_model.PerChannel]:
+  """Returns {path of a leaf: parameters that follow it}."""
+  return {
+    '/'.join((path.rpartition('/')[0], other.leaf)): other
+    for path, (other, *_) in _flat(cost).items()
+    if path.rpartition('/')[2] == 'others'
+  }
+
+
+def _picked(
+  recorded: Mapping, calls: list[str]
+) -> dict[str, sizes_lib.Channels | sizes_lib.Kernel]:
+  """Returns {path of a leaf: what it picks from}, in order of calls."""
+  order = {path: i for i, path in reversed(list(enumerate(calls)))}
+  found = {path: first for path, (first, *_) in _flat(recorded).items()}
+  return dict(
+    sorted(found.items(), key=lambda item: order[item[0].rpartition('/')[0]])
+  )
+
+
+def _size_decisions(
+  picked: Mapping[str, sizes_lib.Channels | sizes_lib.Kernel],
+) -> tuple[search_space.Decision, ...]:
+  decisions: dict[str, search_space.Decision] = {}
+  for leaf, size in picked.items():
+    has_branches = getattr(size, 'has_branches', False)
+    new = search_space.Decision(size.decision, size.labels, (), has_branches)
+    known = decisions.get(size.decision, new)
+    if known.menu != size.labels:
+      raise ValueError(
+        f'{leaf} picks from {size.labels}, but shares the decision '
+        f'{size.decision} with {known.leaves[0]}, which picks from {known.menu}'
+      )
+    decisions[size.decision] = dataclasses.replace(
+      known, leaves=(*known.leaves, leaf)
+    )
+  return tuple(decisions.values())

@@ -1,0 +1,216 @@
+"""Which formats each layer may use, and how it is clipped: rules by path."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import fnmatch
+from typing import Any
+
+from fliqs_jax.numerics import clipping
+from fliqs_jax.numerics import formats
+
+MODES = ('tied', 'weights', 'activations', 'separate')
+
+Menu = tuple[formats.NumericFormat, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+  """The formats one layer may use.
+
+  Attributes:
+    weights: menu of the weights, or None where they are not quantized.
+    activations: menu of the input activations, or None.
+    tied: whether one decision sets both (the paper's way).
+  """
+
+  weights: Menu | None
+  activations: Menu | None
+  tied: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+  """How the layers of a model are quantized.
+
+  Patterns are globs over a layer's path, `stage0/block1/conv2`, in which `*`
+  also crosses slashes. Layers whose path no pattern matches use `formats`.
+
+  Attributes:
+    formats: a named space (`int_s`, ...), a format's name, or a list of names.
+    mode: `tied` (one decision sets weights and activations), `weights` or
+      `activations` (only those are quantized), or `separate` (two decisions).
+    exclude: patterns of layers that stay unquantized; they count as BF16.
+    menus: (pattern, formats) pairs: layers with a menu of their own; a menu of
+      one format fixes the layer to it.
+    groups: (name, pattern) pairs: layers that share one decision.
+    weight_clip: per-channel threshold of weights: `absmax`, or a multiple of
+      their standard deviation as in `clipping.multiples`.
+    act_clip: per-tensor threshold of activations, a multiple of their profiled
+      standard deviation: a table's or a number, as in `clipping.multiples`, or
+      `profiled`: the layer's own, to be filled in by `profile.profiled_clips`.
+    assignment: {layer path: (weights, activations)} in names of formats, None
+      where unquantized: every layer fixed, as an arch.json has it.
+  """
+
+  formats: Any = 'int_s'
+  mode: str = 'tied'
+  exclude: tuple[str, ...] = ()
+  menus: tuple[tuple[str, Any], ...] = ()
+  groups: tuple[tuple[str, str], ...] = ()
+  weight_clip: str | float = 'absmax'
+  act_clip: str | float = 'laplacian'
+  assignment: Any = None
+
+  def __post_init__(self):
+    if self.mode not in MODES:
+      raise ValueError(
+        f'quant.mode={self.mode!r} is unknown; allowed: {", ".join(MODES)}'
+      )
+
+    def set_field(name, value):  # What a layer holds must be hashable.
+      object.__setattr__(self, name, value)
+
+    set_field('formats', formats.menu(self.formats))
+    set_field('exclude', tuple(self.exclude))
+    set_field('menus', tuple((p, formats.menu(menu)) for p, menu in self.menus))
+    set_field('groups', tuple((name, p) for name, p in self.groups))
+    if self.assignment is not None:
+      set_field('assignment', _freeze(self.assignment, self.mode))
+    self._check_clips()
+
+  @property
+  def first_act_clip(self) -> str | float:
+    """The clip that holds until activations are profiled."""
+    return 'laplacian' if self.act_clip == 'profiled' else self.act_clip
+
+  def _check_clips(self) -> None:
+    if self.act_clip == 'absmax':
+      raise ValueError(
+        "quant.act_clip='absmax': of activations only the standard deviation "
+        'is profiled; use gaussian, laplacian, profiled or a positive number'
+      )
+    menus = [self.formats, *(menu for _, menu in self.menus)]
+    for _, sides in self.assignment or ():
+      menus += [menu for menu in sides if menu]
+    for key, clip in (
+      ('weight_clip', self.weight_clip),
+      ('act_clip', self.first_act_clip),
+    ):
+      try:
+        for menu in menus:
+          clipping.multiples(clip, menu)
+      except ValueError as error:
+        raise ValueError(f'quant.{key}: {error}') from None
+
+  def choices(self, path: str) -> Choices:
+    """Returns what the layer at `path` may choose from."""
+    if self.assignment is not None:
+      return self._choices(*self._assigned(path))
+    if any(fnmatch.fnmatchcase(path, pattern) for pattern in self.exclude):
+      return Choices(None, None, False)
+    for pattern, menu in self.menus:
+      if fnmatch.fnmatchcase(path, pattern):
+        return self._choices(menu, menu)
+    return self._choices(self.formats, self.formats)
+
+  def _assigned(self, path: str) -> tuple[Menu | None, Menu | None]:
+    """Returns the menus of one format that an assignment has for a layer."""
+    steps = {
+      sides
+      for name, sides in self.assignment
+      if name == path or name.rpartition('/@')[0] == path
+    }
+    if len(steps) > 1:
+      raise ValueError(
+        f'quant.arch: the steps of {path}, which is scanned, have different '
+        'formats, and one program cannot fix them; leave the formats open and '
+        'apply the model to space.expand(space.choices(assignment))'
+      )
+    return next(iter(steps), (None, None))
+
+  def _choices(self, weights: Menu | None, activations: Menu | None) -> Choices:
+    return Choices(
+      None if self.mode == 'activations' else weights,
+      None if self.mode == 'weights' else activations,
+      self.mode == 'tied' and weights is not None,
+    )
+
+  def check(self, paths: Iterable[str], steps: Iterable[str] = ()) -> None:
+    """Checks the rules against the paths of a model's layers.
+
+    Args:
+      paths: of the layers.
+      steps: of the steps of scanned layers, which may be grouped one by one.
+
+    Raises:
+      ValueError: a pattern matches no layer, two rules match one layer, or an
+        assignment does not fit; the message names every such layer.
+    """
+    paths, steps = list(paths), list(steps)
+    listed = ', '.join(paths)
+    if self.assignment is not None:
+      stacks = {step.rpartition('/@')[0] for step in steps}
+      self._check_assignment([p for p in paths if p not in stacks] + steps)
+    rules = [('quant.exclude', pattern) for pattern in self.exclude]
+    rules += [('quant.menus', pattern) for pattern, _ in self.menus]
+    groups = [(f'quant.groups[{name}]', p) for name, p in self.groups]
+    for rules_of_a_kind, names in ((rules, paths), (groups, paths + steps)):
+      owner: dict[str, str] = {}
+      for key, pattern in rules_of_a_kind:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+          raise ValueError(
+            f'{key}: the pattern {pattern!r} matches no layer; layers: {listed}'
+          )
+        rule = f'{key} {pattern!r}'
+        for path in matched:
+          if owner.setdefault(path, rule) != rule:
+            raise ValueError(
+              f'layer {path} is matched by both {owner[path]} and {rule}; make '
+              'the patterns disjoint'
+            )
+
+  def _check_assignment(self, paths: Sequence[str]) -> None:
+    check_layers(paths, [path for path, _ in self.assignment])
+    if self.exclude or self.menus or self.groups:
+      raise ValueError(
+        'quant.arch fixes every layer; quant.exclude, quant.menus and '
+        'quant.groups must be empty with it'
+      )
+
+
+def check_layers(paths: Iterable[str], named: Iterable[str]) -> None:
+  """Raises ValueError unless an assignment names just the model's layers."""
+  paths, named = list(paths), list(named)
+  missing = [path for path in paths if path not in named]
+  surplus = [path for path in named if path not in paths]
+  if missing or surplus:
+    raise ValueError(
+      'the assignment (arch.json) does not fit the model: layers it misses: '
+      f'{", ".join(missing) or "none"}; layers it names that the model lacks: '
+      f'{", ".join(surplus) or "none"}'
+    )
+
+
+def _freeze(
+  assignment: Mapping[str, tuple[str | None, str | None]], mode: str
+) -> tuple[tuple[str, tuple[Menu | None, Menu | None]], ...]:
+  """Turns names into menus of one format; checks them against the mode."""
+  if isinstance(assignment, tuple):  # Frozen already: dataclasses.replace.
+    return assignment
+  frozen = []
+  for path, (weights, activations) in assignment.items():
+    if mode == 'tied' and weights != activations:
+      raise ValueError(
+        f'quant.arch: {path} has weights {weights} and activations '
+        f"{activations}, which quant.mode='tied' cannot say; use 'separate'"
+      )
+    for side, name in (('weights', weights), ('activations', activations)):
+      if name and mode in {'weights', 'activations'} - {side}:
+        raise ValueError(
+          f'quant.arch: {path} has {side} {name}, which quant.mode={mode!r} '
+          "cannot say; use 'separate'"
+        )
+    menus = [name and formats.menu(name) for name in (weights, activations)]
+    frozen.append((path, tuple(menus)))
+  return tuple(frozen)

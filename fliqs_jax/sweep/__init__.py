@@ -1,0 +1,1 @@
+"""Sweeps: many runs declared in one file, collected in one table."""

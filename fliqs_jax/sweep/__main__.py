@@ -1,0 +1,54 @@
+"""Collects what came out of a sweep: one Pareto table and figure.
+
+python -m fliqs_jax.sweep FILE [--out=DIR] [--cost=gbops]
+
+Reads the runs that the sweep file FILE declares from DIR, where
+`python -m launch PLATFORM --sweep=FILE` made them; prints a Markdown table and
+writes pareto.png, sweep.html and sweep.json there. A run that is not finished
+is listed with how far it is.
+"""
+
+import argparse
+from collections.abc import Sequence
+import os
+import sys
+
+from fliqs_jax.runtime import workdir as workdir_lib
+from fliqs_jax.sweep import collect
+from fliqs_jax.sweep import sweep_file
+
+
+def main(argv: Sequence[str]) -> int:
+  """Prints the table; a mistake of the user's ends in one line, status 2."""
+  parser = argparse.ArgumentParser(
+    prog='python -m fliqs_jax.sweep', description=__doc__.split('\n')[0]
+  )
+  parser.add_argument('file', help='a sweep file')
+  parser.add_argument('--out', help='where its runs are; else runs/NAME')
+  parser.add_argument(
+    '--cost', choices=collect.COSTS, default='cost', help='what is the abscissa'
+  )
+  args = parser.parse_args(argv)
+  try:
+    sweep = sweep_file.read(args.file)
+    out = sweep.out if args.out is None else args.out
+    if out.startswith('gs://'):
+      raise ValueError(
+        f'--out={out} is a bucket; fetch it first: gcloud storage rsync '
+        f"--recursive --exclude='.*/checkpoints/.*' {out} DIR"
+      )
+    summary = collect.collect(sweep, out, args.cost)
+    print(collect.markdown(summary))
+    collect.write(summary, out)
+  except (OSError, ValueError) as error:
+    print(error, file=sys.stderr)
+    return 2
+  page = os.path.join(out, workdir_lib.SWEEP_PAGE)
+  print(
+    f'\nwritten: {page}, {workdir_lib.SWEEP_FIGURE}, {workdir_lib.SWEEP_RESULT}'
+  )
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

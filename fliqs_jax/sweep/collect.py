@@ -1,0 +1,243 @@
+"""Collects a sweep's finished runs: points of one table, their front."""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+from fliqs_jax.report import figures
+from fliqs_jax.run import config as config_lib
+from fliqs_jax.runtime import files
+from fliqs_jax.runtime import workdir as workdir_lib
+from fliqs_jax.sweep import figure
+from fliqs_jax.sweep import page
+from fliqs_jax.sweep import pareto
+from fliqs_jax.sweep import sweep_file
+
+_SCHEMA = 1
+# By name: what the numbers of result.json are called, and their unit; None is
+# the cost that was searched for, in its own unit.
+COSTS = dict(
+  cost=None, gbops='GBOPs', size_bits='bits', average_bits='bits a weight'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """A sweep that was looked at.
+
+  Attributes:
+    name: of the sweep.
+    metric: of its runs, such as `accuracy`; a fraction of 1.
+    unit: of its costs.
+    points: of the runs that are finished, by cost.
+    runs: one mapping for each run that was planned: `name`, `swept`, `state`,
+      `detail`, and of a finished one `value`, `cost` and `warnings`.
+  """
+
+  name: str
+  metric: str
+  unit: str
+  points: Sequence[pareto.Point]
+  runs: Sequence[dict[str, Any]]
+
+  @property
+  def settings(self) -> list[str]:
+    """The names of all settings but the seed."""
+    return list(dict.fromkeys(k for p in self.points for k in p.settings))
+
+  @property
+  def missing(self) -> list[dict[str, Any]]:
+    """The runs that are not finished."""
+    return [run for run in self.runs if run['state'] != 'finished']
+
+  def warnings(self, point: pareto.Point) -> int:
+    """How many warnings the runs of a point gave."""
+    return sum(
+      len(run['warnings'])
+      for run in self.runs
+      if run['state'] == 'finished'
+      and pareto.without_seed(run['swept']) == point.settings
+    )
+
+  def json(self) -> dict[str, Any]:
+    """The content of sweep.json."""
+    points = [
+      dict(
+        settings=dict(p.settings),
+        runs=len(p.values),
+        planned=p.planned,
+        value=p.value,
+        value_spread=p.value_spread,
+        cost=p.cost,
+        cost_spread=p.cost_spread,
+        not_dominated=p.front,
+        warnings=self.warnings(p),
+      )
+      for p in self.points
+    ]
+    return dict(
+      schema=_SCHEMA,
+      sweep=self.name,
+      metric=self.metric,
+      unit=self.unit,
+      points=points,
+      runs=list(self.runs),
+    )
+
+
+def collect(
+  sweep: sweep_file.Sweep, out: str | os.PathLike[str], cost: str = 'cost'
+) -> Summary:
+  """Reads the runs of a sweep.
+
+  Args:
+    sweep: what was planned.
+    out: where the runs are.
+    cost: one of `COSTS`.
+
+  Raises:
+    ValueError: no finished run, or runs that cannot be compared.
+  """
+  runs = [_look(run, pathlib.Path(out, run.name), cost) for run in sweep.runs]
+  finished = [run for run in runs if run['state'] == 'finished']
+  if not finished:
+    raise ValueError(
+      f'no run of the sweep {sweep.name!r} is finished in {out}. The first of '
+      f'{len(runs)}, {runs[0]["name"]}, is {runs[0]["state"]}: '
+      f'{runs[0]["detail"]}'
+    )
+  for key in ('metric', 'unit'):
+    if len(different := sorted({run[key] for run in finished})) > 1:
+      raise ValueError(
+        f'the runs of the sweep {sweep.name!r} differ in their {key}, '
+        f'{" and ".join(different)}, and fit no common table'
+        + ('; --cost=gbops has one unit' if key == 'unit' else '')
+      )
+  measured = [
+    (r['swept'], (r['value'], r['cost']) if r['state'] == 'finished' else None)
+    for r in runs
+  ]
+  return Summary(
+    sweep.name,
+    finished[0]['metric'],
+    finished[0]['unit'],
+    pareto.points(measured),
+    runs,
+  )
+
+
+def _look(run: sweep_file.Run, workdir: pathlib.Path, cost: str):
+  """Returns what is known of one run: state, detail and, finished, numbers."""
+  known = dict(name=run.name, swept=dict(run.swept))
+
+  def is_(state, detail='', **more):
+    return known | dict(state=state, detail=detail) | more
+
+  if not (workdir / workdir_lib.CONFIG).exists():
+    return is_('not started', f'{workdir} holds no run')
+  try:
+    claimed = json.loads((workdir / workdir_lib.CONFIG).read_text())
+    planned = json.loads(json.dumps(sweep_file.config(run)))
+    different = [
+      text
+      for text in config_lib.differences(claimed, planned)
+      # A cluster may keep the same data elsewhere.
+      if not text.startswith('data.data_dir:')
+    ]
+    if different:
+      return is_('of another config', '; '.join(different))
+    if not (workdir / workdir_lib.RESULT).exists():
+      step, steps = _last_step(workdir), claimed['train']['steps']
+      return is_('unfinished', f'logged up to step {step} of {steps}')
+    result = json.loads((workdir / workdir_lib.RESULT).read_text())
+    metric, found = result['metric'], result['found']
+    value, spent = found[metric], found[cost]
+    if not (math.isfinite(value) and math.isfinite(spent)):
+      return is_('failed', f'{metric} {value}, {cost} {spent}')
+    return is_(
+      'finished',
+      metric=metric,
+      value=value,
+      cost=spent,
+      unit=COSTS[cost] or found['unit'],
+      warnings=result['warnings'],
+    )
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    return is_('damaged', f'{workdir}: {type(error).__name__}: {error}')
+
+
+def _last_step(workdir: pathlib.Path) -> int:
+  try:
+    lines = (workdir / workdir_lib.HISTORY).read_text().splitlines()
+    # A kill may have cut the last line short.
+    rows = [line for line in lines if line.endswith('}')]
+    return json.loads(rows[-1])['step'] if rows else 0
+  except FileNotFoundError:
+    return 0
+
+
+def table(summary: Summary) -> list[list[str]]:
+  """Returns the cells of the table, its head first."""
+  largest = max(point.cost for point in summary.points)
+  decimals = 3 - math.floor(math.log10(largest)) if largest > 0 else 0
+  # One number of decimals, so that the points are below each other; a model of
+  # a few operations would be all zeros.
+  form = f',.{max(0, decimals)}f' if decimals <= 6 else '.3e'
+  head = [*summary.settings, 'runs', f'test {summary.metric}, %']
+  rows = [head + [f'cost, {summary.unit}', 'not dominated', 'warnings']]
+  for point in summary.points:
+    count = str(len(point.values))
+    if len(point.values) < point.planned:
+      count += f' of {point.planned}'
+    spread = point.value_spread
+    rows.append(
+      [
+        *(point.settings.get(key, '') for key in summary.settings),
+        count,
+        _spread(
+          100 * point.value, None if spread is None else 100 * spread, '.2f'
+        ),
+        _spread(point.cost, point.cost_spread, form),
+        '*' if point.front else '',
+        str(summary.warnings(point) or ''),
+      ]
+    )
+  return rows
+
+
+def _spread(mean: float, spread: float | None, form: str) -> str:
+  text = f'{mean:{form}}'
+  return text if spread is None else f'{text} ± {spread:{form}}'
+
+
+def markdown(summary: Summary) -> str:
+  """Returns the table, and below it every run that is not in it."""
+  head, *rows = table(summary)
+  lines = [head, ['---'] * len(head), *rows]
+  text = '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
+  if missing := summary.missing:
+    text += f'\n\n{len(missing)} of {len(summary.runs)} runs are missing:\n'
+    text += ''.join(
+      f'\n- {run["name"]}: {run["state"]}: {run["detail"]}' for run in missing
+    )
+  return text
+
+
+def write(summary: Summary, out: str | os.PathLike[str]) -> None:
+  """Writes pareto.png, sweep.html and sweep.json."""
+  draw = functools.partial(
+    figure.draw, summary.points, summary.metric, summary.unit
+  )
+  image = figures.png(draw), figures.png(draw, dark=True)
+  out = pathlib.Path(out)
+  files.write_bytes(out / workdir_lib.SWEEP_FIGURE, image[0])
+  files.write_bytes(
+    out / workdir_lib.SWEEP_PAGE,
+    page.render(summary.json(), table(summary), image).encode(),
+  )
+  files.write_json(out / workdir_lib.SWEEP_RESULT, summary.json())

@@ -1,0 +1,143 @@
+"""The picture of a sweep: quality against cost, with what nothing beats."""
+
+from collections.abc import Mapping, Sequence
+import itertools
+
+from matplotlib import figure as figure_lib
+from matplotlib import lines as lines_lib
+from matplotlib import ticker
+import numpy as np
+
+from fliqs_jax.report import figures
+from fliqs_jax.sweep import pareto
+
+# Apart also for a colour-blind reader, and no colour stands without its shape.
+_COLOURS = '#4c8dc4', '#dc5c4c', '#2e9c80', '#c98a1b', '#8a63b8'
+_SHAPES = 'osD^vPX'
+_LEGEND = 9  # More curves than these would push the axes aside.
+
+
+def draw(
+  points: Sequence[pareto.Point], metric: str, unit: str
+) -> figure_lib.Figure:
+  """Draws the means with their standard deviations over seeds.
+
+  Points that differ in the cost target only are one curve, with an entry in
+  the legend; a point alone has its name beside it. Filled: not dominated.
+
+  Args:
+    points: of a sweep, at least one.
+    metric: name of a fraction of 1, such as `accuracy`.
+    unit: of the cost.
+  """
+  figure = figure_lib.Figure((7.2, 4.2))
+  axes = figure.add_subplot()
+  axes.set_xscale('log')
+  axes.margins(0.1, 0.12)
+  _front(axes, points)
+  curves: dict[tuple, list[pareto.Point]] = {}
+  for point in points:
+    curves.setdefault(tuple(point.series.items()), []).append(point)
+  looks = zip(itertools.cycle(_COLOURS), itertools.cycle(_SHAPES))
+  handles, alone = [], []
+  for series, curve in curves.items():
+    named = len(curve) > 1 and len(handles) < _LEGEND
+    colour, shape = next(looks) if named else (figures.GREY, 'o')
+    _curve(axes, curve, colour, shape)
+    if named:
+      handles.append(
+        lines_lib.Line2D(
+          [], [], color=colour, marker=shape, label=label(dict(series))
+        )
+      )
+    else:
+      alone += curve
+  _name(axes, alone)
+  handles.append(
+    lines_lib.Line2D([], [], color=figures.GREY, ls=':', label='not dominated')
+  )
+  axes.legend(
+    handles=handles,
+    loc='center left',
+    bbox_to_anchor=(1.01, 0.5),
+    frameon=False,
+    labelspacing=0.8,
+  )
+  axes.set(xlabel=f'cost, {unit}', ylabel=f'test {metric}, %')
+  axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  axes.xaxis.set_major_formatter('{x:,.12g}')
+  axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+  axes.tick_params(length=2, which='both')
+  return figure
+
+
+def label(settings: Mapping[str, str]) -> str:
+  """Returns settings in few words: a lone `space=int_l` is just int_l."""
+  if set(settings) <= {'space'}:
+    return settings.get('space', 'searched')
+  return ', '.join(
+    value if key == 'space' else f'{key}={value}'
+    for key, value in settings.items()
+  )
+
+
+def _front(axes, points: Sequence[pareto.Point]) -> None:
+  """Draws the best quality that each cost buys, as a staircase."""
+  best = [p for p in points if p.front]
+  axes.step(
+    [p.cost for p in best],
+    [100 * p.value for p in best],
+    where='post',
+    color=figures.GREY,
+    linestyle=':',
+    linewidth=1.2,
+    zorder=0,
+  )
+
+
+def _curve(axes, curve: Sequence[pareto.Point], colour: str, shape: str):
+  axes.plot(
+    [p.cost for p in curve],
+    [100 * p.value for p in curve],
+    color=colour,
+    linewidth=1,
+    alpha=0.7,
+  )
+  ground = axes.get_facecolor()
+  for point in curve:
+    spread = point.cost_spread or 0
+    # A logarithmic axis has no room for a bar that reaches zero.
+    bar = [[min(spread, 0.9 * point.cost)], [spread]]
+    axes.errorbar(
+      point.cost,
+      100 * point.value,
+      xerr=bar if spread else None,
+      yerr=100 * (point.value_spread or 0) or None,
+      color=colour,
+      marker=shape,
+      markersize=6.5,
+      markerfacecolor=colour if point.front else ground,
+      elinewidth=0.9,
+      capsize=2,
+      zorder=3,
+    )
+
+
+def _name(axes, points: Sequence[pareto.Point]) -> None:
+  """Writes names beside points, on another side where others are near."""
+  seen: list[np.ndarray] = []
+  for point in points:
+    place = point.cost, 100 * point.value
+    spot = axes.transData.transform(place)
+    close = sum(np.all(np.abs(spot - other) < (60, 18)) for other in seen)
+    seen.append(spot)
+    x, y = ((1, 1), (1, -1), (-1, 1), (-1, -1))[close % 4]
+    axes.annotate(
+      label(point.settings),
+      place,
+      xytext=(5 * x, 6 * y),
+      textcoords='offset points',
+      ha=('right', '', 'left')[x + 1],
+      va=('top', '', 'bottom')[y + 1],
+      fontsize=7.5,
+    )

@@ -1,0 +1,86 @@
+"""The page of a sweep: HTML that needs nothing but itself."""
+
+from collections.abc import Mapping, Sequence
+import html
+from typing import Any
+
+from fliqs_jax.report import page
+from fliqs_jax.report import tables
+
+_NUMBERS = 5  # Columns at the right of the table; before them the settings.
+_CAPTION = (
+  'Up and to the left is better: means over seeds, bars are one standard '
+  'deviation. Filled points are dominated by no other; curves join the cost '
+  'targets of equal settings.'
+)
+
+
+def render(
+  summary: Mapping[str, Any],
+  cells: Sequence[Sequence[str]],
+  image: tuple[bytes, bytes],
+) -> str:
+  """Returns the page.
+
+  Args:
+    summary: content of sweep.json.
+    cells: of the table, its head first.
+    image: PNG files for light and for dark surroundings.
+  """
+  head, *rows = cells
+  left = range(len(cells[0]) - _NUMBERS)
+  lines = []
+  for row, point in zip(rows, summary['points']):
+    mark = ' class=found' if point['not_dominated'] else ''
+    text = ''.join(
+      f'<td{" class=left" if i in left else ""}>{html.escape(cell)}</td>'
+      for i, cell in enumerate(row)
+    )
+    lines.append(f'<tr{mark}>{text}</tr>')
+  missing = [r for r in summary['runs'] if r['state'] != 'finished']
+  count = len(summary['runs'])
+  told = f'{count - len(missing)} of {count} runs are finished.'
+  if missing:
+    told += ' <a class="warn" href="#missing">The others.</a>'
+  body = [
+    f'<h1>{html.escape(summary["sweep"])}</h1>',
+    f'<p class="soft">{told}</p>',
+    page.figure(image, _CAPTION),
+    '<h2>Means over seeds</h2>',
+    '<p>Bold: no other row is as good in both and better in one.</p>',
+    tables.table([html.escape(name) for name in head], lines, left),
+  ]
+  if missing:
+    body += ['<h2 id="missing">Not finished</h2>', _missing(missing)]
+  body += ['<h2>Runs</h2>', _runs(summary)]
+  return page.document(summary['sweep'], body)
+
+
+def _missing(runs: Sequence[Mapping[str, Any]]) -> str:
+  rows = [
+    f'<tr><td class=left>{html.escape(run["name"])}</td>'
+    f'<td class="left warn">{html.escape(run["state"])}</td>'
+    f'<td class=left>{html.escape(run["detail"])}</td></tr>'
+    for run in runs
+  ]
+  return tables.table(['run', 'state', ''], rows, range(3))
+
+
+def _runs(summary: Mapping[str, Any]) -> str:
+  """Returns every finished run, with a link to its own report."""
+  rows = []
+  for run in summary['runs']:
+    if run['state'] != 'finished':
+      continue
+    name = html.escape(run['name'])
+    # A name holds no character that a link would have to escape but these.
+    link = name.replace('=', '%3D').replace(',', '%2C').replace('+', '%2B')
+    rows.append(
+      f'<tr><td class=left><a href="{link}/report.html">{name}</a></td>'
+      f'<td>{100 * run["value"]:.2f}</td><td>{run["cost"]:.4g}</td>'
+      f'<td>{len(run["warnings"])}</td></tr>'
+    )
+  unit = html.escape(summary['unit'])
+  metric = html.escape(summary['metric'])
+  head = ['run', f'test {metric}, %', f'cost, {unit}', 'warnings']
+  return tables.table(head, rows, [0])

@@ -1,0 +1,232 @@
+r"""Which runs does a sweep file declare?
+
+A sweep file is YAML: data, not code.
+
+  config: configs/digits.py
+  arguments:                     # of the config, what follows its colon
+    steps: 600
+    seed: [0, 1, 2]
+  overrides:                     # of any key, --config.KEY=VALUE
+    quant.act_clip: 3.0
+  runs:                          # optional; each adds to the above
+  - arguments: {space: [int_s, int_l], target: [1.25, 1.5, 2]}
+  - arguments: {space: [INT4, INT8]}
+
+Every list is swept, and `runs` are separate grids: 2 x 3 x 3 and 2 x 3 runs
+here. A run's name consists of what is a list in the file, also of one element;
+so adding a seed or a target later renames no run that was made before.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import itertools
+import os
+import pathlib
+import re
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+import yaml
+
+from fliqs_jax.run import config as config_lib
+
+_SECTIONS = ('arguments', 'overrides')
+_LONGEST_NAME = 200  # File systems allow 255 bytes; people like fewer.
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One run of a sweep.
+
+  Attributes:
+    name: of its workdir, below the sweep's.
+    swept: {argument or dotted key: text} of what is a list in the file.
+    config: the file and its arguments, as `--config` takes them.
+    overrides: {dotted key: text}.
+  """
+
+  name: str
+  swept: Mapping[str, str]
+  config: str
+  overrides: Mapping[str, str]
+
+  @property
+  def flags(self) -> list[str]:
+    """The flags of `fliqs_jax.main`, but the workdir."""
+    overrides = [f'--config.{k}={v}' for k, v in self.overrides.items()]
+    return [f'--config={self.config}', *overrides]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """A sweep: its name (the file's) and its runs in the order of the file."""
+
+  name: str
+  runs: Sequence[Run]
+
+  @property
+  def out(self) -> str:
+    """Where the runs go unless told otherwise."""
+    return os.path.join('runs', self.name)
+
+
+def read(path: str | os.PathLike[str]) -> Sweep:
+  """Reads a sweep file and checks the config of every run.
+
+  Raises:
+    ValueError: naming the file, and what in it cannot be.
+  """
+  path = pathlib.Path(path)
+  try:
+    content = yaml.load(path.read_text(encoding='utf-8'), Loader=_Loader)
+    runs = tuple(_runs(content))
+  except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+    message = ' '.join(str(error).split())
+    raise ValueError(f'sweep {path}: {message}') from None
+  names: dict[str, Run] = {}
+  for run in runs:
+    if run.name in names:
+      raise ValueError(
+        f'sweep {path}: two runs are called {run.name!r}; write what they '
+        'differ in as a list, [value], so that it becomes part of the name'
+      )
+    names[run.name] = run
+    try:
+      config(run)
+    except ValueError as error:
+      raise ValueError(f'sweep {path}, run {run.name!r}: {error}') from None
+  return Sweep(path.stem, runs)
+
+
+def config(run: Run) -> dict[str, Any]:
+  """Returns a run's config, made and checked as the run itself will do.
+
+  Raises:
+    ValueError: no such file, argument or key, or an impossible value.
+  """
+  file = run.config.partition(':')[0]
+  if not pathlib.Path(file).is_file():
+    raise ValueError(f'there is no config file {file!r}')
+  # By the parser of `fliqs_jax.main`: what it takes and refuses is one thing.
+  values, argv = flags.FlagValues(), ['sweep', *run.flags]
+  holder = config_flags.DEFINE_config_file(
+    'config', flag_values=values, sys_argv=argv
+  )
+  try:
+    values(argv)
+    made = holder.value
+  except (KeyError, AttributeError) as error:
+    message = ' '.join(str(error.args[0]).split())
+    raise ValueError(f'{" ".join(run.flags)}: no such key: {message}') from None
+  except (flags.Error, TypeError) as error:
+    # What a config raises comes with a trace; its last line says what is wrong.
+    message = str(error).strip().splitlines()[-1]
+    message = message.removeprefix('ValueError: ')
+    raise ValueError(f'{" ".join(run.flags)}: {message}') from None
+  config_lib.check(made)
+  return made.to_dict()
+
+
+class _Loader(yaml.SafeLoader):
+  """YAML that refuses a key given twice; PyYAML keeps the last, silently."""
+
+  def construct_mapping(self, node, deep=False):
+    keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    for i, key in enumerate(keys):
+      if key in keys[:i]:
+        raise ValueError(f'{key!r} is given twice')
+    return super().construct_mapping(node, deep)
+
+
+def _runs(content: Any) -> Iterator[Run]:
+  if not isinstance(content, dict) or not isinstance(
+    content.get('config'), str
+  ):
+    raise ValueError('must be a mapping with `config: FILE`')
+  _only(content, 'a sweep', 'config', *_SECTIONS, 'runs')
+  shared = {name: _section(content, name) for name in _SECTIONS}
+  blocks = content.get('runs', [{}])
+  if not isinstance(blocks, list) or not blocks:
+    raise ValueError('`runs` must be a list of at least one mapping')
+  for block in blocks:
+    if not isinstance(block, dict):
+      raise ValueError(f'an item of `runs` must be a mapping, not {block!r}')
+    _only(block, 'an item of `runs`', *_SECTIONS)
+    sections = {k: {**shared[k], **_section(block, k)} for k in _SECTIONS}
+    yield from _grid(content['config'], sections)
+
+
+def _only(mapping: Mapping[str, Any], what: str, *allowed: str) -> None:
+  for key in mapping:
+    if key not in allowed:
+      raise ValueError(
+        f'unknown key {key!r} of {what}; allowed: {", ".join(allowed)}'
+      )
+
+
+def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+  section = content.get(name, {})
+  if not isinstance(section, dict):
+    raise ValueError(f'`{name}` must be a mapping')
+  for key, value in section.items():
+    if not isinstance(key, str):
+      raise ValueError(f'{name}: {key!r} must be a name')
+    if isinstance(value, list) and not value:
+      raise ValueError(f'{name}.{key} is an empty list: no run')
+  return section
+
+
+def _grid(file: str, sections: Mapping[str, Mapping[str, Any]]):
+  """Yields every combination; the last list of the file varies fastest."""
+  keys = [(s, key) for s in _SECTIONS for key in sections[s]]
+  lists = [
+    v if isinstance(v := sections[s][key], list) else [v] for s, key in keys
+  ]
+  for values in itertools.product(*lists):
+    texts = {
+      (s, key): _text(f'{s}.{key}', value)
+      for (s, key), value in zip(keys, values)
+    }
+    swept = {
+      key: texts[s, key]
+      for s, key in keys
+      if isinstance(sections[s][key], list)
+    }
+    arguments = [
+      f'{key}={text}' for (s, key), text in texts.items() if s == 'arguments'
+    ]
+    for argument in arguments:
+      if ',' in argument:
+        raise ValueError(
+          f'{argument!r} holds a comma, which separates arguments'
+        )
+    yield Run(
+      name=_name(swept),
+      swept=swept,
+      config=f'{file}:{",".join(arguments)}' if arguments else file,
+      overrides={
+        key: text for (s, key), text in texts.items() if s == 'overrides'
+      },
+    )
+
+
+def _text(where: str, value: Any) -> str:
+  if not isinstance(value, (str, int, float)):
+    raise ValueError(
+      f'{where}: {value!r} must be a text, a number or true or false, or a '
+      'list of such'
+    )
+  return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _name(swept: Mapping[str, str]) -> str:
+  name = ','.join(f'{key}={text}' for key, text in swept.items()) or 'run'
+  # A path as a value must not become directories.
+  name = re.sub(r'[^\w=,.+-]', '_', name)
+  if len(name) > _LONGEST_NAME:
+    raise ValueError(
+      f'the name {name!r} has over {_LONGEST_NAME} characters; write as lists '
+      'only what the runs differ in'
+    )
+  return name

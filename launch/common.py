@@ -1,0 +1,283 @@
+"""What all platforms share: flags, runs, names, and how a script looks."""
+
+import argparse
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+
+from fliqs_jax.runtime import workdir as workdir_lib
+from fliqs_jax.sweep import sweep_file
+
+# What `fliqs_jax.main` says by its exit status, besides 0.
+MISTAKE = 2  # Of the user's: to start again would not help.
+PREEMPTED = (
+  75  # It saved its state and wants to be started again (EX_TEMPFAIL).
+)
+# Actions that start something; the others need but a name.
+_STARTING = ('up', 'resume', 'install', 'run')
+_NAMELESS = ('build',)
+_LONGEST_NAME = 40  # Kubernetes allows 63 for a pod, `NAME-slice-0-12-abcde`.
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One run: its name in the sweep ('' of a lone one), workdir and flags."""
+
+  name: str
+  workdir: str
+  flags: Sequence[str]
+
+  def command(self, python: str = 'python') -> list[str]:
+    """The command of every process of this run."""
+    main = [python, '-m', 'fliqs_jax.main']
+    return [*main, *self.flags, f'--workdir={self.workdir}']
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is to be launched: a name for it, and the runs."""
+
+  name: str
+  jobs: Sequence[Job]
+
+
+class Parser(argparse.ArgumentParser):
+  """A parser whose errors are one line, as all errors here."""
+
+  def error(self, message):
+    raise ValueError(message)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags of every platform."""
+  parser.add_argument('--config', help='file[:arguments] of one run')
+  parser.add_argument('--workdir', help='of that run')
+  parser.add_argument('--sweep', help='a sweep file: many runs')
+  parser.add_argument('--out', help='a directory for the workdirs of a sweep')
+  parser.add_argument('--name', help='what all of it is called')
+  parser.add_argument(
+    '--restarts', type=int, default=3, help='after crashes; resumes are free'
+  )
+  parser.add_argument(
+    '--dry_run', action='store_true', help='print the script, do nothing'
+  )
+
+
+def parse(
+  parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+  """Returns the flags, and those that override keys of the config.
+
+  Raises:
+    ValueError: an unknown flag.
+  """
+  args, others = parser.parse_known_args(argv)
+  for other in others:
+    if not other.startswith('--config.'):
+      raise ValueError(f'unknown argument {other!r}')
+    if '=' not in other:
+      raise ValueError(f'write {other}=VALUE, with an equals sign')
+  if args.restarts < 0:
+    raise ValueError(f'--restarts={args.restarts} must be at least 0')
+  return args, others
+
+
+def plan(args: argparse.Namespace, overrides: Sequence[str]) -> Plan:
+  """Returns the runs that the flags ask for, their configs checked.
+
+  Raises:
+    ValueError: contradictory flags, or a config that cannot work.
+  """
+  if args.config and args.sweep:
+    raise ValueError('give --config or --sweep, not both')
+  if not (args.config or args.sweep):
+    if args.action in _STARTING:
+      raise ValueError('give --config=FILE and --workdir=DIR, or --sweep=FILE')
+    if args.action in _NAMELESS:
+      return Plan('', ())
+    if not args.name:
+      raise ValueError(
+        f'{args.action} needs --name, or the --config or --sweep'
+      )
+    return Plan(_checked_name(args.name), ())
+  if args.sweep:
+    if args.workdir or overrides:
+      raise ValueError('a sweep has --out, and its overrides in its file')
+    sweep = sweep_file.read(args.sweep)
+    out = (args.out or sweep.out).rstrip('/')
+    jobs = [Job(r.name, f'{out}/{r.name}', r.flags) for r in sweep.runs]
+    return Plan(_checked_name(args.name or _slug(sweep.name)), jobs)
+  if not args.workdir or args.out:
+    raise ValueError('a run of --config has --workdir=DIR, and no --out')
+  keys = dict(
+    text.removeprefix('--config.').split('=', 1) for text in overrides
+  )
+  run = sweep_file.Run('', {}, args.config, keys)
+  sweep_file.config(run)
+  name = args.name or _slug(pathlib.Path(args.config.partition(':')[0]).stem)
+  return Plan(_checked_name(name), [Job('', args.workdir, run.flags)])
+
+
+def _slug(text: str) -> str:
+  return re.sub('[^a-z0-9]+', '-', text.lower()).strip('-')
+
+
+def _checked_name(name: str) -> str:
+  """Clouds and clusters allow fewer names than file systems do."""
+  if not re.fullmatch('[a-z]([a-z0-9-]*[a-z0-9])?', name):
+    raise ValueError(
+      f'--name={name} must be of a-z, 0-9 and -, from a letter to a letter or '
+      'digit'
+    )
+  if len(name) > _LONGEST_NAME:
+    raise ValueError(f'--name={name} has over {_LONGEST_NAME} characters')
+  return name
+
+
+def job_name(plan: Plan, job: Job) -> str:
+  """Returns a name for one run that clouds and clusters allow.
+
+  It depends on the run alone, so that more runs in a sweep rename none.
+  """
+  if not job.name:
+    return plan.name
+  digest = hashlib.sha256(job.name.encode()).hexdigest()[:6]
+  room = _LONGEST_NAME - len(digest) - 1
+  return f'{_slug(f"{plan.name}-{job.name}")[:room].rstrip("-")}-{digest}'
+
+
+def positive(**values: int) -> None:
+  """Raises a ValueError for a flag that is not at least 1."""
+  for name, value in values.items():
+    if value < 1:
+      raise ValueError(f'--{name}={value} must be at least 1')
+
+
+def required(args: argparse.Namespace, *names: str) -> None:
+  """Raises a ValueError that names all missing flags."""
+  missing = [f'--{name}' for name in names if not getattr(args, name)]
+  if missing:
+    raise ValueError(f'missing: {", ".join(missing)}')
+
+
+def matches(args: argparse.Namespace, name: str, pattern: str, like: str):
+  """Raises a ValueError for a flag of another form than `like`."""
+  value = getattr(args, name)
+  if not re.fullmatch(pattern, value):
+    raise ValueError(f'--{name}={value} must be like {like}')
+
+
+def on_bucket(plan: Plan) -> tuple[Plan, list[str]]:
+  """Returns the plan with buckets as directories, and the buckets.
+
+  The workdir is written with plain file operations, so a bucket is mounted:
+  gs://B/D is /gcs/B/D, wherever it stands in a flag.
+
+  Raises:
+    ValueError: a workdir that is not in a bucket; the disk of a machine in the
+      cloud goes with the machine.
+  """
+  buckets: dict[str, None] = {}
+
+  def mounted(text):
+    buckets.update(dict.fromkeys(re.findall('gs://([^/,]+)', text)))
+    return re.sub('gs://([^/,]+)', r'/gcs/\1', text)
+
+  jobs = []
+  for job in plan.jobs:
+    if not re.fullmatch(
+      'gs://[a-z0-9][a-z0-9._-]+[a-z0-9]/.*[^/]', job.workdir
+    ):
+      raise ValueError(
+        f'{job.workdir} must be in a bucket, gs://BUCKET/DIR: a disk in the '
+        'cloud goes with its machine, and the hosts of a slice share none'
+      )
+    flags = [mounted(flag) for flag in job.flags]
+    jobs.append(Job(job.name, mounted(job.workdir), flags))
+  return Plan(plan.name, jobs), list(buckets)
+
+
+def on_disk(plan: Plan) -> None:
+  """Raises a ValueError for a workdir in a bucket."""
+  for job in plan.jobs:
+    if job.workdir.startswith('gs://'):
+      raise ValueError(
+        f'{job.workdir} is in a bucket; here a workdir is a directory'
+      )
+
+
+def finished(job: Job) -> bool:
+  """Returns whether a run whose workdir can be seen from here is finished."""
+  return os.path.exists(os.path.join(job.workdir, workdir_lib.RESULT))
+
+
+def script(*parts: str) -> str:
+  """Returns a bash script of commands; it stops at the first that fails."""
+  head = '#!/usr/bin/env bash\nset -euo pipefail\n'
+  return head + '\n'.join(part.rstrip('\n') for part in parts) + '\n'
+
+
+def heredoc(command: str, text: str) -> str:
+  """Returns a command with `text` as its input, word by word."""
+  end = 'END_OF_FILE'
+  return f"{command} <<'{end}'\n{text.rstrip()}\n{end}"
+
+
+def search_function(restarts: int, pause: int, on_preempted: str) -> str:
+  """Returns the shell function `search WORKDIR COMMAND...`, which perseveres.
+
+  Args:
+    restarts: how many crashes are forgiven.
+    pause: seconds before a command is started again.
+    on_preempted: a shell command for a run that saved and wants to go on.
+  """
+  return f"""\
+search() {{
+  local workdir=$1 crashes=0 status
+  shift
+  while [[ ! -e $workdir/result.json ]]; do
+    status=0
+    "$@" || status=$?
+    case $status in
+      0) return 0 ;;
+      {MISTAKE}) return {MISTAKE} ;;  # To start again would not help.
+      {PREEMPTED}) {on_preempted} ;;
+      *)
+        crashes=$((crashes + 1))
+        if ((crashes > {restarts})); then return "$status"; fi
+        ;;
+    esac
+    echo "$workdir: status $status, $crashes crashes; starting again" >&2
+    sleep {pause}
+  done
+}}"""
+
+
+def perform(text: str, *tools: str) -> int:
+  """Runs a script; returns its status.
+
+  Raises:
+    ValueError: one of the tools it calls is not installed.
+  """
+  for tool in tools:
+    if not shutil.which(tool):
+      raise ValueError(
+        f'{tool} is not installed here; --dry_run prints the script for a '
+        'machine that has it'
+      )
+  with tempfile.NamedTemporaryFile('w', suffix='.sh') as file:
+    file.write(text)
+    file.flush()
+    return subprocess.run(['bash', file.name], check=False).returncode
+
+
+def quote(words: Sequence[str]) -> str:
+  """Returns a command as a shell reads it."""
+  return shlex.join(words)

@@ -1,0 +1,141 @@
+"""The fast forms compute what XLA's own convolution computes."""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fliqs_jax.numerics import float_ops
+
+_NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+
+# image, kernel, strides, padding, groups
+_CASES = {
+  'pointwise': ((2, 5, 6, 8), (1, 1, 8, 4), (1, 1), 'SAME', 1),
+  'pointwise strided': ((2, 5, 6, 8), (1, 1, 8, 4), (2, 2), 'VALID', 1),
+  'depthwise': ((2, 5, 6, 8), (3, 3, 1, 8), (1, 1), 'SAME', 8),
+  'depthwise strided': ((2, 7, 6, 8), (5, 5, 1, 8), (2, 2), 'SAME', 8),
+  'depthwise padded': ((2, 7, 6, 8), (3, 3, 1, 8), (1, 2), ((2, 0), (1, 1)), 8),
+  'depthwise on one pixel': ((3, 1, 1, 8), (3, 3, 1, 8), (1, 1), 'SAME', 8),
+  'depthwise with a rest': ((2, 6, 8, 8), (3, 2, 1, 8), (2, 3), 'VALID', 8),
+  'small map': ((2, 2, 2, 8), (3, 3, 8, 4), (1, 1), 'SAME', 1),
+  'small map strided': ((2, 2, 3, 8), (3, 3, 8, 4), (2, 2), 'SAME', 1),
+  'small result': ((2, 4, 4, 8), (3, 3, 8, 4), (2, 2), ((1, 1), (1, 1)), 1),
+  'small odd result': ((2, 5, 7, 8), (5, 3, 8, 4), (2, 3), 'VALID', 1),
+  'small in one direction': ((2, 9, 4, 8), (1, 7, 8, 4), (1, 1), 'SAME', 1),
+  'apart': ((2, 8, 8, 3), (4, 4, 3, 4), (4, 4), 'VALID', 1),
+  'usual': ((2, 6, 6, 8), (3, 3, 8, 4), (1, 1), 'SAME', 1),
+  'grouped': ((2, 6, 6, 8), (3, 3, 4, 4), (1, 1), 'SAME', 2),
+}
+
+
+def _convolve(f, strides, padding, groups):
+  def convolve(x, w):
+    return f(
+      x,
+      w,
+      strides,
+      padding,
+      lhs_dilation=(1, 1),
+      rhs_dilation=(1, 1),
+      dimension_numbers=_NHWC,
+      feature_group_count=groups,
+      precision=None,
+    )
+
+  return convolve
+
+
+@pytest.mark.parametrize('case', _CASES)
+def test_values_and_gradients_equal_those_of_lax(case):
+  x_shape, w_shape, *how = _CASES[case]
+  rng = np.random.default_rng(0)
+  # Small integers: every sum is exact in float32, so equal means equal.
+  x = jnp.asarray(rng.integers(-7, 8, x_shape), jnp.float32)
+  w = jnp.asarray(rng.integers(-7, 8, w_shape), jnp.float32)
+  _assert_equal(
+    _convolve(float_ops.conv_general_dilated, *how),
+    _convolve(lax.conv_general_dilated, *how),
+    x,
+    w,
+  )
+
+
+# activations, weights, ((contracted), (batch))
+_DENSE_CASES = {
+  'rows': ((6, 8), (8, 5), (((1,), (0,)), ((), ()))),
+  'tokens': ((2, 3, 8), (8, 5), (((2,), (0,)), ((), ()))),
+  'one vector': ((8,), (8, 5), (((0,), (0,)), ((), ()))),
+  'no rows': ((0, 8), (8, 5), (((1,), (0,)), ((), ()))),
+  'several axes': ((2, 3, 4, 5), (4, 5, 2, 3), (((2, 3), (0, 1)), ((), ()))),
+  'other axes': ((2, 8, 3), (5, 8), (((1,), (1,)), ((), ()))),
+  'crossed axes': ((2, 4, 5), (5, 4, 3), (((1, 2), (1, 0)), ((), ()))),
+  'batch': ((2, 3, 8), (2, 8, 5), (((2,), (1,)), ((0,), (0,)))),
+}
+
+
+@pytest.mark.parametrize('case', _DENSE_CASES)
+def test_dense_values_and_gradients_equal_those_of_lax(case):
+  x_shape, w_shape, numbers = _DENSE_CASES[case]
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.integers(-7, 8, x_shape), jnp.float32)
+  w = jnp.asarray(rng.integers(-7, 8, w_shape), jnp.float32)
+  _assert_equal(
+    lambda x, w: float_ops.dot_general(x, w, numbers, None),
+    lambda x, w: lax.dot_general(x, w, numbers),
+    x,
+    w,
+  )
+
+
+def _assert_equal(ours, theirs, x, w):
+  y, vjp = jax.vjp(ours, x, w)
+  their_y, their_vjp = jax.vjp(theirs, x, w)
+  np.testing.assert_array_equal(y, their_y)
+  g = jnp.asarray(np.random.default_rng(1).integers(-7, 8, y.shape), y.dtype)
+  for a, b in zip(vjp(g), their_vjp(g), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_bfloat16_operands_are_summed_in_float32():
+  # 300 ones are 300; bfloat16 would stop at 256.
+  x, w = jnp.ones((1, 1, 1, 300), jnp.bfloat16), jnp.ones((1, 1, 300, 1))
+  y = _convolve(float_ops.conv_general_dilated, (1, 1), 'SAME', 1)(
+    x, w.astype(jnp.bfloat16)
+  )
+  assert y.dtype == jnp.float32
+  assert y.item() == 300
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_gradients_are_multiplied_in_the_type_of_the_operands(dtype):
+  def convolve(x, w):
+    dilated = _convolve(float_ops.conv_general_dilated, (1, 1), 'SAME', 1)(x, w)
+    axes = (((3,), (1,)), ((0,), (0,)))
+    y = float_ops.dot_general(dilated.astype(x.dtype), w[0], axes, None)
+    assert dilated.dtype == y.dtype == jnp.float32
+    return jnp.sum(jnp.sin(y))
+
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(3, 6, 6, 4)), dtype)
+  w = jnp.asarray(rng.normal(size=(3, 3, 4, 4)) / 6, dtype)
+  gradient = jax.grad(convolve, argnums=(0, 1))
+  products = [
+    equation
+    for equation in jax.make_jaxpr(gradient)(x, w).eqns
+    if equation.primitive.name in ('conv_general_dilated', 'dot_general')
+  ]
+  assert len(products) == 6
+  assert {v.aval.dtype for p in products for v in p.invars} == {x.dtype}
+  exact = jax.grad(convolve, (0, 1))(
+    x.astype(jnp.float32), w.astype(jnp.float32)
+  )
+  for ours, theirs in zip(gradient(x, w), exact):
+    assert ours.dtype == dtype
+    scale = jnp.abs(theirs).max()
+    np.testing.assert_allclose(
+      ours.astype(jnp.float32) / scale,
+      theirs / scale,
+      atol=0.05 if dtype == jnp.bfloat16 else 1e-6,
+    )

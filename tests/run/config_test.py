@@ -1,0 +1,216 @@
+"""Configs: arguments, keys and values that cannot work are refused by name."""
+
+import ast
+import pathlib
+
+import pytest
+
+from configs import digits
+from configs import recommender_criteo
+from fliqs_jax import cost
+from fliqs_jax import models
+from fliqs_jax.run import config as config_lib
+from fliqs_jax.run import experiment as experiment_lib
+from tests import tiny
+
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+def _changed(section: str, **values):
+  config = tiny.get_config()
+  with config.unlocked(), config.ignore_type():
+    config[section].update(values)
+  return config
+
+
+def test_arguments_are_typed_as_their_defaults():
+  arg = config_lib.parse_arg(
+    'n=3,x=0.5,flag,name=a', n=1, x=1.0, flag=False, name='', gamma=float
+  )
+  assert (arg.n, arg.x, arg.flag, arg.name, arg.gamma) == (
+    3,
+    0.5,
+    True,
+    'a',
+    None,
+  )
+
+
+@pytest.mark.parametrize(
+  ('arg', 'message'),
+  [
+    ('stepz=3', "unknown config argument 'stepz'; allowed: .*steps"),
+    ('steps=3,steps=4', "'steps' is given twice"),
+    ('steps=many', 'must be of type int'),
+    ('steps', "'steps' needs a value"),
+    ('smoke=maybe', 'must be true or false'),
+    ('preset=ours', 'allowed: paper, default'),
+  ],
+)
+def test_a_wrong_argument_is_refused(arg, message):
+  with pytest.raises(ValueError, match=message):
+    digits.get_config(arg)
+
+
+@pytest.mark.parametrize('arg', ['', 'smoke', 'preset=paper', 'space=fp_l'])
+def test_the_digits_config_has_exactly_the_known_keys(arg):
+  config_lib.check(digits.get_config(arg))
+
+
+def test_an_unknown_and_a_missing_key_are_both_named():
+  config = tiny.get_config()
+  with config.unlocked():
+    config.train.stepz = 3
+    del config.train.steps
+  with pytest.raises(
+    ValueError, match=r'unknown key train\.stepz .*missing key train\.steps'
+  ):
+    config_lib.check(config)
+
+
+@pytest.mark.parametrize(
+  ('section', 'values', 'message'),
+  [
+    ('quant', dict(formats='INT9'), "unknown format 'INT9'"),
+    ('quant', dict(formats=()), 'menu of formats is empty'),
+    ('quant', dict(mode='both'), "quant.mode='both'"),
+    ('quant', dict(exclude=('hiden*',)), "'hiden\\*' matches no layer"),
+    ('quant', dict(act_clip='absmax'), "quant.act_clip='absmax'"),
+    ('quant', dict(act_clip='profiled', act_start=0.0), 'first phase'),
+    ('quant', dict(act_start=0.5), 'search.start=0.25 comes before'),
+    ('quant', dict(act_start=2), r'quant.act_start=2(.0)? must be'),
+    ('quant', dict(arch='nowhere.json'), 'nowhere.json cannot be read'),
+    ('cost', dict(target=0.5), 'cheapest assignment costs'),
+    ('cost', dict(target=100.0), 'dearest'),
+    ('cost', dict(kind='joules'), "cost.kind='joules'"),
+    ('cost', dict(relative_to='INT99'), "unknown format 'INT99'"),
+    ('search', dict(gamma=0.1), 'search.gamma=0.1 must be negative'),
+    ('search', dict(start=0.96), 'leave no search step'),
+    ('search', dict(quality='f1'), "search.quality='f1'"),
+    ('search', dict(entropy_schedule='sine'), 'entropy_schedule'),
+    ('search', dict(entropy_beta=-1.0), 'must not be negative'),
+    ('optimizer', dict(name='lion'), "optimizer.name='lion'"),
+    ('optimizer', dict(schedule='step'), "optimizer.schedule='step'"),
+    ('optimizer', dict(ema_decay=1.0), 'optimizer.ema_decay=1'),
+    ('train', dict(mixup=-0.1), 'train.mixup=-0.1 must be'),
+    ('train', dict(checkpoint_every=7), 'multiple of train.log_every'),
+    ('train', dict(steps=0), 'train.steps=0 must be'),
+    ('train', dict(label_smoothing=1.0), 'label_smoothing'),
+    ('data', dict(valid_split='train[100%:]'), 'valid_split'),
+    ('data', dict(batch_size=5000), 'data.batch_size=5000'),
+    ('data', dict(valid_batch_size=66), 'must be a multiple of 4'),
+    ('data', dict(name='digitz'), 'digitz'),
+    ('model', dict(name='resnet51'), "'resnet51' is unknown"),
+    ('model', dict(depth=8), 'the keys of model mlp'),
+  ],
+)
+def test_what_cannot_work_is_refused_with_its_key(section, values, message):
+  with pytest.raises(ValueError, match=message):
+    experiment_lib.build(_changed(section, **values))
+
+
+def _task(task, quality, **model):
+  config = tiny.get_config()
+  with config.unlocked(), config.ignore_type():
+    config.task, config.search.quality = task, quality
+    config.train.mixup = config.train.cutmix = 0.0
+    if model:
+      config.model = model
+  return config
+
+
+def test_an_unknown_task_is_refused():
+  with pytest.raises(ValueError, match="'ranking' is unknown; allowed: class"):
+    experiment_lib.build(_task('ranking', 'accuracy'))
+
+
+def test_a_task_s_qualities_are_its_own():
+  with pytest.raises(ValueError, match="'auc' is unknown to task='classif"):
+    experiment_lib.build(_task('classification', 'auc'))
+
+
+def test_a_task_that_the_data_cannot_serve_is_refused():
+  with pytest.raises(ValueError, match='two classes, not 10'):
+    experiment_lib.build(_task('click_through', 'auc'))
+
+
+def test_a_model_that_the_data_cannot_feed_is_refused():
+  fields = models.published('recommender')
+  with pytest.raises(ValueError, match='takes dense, ids, but .* gives image'):
+    experiment_lib.build(_task('classification', 'accuracy', **fields))
+
+
+def test_a_model_whose_output_the_task_cannot_use_is_refused():
+  config = recommender_criteo.get_config('smoke')
+  with config.unlocked():
+    config.task, config.search.quality = 'classification', 'accuracy'
+  with pytest.raises(ValueError, match=r'shape \(\) .* needs \(2,\)'):
+    experiment_lib.build(config)
+
+
+def test_buckets_of_model_and_data_must_agree():
+  config = recommender_criteo.get_config('smoke')
+  with config.unlocked():
+    config.data.buckets = 65
+  with pytest.raises(ValueError, match='model.buckets=64 and data.buckets=65'):
+    experiment_lib.build(config)
+
+
+def test_clicks_are_not_mixed():
+  config = recommender_criteo.get_config('smoke')
+  with config.unlocked():
+    config.train.mixup = 0.2
+  with pytest.raises(ValueError, match='train.mixup=0.2 .* need images'):
+    experiment_lib.build(config)
+
+
+def test_every_key_of_the_schema_is_read():
+  read = set()
+  for path in (_ROOT / 'fliqs_jax').rglob('*.py'):
+    if path.name == 'config_lib.py':
+      continue
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Attribute):
+        read.add(node.attr)
+      elif isinstance(node, ast.Constant):
+        read.add(node.value)  # The data floor goes by names of keys.
+  for section, keys in config_lib._SCHEMA.items():
+    assert section in read
+    for key in keys if isinstance(keys, dict) else ():
+      assert key in read, f'{section}.{key} is never read'
+
+
+def test_an_unwritable_workdir_is_refused(tmp_path):
+  from fliqs_jax.run import train
+
+  blocked = tmp_path / 'file'
+  blocked.write_text('in the way')
+  with pytest.raises(ValueError, match='cannot be used'):
+    train.train_and_evaluate(tiny.get_config(), blocked / 'run')
+
+
+def test_the_cost_command_prints_a_table_and_a_last_line_of_json(capsys):
+  assert cost.main(['--model=mobilenetv2', '--format=INT8', '--json']) == 0
+  *table, last = capsys.readouterr().out.strip().splitlines()
+  # models.md, from Figure 17: 19.25 GBOPs, 53 layers; 300.8 M MACs.
+  assert '"gbops": 19.24' in last
+  assert '"layers": 53' in last
+  assert len(table) == 1 + 53 + 1
+
+
+@pytest.mark.parametrize(
+  ('argv', 'message'),
+  [
+    (['--model=alexnet'], "'alexnet' is unknown; allowed: .*mobilenetv2"),
+    (['--model=mobilenetv2', '--format=INT9'], "unknown format 'INT9'"),
+    (['--model=mobilenetv2', '--width=-1'], 'must be positive'),
+    (['--model=mlp', '--width=2'], 'mlp has no width'),
+  ],
+)
+def test_the_cost_command_refuses_in_one_line(argv, message, capsys):
+  import re
+
+  assert cost.main(argv) == 2
+  error = capsys.readouterr().err
+  assert re.search(message, error)
+  assert error.count('\n') == 1

@@ -1,0 +1,229 @@
+"""A whole run: what it leaves, and that a kill leaves no trace."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from fliqs_jax.run import evaluation
+from fliqs_jax.run import experiment as experiment_lib
+from fliqs_jax.run import run_log
+from fliqs_jax.run import train
+from fliqs_jax.runtime import checkpoint
+from tests import tiny
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_FILES = ['arch.json', 'config.json', 'history.jsonl', 'report.html']
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A finished run: its workdir and its result."""
+  workdir = tmp_path_factory.mktemp('finished')
+  return workdir, train.train_and_evaluate(tiny.get_config(), workdir)
+
+
+def _final_state(workdir, config):
+  experiment = experiment_lib.build(config)
+  abstract = jax.eval_shape(experiment.initial_state)
+  with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
+    return checkpoints.restore_latest(abstract)
+
+
+def _facts(workdir):
+  """Everything that must not depend on kills: all but clocks and reports."""
+  result = json.loads((workdir / 'result.json').read_text())
+  for clock in ('wall_seconds', 'compile_seconds', 'compilations'):
+    del result[clock]
+  read = [(workdir / name).read_bytes() for name in _FILES[:3]]
+  return result, read
+
+
+def _same_state(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      x, y = jax.random.key_data(x), jax.random.key_data(y)
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_a_run_leaves_what_it_promises(finished):
+  workdir, result = finished
+  for name in [*_FILES, 'result.json', 'architecture.png', 'curves.png']:
+    assert (workdir / name).stat().st_size > 0, name
+  arch = json.loads((workdir / 'arch.json').read_text())
+  assert list(arch['layers']) == ['hidden0', 'head']
+  assert result['steps'] == 60
+  # 360 test images, ten classes: an MLP that learnt anything beats 0.1 by far.
+  assert result['found']['examples'] == 360
+  assert result['found']['accuracy'] > 0.5
+
+
+def test_a_run_compiles_its_step_once(finished):
+  assert finished[1]['compilations'] == 1
+
+
+def test_the_found_architecture_is_the_frozen_policy(finished):
+  workdir, _ = finished
+  arch = json.loads((workdir / 'arch.json').read_text())
+  result = json.loads((workdir / 'result.json').read_text())
+  for layer, decision in result['decisions'].items():
+    best = int(np.argmax(decision['probabilities']))
+    assert arch['layers'][layer]['weights'] == decision['options'][best]
+
+
+def test_starting_a_finished_run_again_changes_nothing(finished, capsys):
+  workdir, _ = finished
+  before = _facts(workdir)
+  result = train.train_and_evaluate(tiny.get_config(), workdir)
+  assert _facts(workdir) == before
+  assert result['compilations'] == 0
+
+
+def test_a_workdir_of_another_config_is_refused_by_name(finished):
+  with pytest.raises(ValueError, match=r'seed: 0 -> 7'):
+    train.train_and_evaluate(tiny.get_config('seed=7'), finished[0])
+
+
+def test_evaluation_with_the_found_arch_gives_the_run_s_own_result(finished):
+  workdir, result = finished
+  arch = str(workdir / 'arch.json')
+  assert evaluation.evaluate(str(workdir), arch=arch) == result['found']
+
+
+def test_a_uniform_format_is_evaluated_by_the_same_code(finished):
+  metrics = evaluation.evaluate(str(finished[0]), numeric_format='INT8')
+  assert metrics['average_bits'] == 8.0
+
+
+def test_an_arch_trains_as_that_very_assignment(finished, tmp_path):
+  workdir, _ = finished
+  config = tiny.get_config('steps=20')
+  with config.unlocked():
+    config.quant.arch = str(workdir / 'arch.json')
+  train.train_and_evaluate(config, tmp_path)
+  ours = json.loads((tmp_path / 'arch.json').read_text())
+  theirs = json.loads((workdir / 'arch.json').read_text())
+  assert ours['layers'] == theirs['layers']
+
+
+def test_an_arch_of_another_model_names_missing_and_surplus(finished, tmp_path):
+  arch = json.loads((finished[0] / 'arch.json').read_text())
+  arch['layers']['hidden7'] = arch['layers'].pop('hidden0')
+  path = tmp_path / 'arch.json'
+  path.write_text(json.dumps(arch))
+  config = tiny.get_config()
+  with config.unlocked():
+    config.quant.arch = str(path)
+  with pytest.raises(ValueError, match='misses: hidden0; .* lacks: hidden7'):
+    experiment_lib.build(config)
+
+
+def test_profiled_clips_replace_the_table_s(tmp_path):
+  config = tiny.get_config('steps=20,act_clip=profiled')
+  train.train_and_evaluate(config, tmp_path)
+  stats = _final_state(tmp_path, config).state.model_state['quant_stats']
+  # The table's Laplacian multiples of INT4 and INT8; BF16 is not clipped.
+  for layer in stats.values():
+    int4, int8, bf16 = np.asarray(layer['clip'])
+    assert 0 < int4 < int8 < bf16 == np.inf
+    assert int4 != np.float32(4.027)
+    assert layer['active']
+
+
+def test_references_are_trained_by_the_same_code(tmp_path):
+  config = tiny.get_config('steps=20')
+  with config.unlocked():
+    config.references = ('INT4',)
+  result = train.train_and_evaluate(config, tmp_path)
+  assert result['references']['INT4']['average_bits'] == 4.0
+  assert (tmp_path / 'uniform_INT4' / 'report.html').exists()
+  assert (tmp_path / 'pareto.png').exists()
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+  config = tiny.get_config()
+  with config.unlocked():
+    config.optimizer.learning_rate = 1e30
+    config.optimizer.warmup = 0.5  # 20 of 60 steps are still moderate ...
+    config.optimizer.schedule = 'constant'
+    config.optimizer.learning_rate = 1e3
+    config.train.max_loss = 3.0  # ... and uniform guessing costs ln 10 = 2.3.
+  with pytest.raises(run_log.DivergedError, match='loss is .*checkpoint'):
+    train.train_and_evaluate(config, tmp_path)
+  assert not (tmp_path / 'result.json').exists()
+
+
+def test_steps_are_profiled_on_request(tmp_path):
+  config = tiny.get_config('steps=20')
+  train.train_and_evaluate(config, tmp_path, profile_steps='3:5')
+  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+
+@pytest.mark.parametrize('steps', ['3', '5:3', '-1:4', 'a:b', '50:61'])
+def test_steps_that_cannot_be_profiled_are_refused(tmp_path, steps):
+  with pytest.raises(ValueError, match='must be N:M .* it has 60'):
+    train.train_and_evaluate(
+      tiny.get_config(), tmp_path / 'run', profile_steps=steps
+    )
+  assert not (tmp_path / 'run').exists()
+
+
+def _start(workdir, *extra):
+  return subprocess.Popen(
+    [
+      sys.executable,
+      '-m',
+      'fliqs_jax.main',
+      '--config=tests/tiny.py',
+      f'--workdir={workdir}',
+      *extra,
+    ],
+    cwd=_ROOT,
+    stderr=subprocess.PIPE,
+    text=True,
+    env={
+      **os.environ,
+      'JAX_PLATFORMS': 'cpu',
+      'XLA_FLAGS': '--xla_backend_optimization_level=0',
+    },
+  )
+
+
+def _ended_at(process, moment, how):
+  """Signals the process when it logs `moment`; returns its status."""
+  for line in process.stderr:
+    if moment in line:
+      process.send_signal(how)
+      break
+  process.stderr.close()
+  return process.wait()
+
+
+def test_a_run_killed_at_any_moment_ends_bit_identical(tmp_path):
+  whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+  process = _start(whole)
+  assert process.communicate()[1]
+  assert process.returncode == 0
+  # Before the first checkpoint, between two, while one is being written, and
+  # after the last step, while results are written.
+  for moment, how, status in (
+    ('step 5/60', signal.SIGKILL, -signal.SIGKILL),
+    ('step 25/60', signal.SIGTERM, 75),  # It saves, wherever it is.
+    ('step 40/60', signal.SIGKILL, -signal.SIGKILL),
+    ('step 60/60', signal.SIGKILL, -signal.SIGKILL),
+  ):
+    assert _ended_at(_start(broken), moment, how) == status, moment
+  process = _start(broken)
+  assert process.communicate()[1]
+  assert process.returncode == 0
+  assert _facts(broken) == _facts(whole)
+  config = tiny.get_config()
+  _same_state(
+    _final_state(broken, config).state, _final_state(whole, config).state
+  )

@@ -1,0 +1,340 @@
+"""A finished run as files: small, served bit for bit, damage always named."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.export
+import numpy as np
+import pytest
+import safetensors
+
+from fliqs_jax import export
+from fliqs_jax import models
+from fliqs_jax.numerics import formats
+from fliqs_jax.run import evaluation
+from fliqs_jax.run import train
+from fliqs_jax.runtime import devices as devices_lib
+from fliqs_jax.serving import export_files
+from fliqs_jax.serving import loader
+from fliqs_jax.serving import qwix_rules
+from fliqs_jax.serving import stablehlo
+from fliqs_jax.serving import stored_layers
+from tests import tiny
+
+_FILES = (
+  'manifest.json',
+  'weights.safetensors',
+  'reference.safetensors',
+  'model.stablehlo',
+  'qwix.json',
+)
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """The workdir of a finished run, of more formats than the named spaces."""
+  config = tiny.get_config('steps=20')
+  with config.unlocked(), config.ignore_type():
+    config.quant.formats = ('INT3', 'INT5', 'INT8', 'E2M1', 'E4M3', 'E6M1')
+    config.cost.target = 2.0
+  path = tmp_path_factory.mktemp('run')
+  train.train_and_evaluate(config, path)
+  return path
+
+
+@pytest.fixture(scope='module')
+def exported(workdir, tmp_path_factory):
+  """An export: INT5 in the first layer, E4M3 in the second."""
+  path = tmp_path_factory.mktemp('exports')
+  arch = json.loads((workdir / 'arch.json').read_text())
+  for layer, name in (('hidden0', 'INT5'), ('head', 'E4M3')):
+    arch['layers'][layer] = dict(weights=name, activations=name)
+  (path / 'arch.json').write_text(json.dumps(arch))
+  export.export(workdir, path / 'out', arch=str(path / 'arch.json'))
+  return path / 'out'
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+  return pathlib.Path(shutil.copytree(exported, tmp_path / 'copy'))
+
+
+def test_weights_are_stored_in_their_bits_and_as_nothing_else(exported):
+  content = export_files.read(exported)
+  # 64 pixels and 16 hidden units, ten classes: 1024 codes of 5 bits, 160 of 8.
+  expected = {
+    'params/hidden0/kernel': ('uint8', 1024 * 5 // 8),
+    'params/head/kernel': ('uint8', 160),
+    'params/hidden0/bias': ('float32', 4 * 16),
+    'params/head/bias': ('float32', 4 * 10),
+    'scales/hidden0/weights': ('float32', 4 * 16),
+    'scales/head/weights': ('float32', 4 * 10),
+    'scales/hidden0/activations': ('float32', 4),
+    'scales/head/activations': ('float32', 4),
+  }
+  found = {k: (x.dtype.name, x.nbytes) for k, x in content.tensors.items()}
+  assert found == expected
+  size = content.manifest['bytes']
+  assert size['stored'] == sum(nbytes for _, nbytes in expected.values())
+  # Of the float32 model, which has no scales.
+  assert size['float32'] == 4 * (64 * 16 + 16 + 16 * 10 + 10)
+
+
+def test_the_export_is_the_evaluated_model_bit_for_bit(workdir, exported):
+  found = export.verify(exported)
+  assert found['bit_equal']
+  assert found['examples'] == 8
+  # And not only on the stored examples: the whole test split.
+  run = evaluation.restore(str(workdir))
+  choices = evaluation.choose(run, str(exported.parent / 'arch.json'))
+  variables = dict(
+    params=run.state.served_params,
+    arch=run.experiment.space.expand(choices),
+    **evaluation.settled_statistics(
+      run.experiment, run.state, choices, devices_lib.one_device()
+    ),
+  )
+  apply = jax.jit(lambda v, x: run.experiment.model.apply(v, x, train=False))
+  # In one piece: a sum of floats may depend on the size of the batch.
+  served = loader.load(exported, at_once=10**6)
+  sliced = loader.load(exported, at_once=50)
+  for batch in run.experiment.streams.test():
+    np.testing.assert_array_equal(
+      served(batch['image']), apply(variables, batch['image'])
+    )
+    np.testing.assert_allclose(
+      sliced(batch['image']), served(batch['image']), atol=1e-6
+    )
+
+
+def test_the_found_architecture_is_what_is_exported(workdir, tmp_path, capsys):
+  out = tmp_path / 'new' / 'out'
+  assert export.main([str(workdir), f'--out={out}']) == 0
+  assert json.loads(capsys.readouterr().out)['reference']['bit_equal']
+  arch = json.loads((workdir / 'arch.json').read_text())
+  layers = export_files.read_manifest(out)['layers']
+  for path, sides in arch['layers'].items():
+    assert {side: layers[path][side] for side in sides} == sides
+  assert sorted(p.name for p in out.iterdir()) == sorted(_FILES)
+  assert export.main(['--verify', str(out)]) == 0
+
+
+def test_the_program_runs_without_this_package(exported):
+  # What its docstring says: JAX, safetensors and the two files.
+  program = jax.export.deserialize(
+    bytearray((exported / 'model.stablehlo').read_bytes())
+  )
+  assert program.platforms == ('cpu', 'cuda', 'tpu')
+  with safetensors.safe_open(exported / 'weights.safetensors', 'flax') as file:
+    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+  images = np.random.default_rng(0).random((3, 8, 8, 1), np.float32)
+  served = loader.load(exported)
+  np.testing.assert_array_equal(program.call(tensors, images), served(images))
+
+
+def test_a_workdirs_export_builds_its_own_network(exported):
+  with pytest.raises(ValueError, match='model=Dense: .* network is mlp; leave'):
+    loader.load(exported, model=nn.Dense(10))
+
+
+def test_a_kill_while_writing_leaves_no_export(exported, tmp_path, monkeypatch):
+  content = export_files.read(exported)
+  out = tmp_path / 'out'
+
+  def killed(path, value):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(export_files.files, 'write_json', killed)
+    with pytest.raises(KeyboardInterrupt):
+      export_files.write(out, {}, content.layers, content.tensors, {})
+  assert not out.exists()
+  # What it left is in nobody's way.
+  export_files.write(out, {}, content.layers, content.tensors, {})
+  assert [p.name for p in tmp_path.iterdir()] == ['out']
+
+
+def test_a_directory_in_use_is_refused(workdir, exported):
+  with pytest.raises(ValueError, match='is not empty'):
+    export.export(workdir, exported)
+
+
+def test_an_unfinished_run_is_refused(tmp_path, workdir):
+  unfinished = tmp_path / 'run'
+  unfinished.mkdir()
+  shutil.copy(workdir / 'config.json', unfinished)
+  with pytest.raises(ValueError, match='at step 0 of 20; finish it first'):
+    export.export(unfinished, tmp_path / 'out')
+  with pytest.raises(ValueError, match='is no workdir of a run'):
+    export.export(tmp_path / 'nothing', tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_format_without_a_native_type_names_the_nearest(workdir, tmp_path):
+  for name, nearest in (('INT5', 'INT8'), ('E6M1', 'BF16')):
+    with pytest.raises(
+      ValueError,
+      match=f'no native type holds {name}, the weights of hidden0; the '
+      f'nearest format that has one is {nearest}',
+    ):
+      export.export(
+        workdir, tmp_path / 'out', numeric_format=name, target='native'
+      )
+
+
+def test_mistakes_end_in_one_line_and_status_2(workdir, exported, capsys):
+  for arguments in (
+    [str(workdir), f'--out={exported}'],
+    [str(workdir), f'--out={exported}-2', '--format=INT7'],
+    ['--verify', str(workdir)],
+  ):
+    assert export.main(arguments) == 2
+    written = capsys.readouterr()
+    assert len(written.err.splitlines()) == 1
+    assert not written.out
+
+
+@pytest.mark.parametrize('name', _FILES)
+def test_any_flipped_bit_and_any_truncation_is_named(copy, name):
+  path = copy / name
+  data = path.read_bytes()
+  rng = np.random.default_rng(len(name))
+  for position in rng.integers(0, 8 * len(data), 40):
+    flipped = bytearray(data)
+    flipped[position // 8] ^= 1 << (position % 8)
+    path.write_bytes(flipped)
+    with pytest.raises(ValueError, match=name):
+      export_files.read(copy)
+  for length in (0, 1, 8, len(data) // 2, len(data) - 2):
+    path.write_bytes(data[:length])
+    with pytest.raises(ValueError, match=name):
+      export_files.read(copy)
+  path.unlink()
+  with pytest.raises(ValueError, match=name):
+    export_files.read(copy)
+
+
+def test_an_edited_manifest_is_noticed(copy):
+  manifest = export_files.read_manifest(copy)
+  manifest['layers']['head']['weights'] = 'INT8'
+  (copy / 'manifest.json').write_text(json.dumps(manifest))
+  with pytest.raises(ValueError, match='not as it was written'):
+    export.verify(copy)
+  # With a new checksum the layer does not fit what is stored of it.
+  manifest['checksum'] = export_files.checksum(manifest)
+  (copy / 'manifest.json').write_text(json.dumps(manifest))
+  with pytest.raises(ValueError, match='layer head does not fit its formats'):
+    export.verify(copy)
+
+
+def test_other_outputs_are_noticed(exported, tmp_path):
+  content = export_files.read(exported)
+  reference = export_files.read_tensors(
+    exported, content.manifest, export_files.REFERENCE
+  )
+  reference['outputs'] = reference['outputs'] + 1
+  manifest = {
+    key: content.manifest[key]
+    for key in ('model', 'call', 'arch', 'num_classes', 'versions', 'machine')
+  }
+  export_files.write(
+    tmp_path / 'out',
+    manifest,
+    content.layers,
+    content.tensors,
+    {
+      export_files.REFERENCE: export_files.packed_file(reference),
+      stablehlo.NAME: (exported / stablehlo.NAME).read_bytes(),
+    },
+  )
+  with pytest.raises(ValueError, match='differ from the reference outputs by'):
+    export.verify(tmp_path / 'out')
+
+
+def test_activations_that_never_were_quantized_are_refused(workdir):
+  run = evaluation.restore(str(workdir))
+  variables = dict(
+    params=run.state.served_params,
+    arch=run.experiment.space.expand(run.found),
+    **run.state.model_state,
+  )
+  for stats in variables['quant_stats'].values():
+    stats['active'] = np.bool_(False)
+  with pytest.raises(ValueError, match='hidden0 were never quantized'):
+    stored_layers.tensors(
+      stored_layers.teller(run.experiment.model.apply, train=False),
+      variables,
+      run.experiment.space.assignment(run.found),
+      np.zeros((1, 8, 8, 1), np.float32),
+    )
+
+
+def _layer(weights, activations, shape=(4, 4)):
+  names = (weights, activations)
+  return stored_layers.Layer(*(n and formats.parse(n) for n in names), shape)
+
+
+def test_qwix_rules_say_the_assignment_and_what_they_cannot():
+  layers = {
+    'stage0/conv': _layer('INT4', 'INT8'),
+    'stage0/conv1': _layer('E2M1', 'E4M3'),
+    'head': _layer('BF16', 'BF16'),
+    'odd': _layer(None, 'INT8'),
+  }
+  rules, missing = qwix_rules.rules(layers)
+  assert rules == [
+    dict(module_path='stage0/conv', weight_qtype='int4', act_qtype='int8'),
+    dict(module_path='stage0/conv1', weight_qtype='float4_e2m1fn'),
+  ]
+  assert missing == [
+    'stage0/conv1: activations E4M3',
+    'odd: activations INT8 alone',
+  ]
+
+
+def test_qwix_rules_of_scanned_layers_and_of_attention():
+  def step(name):
+    return dataclasses.replace(_layer(name, name), lead=(2, 1, 1, 1, 1))
+
+  rules, missing = qwix_rules.rules(
+    {
+      'up/@0': step('INT4'),
+      'up/@1': step('INT4'),
+      'down/@0': step('INT4'),
+      'down/@1': step('INT8'),
+      'qk': dataclasses.replace(_layer('INT8', 'INT8', ()), variable=''),
+    }
+  )
+  assert rules == [
+    dict(module_path='up', weight_qtype='int4', act_qtype='int4')
+  ]
+  assert missing == [
+    'down: a scanned layer of several formats',
+    'qk: a product of attention',
+  ]
+
+
+def test_qwix_takes_the_rules():
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # Of flax, for what qwix imports.
+    qwix = pytest.importorskip('qwix')
+    rules, _ = qwix_rules.rules(
+      {'hidden0': _layer('INT4', 'INT8'), 'head': _layer('INT5', 'INT5')}
+    )
+    config = dict(name='mlp', hidden=(16,))
+    model = models.construct(config, 10, dense=nn.Dense)
+    provider = qwix.PtqProvider([qwix.QuantizationRule(**r) for r in rules])
+    model = qwix.quantize_model(model, provider)
+    variables = model.init(
+      jax.random.key(0), np.ones((2, 8, 8, 1), np.float32), train=False
+    )
+  types = {
+    path: layer['kernel'].array.qtype
+    for path, layer in variables['params'].items()
+  }
+  assert types == {'hidden0': 'int4', 'head': 'int5'}

@@ -1,0 +1,213 @@
+"""What open sizes cost: by hand, in expectation, and once they are found."""
+
+import functools
+import itertools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fliqs_jax.layers import channel_masks
+from fliqs_jax.layers import quant_layers
+from fliqs_jax.space import cost_model
+from fliqs_jax.space import discovery
+from fliqs_jax.space import quant_spec
+from fliqs_jax.space import sizes
+
+between = sizes.between
+IMAGE = jax.ShapeDtypeStruct((1, 5, 5, 3), jnp.float32)
+SPEC = quant_spec.QuantSpec(
+  ('INT4', 'BF16'),
+  menus=(('depthwise', 'INT8'), ('head', 'INT4')),
+  groups=(('outer', 'stem'), ('outer', 'project')),
+)
+
+
+class Net(nn.Module):
+  """Each kind of layer once, of few enough decisions to enumerate.
+
+  An inverted bottleneck whose hidden channels are six times the first, with
+  squeeze-and-excitation, and dense layers. The `first` channels scale both
+  sides of `expand`, the `last` both of `square`.
+  """
+
+  sizes: sizes.Sizes
+
+  @nn.compact
+  def __call__(self, x):
+    conv = functools.partial(quant_layers.QuantConv, spec=SPEC, use_bias=False)
+    dense = functools.partial(quant_layers.QuantDense, spec=SPEC)
+    norm = functools.partial(channel_masks.BatchNorm, use_running_average=True)
+    image, classes = sizes.constant(3), sizes.constant(3)
+    first = self.sizes.channels('first', 4)
+    hidden = first.scaled(lambda count: 6 * count)
+    squeezed = first.scaled(lambda count: count // 2)
+    last = self.sizes.channels('last', 4, lambda count: 2 * int(count) - 2)
+    kernel = self.sizes.kernel('middle', 3)
+
+    def layer(make, inputs, outputs, name, kernel=None, **fields):
+      make = between(make, inputs, outputs, kernel)
+      return make(name=name, **fields)
+
+    x = layer(conv, image, first, 'stem', kernel_size=(3, 3), strides=2)(x)
+    x = norm(channels=first, name='stem_norm')(x)
+    x = layer(conv, first, hidden, 'expand', kernel_size=(1, 1))(x)
+    x = norm(channels=hidden, name='expand_norm')(x)
+    x = layer(
+      functools.partial(conv, use_bias=True),
+      hidden,
+      hidden,
+      'depthwise',
+      kernel,
+      feature_group_count=hidden.size,
+    )(x)
+    gate = layer(channel_masks.Dense, hidden, squeezed, 'squeeze')(x)
+    x = x * layer(channel_masks.Dense, squeezed, hidden, 'excite')(gate)
+    x = layer(conv, hidden, last, 'project', kernel_size=(1, 1))(x)
+    x = norm(channels=last, use_scale=False, name='project_norm')(x)
+    x = x.mean(axis=(1, 2))
+    x = layer(dense, last, last, 'square')(x)
+    x = channel_masks.Mask(last, name='square_mask')(x)
+    return layer(dense, last, classes, 'head')(x)
+
+
+def find(open_sizes):
+  return discovery.find(Net(open_sizes), IMAGE, spec=SPEC)
+
+
+def opened(kernel_weights):
+  return find(sizes.Sizes((0.5, 1.0), (3, 5), kernel_weights))
+
+
+def architectures(space):
+  """Yields {decision: index} of every architecture."""
+  names = [d.name for d in space.decisions]
+  menus = [range(len(d.menu)) for d in space.decisions]
+  for indices in itertools.product(*menus):
+    yield dict(zip(names, indices))
+
+
+def one_hots(space, indices):
+  return {
+    d.name: np.eye(len(d.menu), dtype=np.float32)[indices[d.name]]
+    for d in space.decisions
+  }
+
+
+def by_hand(kind, first, last, kernel, outer, expand, square):
+  """Returns the cost of an architecture, counted on paper.
+
+  Args:
+    kind: of the cost.
+    first: channels of the stem.
+    last: channels of the projection and of the dense layer.
+    kernel: of the depthwise layer.
+    outer: bits of stem and projection.
+    expand: bits of the expansion.
+    square: bits of the dense layer.
+  """
+  hidden, squeezed, pixels = 6 * first, first // 2, 3 * 3
+  # Weights, how often each is used, bits, channels.
+  counts = [
+    (3 * 3 * 3 * first, pixels, outer, first),
+    (first * hidden, pixels, expand, hidden),
+    (kernel**2 * hidden, pixels, 8, hidden),
+    (hidden * last, pixels, outer, last),
+    (last * last, 1, square, last),
+    (last * 3, 1, 4, 3),
+  ]
+  if kind == 'bops':
+    return sum(w * uses * bits**2 for w, uses, bits, _ in counts) / 1e9
+  # A float32 scale for each channel and for the activations; not of BF16.
+  bits = sum(
+    w * bits + (32 * (channels + 1) if bits < 16 else 0)
+    for w, _, bits, channels in counts
+  )
+  params = 2 * first + 2 * hidden + last  # Batch norm: the last has no scale.
+  params += hidden + last + 3  # Biases.
+  params += hidden * squeezed + squeezed + squeezed * hidden + hidden
+  return (bits + 32 * params) / 1e6
+
+
+@pytest.mark.parametrize('kernel_weights', [sizes.BRANCHES, sizes.MASKED])
+def test_every_architecture_costs_what_it_does_by_hand(kernel_weights):
+  space = opened(kernel_weights)
+  menus = {d.name: d.menu for d in space.decisions}
+  assert list(menus) == [
+    'outer',
+    'expand',
+    'depthwise',
+    'square',
+    'head',
+    'first/channels',
+    'middle/kernel',
+    'last/channels',
+  ]
+  for kind in ('bops', 'size'):
+    cost = space.cost(kind)
+    costs = []
+    for indices in architectures(space):
+      picked = {name: menus[name][i] for name, i in indices.items()}
+      expected = by_hand(
+        kind,
+        picked['first/channels'],
+        picked['last/channels'],
+        picked['middle/kernel'],
+        picked['outer'].bits,
+        picked['expand'].bits,
+        picked['square'].bits,
+      )
+      costs.append(float(cost(space.leaves(one_hots(space, indices)))))
+      # Shares of what is allocated are float32.
+      assert costs[-1] == pytest.approx(expected, rel=1e-6)
+    assert len(costs) == 2**6
+    assert cost_model.bounds(cost) == pytest.approx((min(costs), max(costs)))
+
+
+@pytest.mark.parametrize('kind', ['bops', 'size'])
+@pytest.mark.parametrize('seed', range(3))
+def test_the_expected_cost_is_the_sum_over_all_architectures(kind, seed):
+  space = opened(sizes.BRANCHES)
+  cost = space.cost(kind)
+  rng = np.random.default_rng(seed)
+  policy = {
+    d.name: rng.dirichlet(np.ones(len(d.menu))).astype(np.float32)
+    for d in space.decisions
+  }
+  expected = total = 0.0
+  for indices in architectures(space):
+    probability = math.prod(float(policy[n][i]) for n, i in indices.items())
+    leaves = space.leaves(one_hots(space, indices))
+    expected += probability * float(cost(leaves))
+    total += probability
+  assert total == pytest.approx(1, rel=1e-6)
+  # Two decisions in place of the one on both sides of a layer would cost less:
+  # E[c]^2 < E[c^2].
+  assert float(cost(space.leaves(policy))) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_found_network_costs_what_its_architecture_does():
+  space = opened(sizes.BRANCHES)
+  for indices in architectures(space):
+    if any(indices[name] for name in ('outer', 'expand', 'square')):
+      continue
+    choices = one_hots(space, indices)
+    found = find(sizes.Sizes(found=space.sizes(choices)))
+    assert found.params < space.params
+    # Formats are open still: the first of each menu, and the last.
+    for pick in (0, -1):
+      for decision in space.decisions:
+        if decision.kind == 'format':
+          size = len(decision.menu)
+          choices[decision.name] = np.eye(size, dtype=np.float32)[pick]
+      small = {
+        d.name: choices[d.name] if d.kind == 'format' else np.ones(1)
+        for d in found.decisions
+      }
+      for kind in ('bops', 'size'):
+        expected = float(found.cost(kind)(found.leaves(small)))
+        actual = float(space.cost(kind)(space.leaves(choices)))
+        assert actual == pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,97 @@
+"""The house stands: imports go down, heavy libraries stay in their room."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+_PACKAGE = pathlib.Path(__file__).parents[1] / 'fliqs_jax'
+
+# From the ground up: a folder imports from itself and from earlier rows only.
+FLOORS = (
+  ('numerics', 'runtime'),
+  ('data', 'space'),
+  ('layers',),
+  ('models', 'intercept', 'tasks'),
+  ('search',),
+  ('serving', 'report'),
+  ('run',),
+  ('sweep',),
+)
+
+# The files in which a heavy library may be imported: one each, but TFDS, of
+# which `digits` is a builder and `tfds_records` a reader.
+ROOMS = {
+  'orbax': ('runtime/checkpoint.py',),
+  'clu': ('run/metrics.py',),
+  'tensorboardX': ('run/metrics.py',),
+  'tensorflow_datasets': ('data/digits.py', 'data/tfds_records.py'),
+  'sklearn': ('data/digits.py',),
+  'grain': ('data/pipeline.py',),
+  'tensorflow': ('data/convert.py',),
+  'safetensors': ('serving/export_files.py',),
+  'qwix': (),
+  'yaml': ('sweep/sweep_file.py',),
+  'aqt': (),
+  'chex': (),
+}
+
+
+def _files():
+  return sorted(_PACKAGE.rglob('*.py'))
+
+
+def _imports(path):
+  """Yields every module that a file imports, also inside functions."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      for alias in node.names:
+        yield alias.name
+    elif isinstance(node, ast.ImportFrom):
+      for alias in node.names:
+        yield f'{node.module}.{alias.name}'
+
+
+def _floor(folder):
+  """Returns a folder's floor; commands, files of the top, are above all."""
+  owns = [i for i, folders in enumerate(FLOORS) if folder in folders]
+  return owns[0] if owns else len(FLOORS)
+
+
+def test_imports_only_go_down():
+  for path in _files():
+    own, *inside = path.relative_to(_PACKAGE).with_suffix('').parts
+    for name in _imports(path):
+      parts = name.split('.')
+      if own == '__init__' or parts[0] != 'fliqs_jax' or parts[1] == own:
+        continue
+      assert _floor(parts[1]) < _floor(own), f'{path} imports {name}'
+
+
+def test_each_heavy_library_is_imported_in_one_file():
+  for path in _files():
+    where = str(path.relative_to(_PACKAGE))
+    for name in _imports(path):
+      rooms = ROOMS.get(name.split('.')[0], (where,))
+      assert where in rooms, f'{where} imports {name}'
+
+
+def test_no_file_reads_a_config_with_a_default():
+  for path in _files():
+    assert 'config.get(' not in path.read_text(), path.name
+
+
+@pytest.mark.parametrize('module', ['fliqs_jax', 'fliqs_jax.cost'])
+def test_importing_stays_light(module):
+  code = (
+    f'import sys, {module}\n'
+    'heavy = ("tensorflow", "tensorflow_datasets", "clu", "orbax", "grain", '
+    '"matplotlib", "tensorboardX", "sklearn")\n'
+    'print([name for name in heavy if name in sys.modules])'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  assert done.stdout.strip() == '[]'
