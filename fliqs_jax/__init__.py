@@ -26,6 +26,8 @@ from fliqs_jax.space.discovery import find as find_decisions
 from fliqs_jax.space.quant_spec import QuantSpec
 from fliqs_jax.space.search_space import SearchSpace
 
+__version__ = '0.2.0'
+
 __all__ = [
   'NumericFormat',
   'QuantConv',

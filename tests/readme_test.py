@@ -32,3 +32,14 @@ def test_ci_finds_the_test_command_in_the_readme():
   lines = [line for line in _README.splitlines() if '-m pytest' in line]
   assert len(lines) == 1
   assert lines[0].startswith('python3 -m venv .venv && ')
+
+
+def test_the_version_is_the_same_everywhere():
+  import fliqs_jax
+
+  version = fliqs_jax.__version__
+  assert f'\nversion: {version}\n' in (_ROOT / 'CITATION.cff').read_text()
+  released = re.findall(
+    r'^## \[(\d.*?)\]', (_ROOT / 'CHANGELOG.md').read_text(), re.M
+  )
+  assert released[0] == version
