@@ -61,7 +61,7 @@ class Row:
     """Returns what is known to keep such a layer from gaining."""
     if self.macs_per_number < _FEW:
       return 'few MACs for each number that is rounded, copied or scaled'
-    if not int8_ops.likes_unsigned():
+    if not int8_ops.prefers_unsigned():
       return 'the CPU has no product of uint8 by int8 (VNNI)'
     return 'unknown: profile it'
 

@@ -4,19 +4,20 @@ XLA's CPU kernels for depthwise and 1x1 convolutions, for maps smaller than the
 kernel and for the weight gradients of all of these are up to a hundred times
 slower than the same sums written as matrix products or shifted multiply-adds
 (benchmarks/step_time.py, `stock` against `train`). Same mathematics, another
-order of summation; sums of grid values are exact in float32, so there not even
-that shows. TPU and GPU get XLA's own ops.
+order of summation; sums of grid values are exact in float32, so their results
+do not change at all. TPU and GPU get XLA's own ops.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 import math
+import operator
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-# Linen's: channels last.
+# The axes of images, kernels and results in linen's layers: channels last.
 IMAGES = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 
@@ -37,13 +38,13 @@ def conv_general_dilated(
   Args:
     lhs: [N, H, W, C] for two spatial dimensions.
     rhs: [h, w, C / groups, features].
-    window_strides: per spatial dimension.
+    window_strides: one stride per spatial dimension.
     padding: `SAME`, `VALID` or (low, high) per spatial dimension.
-    lhs_dilation: per spatial dimension.
-    rhs_dilation: per spatial dimension.
-    dimension_numbers: channels last, as linen has it.
-    feature_group_count: groups.
-    precision: of the products.
+    lhs_dilation: one dilation of the input per spatial dimension.
+    rhs_dilation: one dilation of the kernel per spatial dimension.
+    dimension_numbers: the order of axes; the fast forms need `IMAGES`.
+    feature_group_count: the number of groups of channels.
+    precision: the precision of the products, as in `lax`.
 
   Returns:
     [N, H', W', features] float32.
@@ -51,15 +52,15 @@ def conv_general_dilated(
   plain = set(lhs_dilation) | set(rhs_dilation) == {1}
   if _on_cpu() and plain and dimension_numbers == IMAGES:
     size, kernel, channels = lhs.shape[1:3], rhs.shape[:2], lhs.shape[3]
-    if isinstance(padding, str):
-      padding = lax.padtype_to_pads(size, kernel, window_strides, padding)
+    pads = padding_pairs(size, kernel, window_strides, padding)
     if feature_group_count == channels == rhs.shape[3] > 1:
-      how = (kernel, tuple(window_strides), tuple(map(tuple, padding)))
-      return _depthwise(lhs.astype(jnp.float32), _taps(rhs), *how)
+      strides = tuple(window_strides)
+      images = lhs.astype(jnp.float32)
+      return _depthwise(images, _taps(rhs), kernel, strides, pads)
     if feature_group_count == 1 and _as_matmul(
-      size, kernel, window_strides, padding
+      size, kernel, window_strides, pads
     ):
-      padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
+      padded = jnp.pad(lhs, ((0, 0), *pads, (0, 0)))
       patches = jnp.concatenate(
         windows(padded, kernel, window_strides), axis=-1
       )
@@ -88,8 +89,8 @@ def dot_general(
   Args:
     lhs: [...] activations.
     rhs: [...] weights.
-    dimension_numbers: as of `lax.dot_general`.
-    precision: of the products.
+    dimension_numbers: the contracted and the batch axes, as in `lax`.
+    precision: the precision of the products, as in `lax`.
 
   Returns:
     [...] float32.
@@ -108,20 +109,29 @@ def dot_general(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_float32_sums(op, lhs, rhs):
-  """Returns the float32 result of an op, linear in both of its operands.
+def _with_float32_sums(
+  op: Callable[..., jax.Array], lhs: jax.Array, rhs: jax.Array
+) -> jax.Array:
+  """Returns the float32 result of an op that is linear in both operands.
 
-  JAX would multiply a float32 gradient with operands that it widens; the
-  gradient is rounded to their type instead, as that of an op of this type is.
+  JAX would widen the operands and multiply them by a float32 gradient. Here
+  the gradient is rounded to the operands' type instead, as it is for an op
+  whose result has that type.
   """
   return op(lhs, rhs, preferred_element_type=jnp.float32)
 
 
-def _with_float32_sums_fwd(op, lhs, rhs):
+def _with_float32_sums_fwd(
+  op: Callable[..., jax.Array], lhs: jax.Array, rhs: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   return _with_float32_sums(op, lhs, rhs), (lhs, rhs)
 
 
-def _with_float32_sums_bwd(op, operands, g):
+def _with_float32_sums_bwd(
+  op: Callable[..., jax.Array],
+  operands: tuple[jax.Array, jax.Array],
+  g: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
   y, transpose = jax.vjp(op, *operands)
   return transpose(g.astype(y.dtype))
 
@@ -135,13 +145,13 @@ def computed_once(y: jax.Array, scale: jax.Array) -> jax.Array:
   XLA on CPU would fuse the scaling of a layer's result into every sum that
   batch norm takes of it, and the elementwise work behind the layer into every
   tap of its gradient (a third of a step of MobileNetV2; an optimization barrier
-  changes nothing). It does not fuse a division more than once, because it holds
-  it for expensive; so there is one, by 1.
+  changes nothing). XLA considers a division expensive and does not fuse it into
+  several users; so `y` is divided by 1.
 
   Args:
     y: [...] the scaled result of a layer's op.
-    scale: of its weights. Positive, which XLA does not know, so that the 1 is
-      no constant to it.
+    scale: [...] the scale of the layer's weights. It is positive, but XLA does
+      not know that, so it cannot see that the divisor is always 1.
   """
   if not _on_cpu():
     return y
@@ -149,26 +159,60 @@ def computed_once(y: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _computed_once(y, one):
+def _computed_once(y: jax.Array, one: jax.Array) -> jax.Array:
   return y / one
 
 
-_computed_once.defvjp(
-  lambda y, one: (y / one, one), lambda one, g: (g / one, None)
-)
+def _computed_once_fwd(
+  y: jax.Array, one: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  return y / one, one
+
+
+def _computed_once_bwd(one: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+  return g / one, None
+
+
+_computed_once.defvjp(_computed_once_fwd, _computed_once_bwd)
 
 
 def _on_cpu() -> bool:
   return jax.default_backend() == 'cpu'
 
 
-def _as_matmul(size, kernel, strides, padding) -> bool:
-  """Returns whether windows are so few that they may be written out.
+def padding_pairs(
+  size: Sequence[int],
+  kernel: Sequence[int],
+  strides: Sequence[int],
+  padding: str | Sequence[tuple[int, int]],
+) -> tuple[tuple[int, int], ...]:
+  """Returns the padding as (low, high) per spatial dimension.
 
-  Those of a 1x1 kernel are the map itself. Else the map is smaller than the
-  kernel, or the result is and the windows overlap: XLA spreads a strided
-  convolution's gradient out with zeros and then takes the slow path all the
-  same.
+  Args:
+    size: height and width of the input, in pixels.
+    kernel: height and width of the kernel, in pixels.
+    strides: one stride per spatial dimension.
+    padding: `SAME`, `VALID` or the pairs themselves.
+  """
+  if isinstance(padding, str):
+    pairs = lax.padtype_to_pads(size, kernel, strides, padding)
+  else:
+    pairs = padding
+  return tuple((low, high) for low, high in pairs)
+
+
+def _as_matmul(
+  size: Sequence[int],
+  kernel: Sequence[int],
+  strides: Sequence[int],
+  padding: Sequence[tuple[int, int]],
+) -> bool:
+  """Returns whether a convolution is faster as a product with all windows.
+
+  It is for a 1x1 kernel, whose windows are the map itself; for a map smaller
+  than the kernel; and for a result smaller than the kernel if the windows
+  overlap: XLA spreads the gradient of a strided convolution out with zeros and
+  then takes its slow path, too.
   """
   if max(kernel) == 1:
     return True
@@ -180,11 +224,13 @@ def _as_matmul(size, kernel, strides, padding) -> bool:
   return min(size) < max(kernel) or (overlap and min(results) < max(kernel))
 
 
-def _matmul(lhs, rhs, summed: int, precision) -> jax.Array:
-  """Sums over the last axes of `lhs` and the first `summed` ones of `rhs`.
+def _matmul(
+  lhs: jax.Array, rhs: jax.Array, summed: int, precision: lax.PrecisionLike
+) -> jax.Array:
+  """Sums over the last `summed` axes of `lhs` and the first ones of `rhs`.
 
-  As a product of matrices: with more axes than two XLA would transpose the
-  incoming gradient for that of the weights, element by element.
+  Both are flattened to matrices: with more than two axes XLA would transpose
+  the incoming gradient element by element to get the gradient of the weights.
   """
   rows, columns = lhs.shape[: lhs.ndim - summed], rhs.shape[summed:]
   terms = math.prod(rhs.shape[:summed])
@@ -197,8 +243,19 @@ def _matmul(lhs, rhs, summed: int, precision) -> jax.Array:
   return y.reshape((*rows, *columns))
 
 
-def windows(padded, kernel, strides) -> list[jax.Array]:
-  """Returns what each tap of the kernel sees, [N, H', W', C] each."""
+def windows(
+  padded: jax.Array, kernel: Sequence[int], strides: Sequence[int]
+) -> list[jax.Array]:
+  """Returns what each tap of the kernel multiplies, [N, H', W', C] each.
+
+  Args:
+    padded: [N, H, W, C] the input with its padding.
+    kernel: height and width of the kernel, in pixels.
+    strides: one stride per spatial dimension.
+
+  Returns:
+    height x width arrays, row by row.
+  """
   last = [
     (size - k) // s * s
     for size, k, s in zip(padded.shape[1:3], kernel, strides, strict=True)
@@ -213,40 +270,60 @@ def windows(padded, kernel, strides) -> list[jax.Array]:
 def _taps(rhs: jax.Array) -> jax.Array:
   """Returns a depthwise kernel as float32 [taps, C]."""
   taps = rhs.astype(jnp.float32).reshape((-1, rhs.shape[3]))
-  # The product with 1 is there because XLA does not fuse across it: else the
-  # kernel would be quantized anew for every element of the output.
+  # XLA does not fuse across the product with the identity. Without it the
+  # kernel would be quantized again for every element of the output.
   return jnp.eye(taps.shape[0]) @ taps
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _depthwise(x, taps, kernel, strides, padding):
+def _depthwise(
+  x: jax.Array,
+  taps: jax.Array,
+  kernel: tuple[int, ...],
+  strides: tuple[int, ...],
+  padding: tuple[tuple[int, int], ...],
+) -> jax.Array:
   padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   return _weighted(windows(padded, kernel, strides), taps)
 
 
-def _weighted(windows, taps):
-  return sum(w * tap[None, None, None] for w, tap in zip(windows, taps))
+def _weighted(windows: Sequence[jax.Array], taps: jax.Array) -> jax.Array:
+  """Returns the sum of windows [N, H', W', C], each times its tap [C]."""
+  terms = (w * tap[None, None, None] for w, tap in zip(windows, taps))
+  return functools.reduce(operator.add, terms)
 
 
-def _depthwise_fwd(x, taps, kernel, strides, padding):
+def _depthwise_fwd(
+  x: jax.Array,
+  taps: jax.Array,
+  kernel: tuple[int, ...],
+  strides: tuple[int, ...],
+  padding: tuple[tuple[int, int], ...],
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   return _depthwise(x, taps, kernel, strides, padding), (x, taps)
 
 
-def _depthwise_bwd(kernel, strides, padding, residuals, g):
+def _depthwise_bwd(
+  kernel: tuple[int, ...],
+  strides: tuple[int, ...],
+  padding: tuple[tuple[int, int], ...],
+  residuals: tuple[jax.Array, jax.Array],
+  g: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
   x, taps = residuals
   padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  # All taps in one pass over an image. As sums of their own each would have its
-  # windows written out first, because XLA leaves a sum of a single array to a
-  # library that cannot read a slice.
+  # One reduction sums all taps in one pass over an image. XLA gives a sum of a
+  # single array to a library that cannot read slices, so that separate sums
+  # would first write out the windows of each tap.
   products = [window * g for window in windows(padded, kernel, strides)]
   per_image = lax.reduce(
     products,
     [jnp.zeros((), g.dtype)] * len(products),
-    lambda sums, terms: [a + b for a, b in zip(sums, terms, strict=True)],
+    _add_each,
     (1, 2),
   )
-  # The input's gradient is again a depthwise convolution: of the gradient,
-  # spread out by the strides, with the kernel turned round.
+  # The input's gradient is a depthwise convolution, too: the result's gradient,
+  # spread out by the strides, with the kernel rotated by half a turn.
   config = [(0, 0, 0)]
   for axis in (0, 1):
     low = kernel[axis] - 1 - padding[axis][0]
@@ -256,6 +333,12 @@ def _depthwise_bwd(kernel, strides, padding, residuals, g):
   spread_out = lax.pad(g, jnp.zeros((), g.dtype), (*config, (0, 0, 0)))
   turned = _weighted(windows(spread_out, kernel, (1, 1)), taps[::-1])
   return turned, jnp.stack(per_image).sum(axis=1)
+
+
+def _add_each(
+  sums: Sequence[jax.Array], terms: Sequence[jax.Array]
+) -> list[jax.Array]:
+  return [a + b for a, b in zip(sums, terms, strict=True)]
 
 
 _depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)

@@ -1,4 +1,4 @@
-"""What a numeric format is, how it is spelt, and the named spaces (Table 5)."""
+"""Numeric formats: their numbers, their names, the named spaces (Table 5)."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -16,12 +16,12 @@ class NumericFormat:
   Attributes:
     name: canonical spelling, `INT4`, `E4M3` or `BF16`.
     bits: bits of one stored value, sign included; what BOPs count (Eq. 1).
-    mantissa_bits: explicit mantissa bits.
+    mantissa_bits: number of explicit mantissa bits.
     min_exponent: exponent of the smallest normal number; below
       `2**min_exponent` the step is `2**(min_exponent - mantissa_bits)`.
     max_value: largest representable magnitude on the unscaled grid.
-    scaled: whether a value is multiplied on to the grid by a scale; only BF16
-      is not, its own exponent does that work.
+    scaled: whether a scale maps values to the grid. Only BF16 has none; its
+      exponent covers the range by itself.
   """
 
   name: str
@@ -79,7 +79,8 @@ def parse(name: str | NumericFormat) -> NumericFormat:
   """
   if isinstance(name, NumericFormat):
     return name
-  text = str(name).strip().upper()
+  # A config may hold a number where a name is due; it gets the error below.
+  text = f'{name}'.strip().upper()
   if text == 'BF16':
     return BF16
   if match := re.fullmatch(r'INT([2-8])', text):
@@ -102,27 +103,29 @@ SPACES: dict[str, tuple[str, ...]] = {
 }
 
 
-def menu(formats: str | Sequence[str]) -> tuple[NumericFormat, ...]:
+def menu(
+  formats: str | NumericFormat | Sequence[str],
+) -> tuple[NumericFormat, ...]:
   """Returns the formats a decision may choose from, in the given order.
 
   Args:
-    formats: a named space (`int_s`, `int_l`, `fp_s`, `fp_l`), one format's
-      name, or a list of names.
+    formats: a named space (`int_s`, `int_l`, `fp_s`, `fp_l`), one format or
+      its name, or a list of names.
 
   Raises:
     ValueError: for an unknown name, an empty list or a format named twice.
   """
-  if isinstance(formats, (str, NumericFormat)):
-    if formats in SPACES:
-      formats = SPACES[formats]
-    else:
-      try:
-        formats = (parse(formats),)
-      except ValueError as error:
-        raise ValueError(
-          f'{error}; or a named space: {", ".join(SPACES)}'
-        ) from None
-  choices = tuple(parse(name) for name in formats)
+  if isinstance(formats, str) and formats in SPACES:
+    choices = tuple(parse(name) for name in SPACES[formats])
+  elif isinstance(formats, (str, NumericFormat)):
+    try:
+      choices = (parse(formats),)
+    except ValueError as error:
+      raise ValueError(
+        f'{error}; or a named space: {", ".join(SPACES)}'
+      ) from None
+  else:
+    choices = tuple(parse(name) for name in formats)
   if not choices:
     raise ValueError(
       'a menu of formats is empty; name at least one format, or exclude the '

@@ -1,19 +1,21 @@
 """Products of int8 tensors with int32 accumulators, in the form that is fast.
 
-Same integers whatever the form: sums wrap around at 2**31, so nothing depends
-on their order. As measured with jaxlib 0.10.2, XLA's CPU kernels of
-int8 x int8 gain 1.5 over float32 where only the VNNI instructions are there,
-those of uint8 x int8 3 to 4, because that is what VNNI multiplies; its
-convolutions take int8 only, and up to 16 channels fall back to a kernel that is
-5 times slower than float32. So a convolution is a matrix product, and the
-activations are shifted by 128 to be unsigned where the processor likes that.
-TPU gets XLA's own convolution.
+Every form gives the same integers: sums wrap around at 2**31, so their order
+does not matter. Measured with jaxlib 0.10.2 on a CPU with VNNI but without AMX,
+XLA's product of int8 and int8 is 1.5 times as fast as that of float32, and the
+product of uint8 and int8 3 to 4 times, because VNNI multiplies these types.
+XLA's convolutions take int8 only, and with up to 16 channels they use a kernel
+that is 5 times slower than float32. So a convolution is written as a matrix
+product, and on a CPU with VNNI the activations are shifted by 128 to become
+unsigned. TPU gets XLA's own convolution.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import functools
 import math
+import operator
 import pathlib
+from typing import Any
 
 import jax
 from jax import lax
@@ -26,11 +28,12 @@ import jax.numpy as jnp
 
 from fliqs_jax.numerics import float_ops
 
-_SHIFT = 128  # From int8 to uint8.
+_SHIFT = 128  # Added to an int8 to make it a uint8.
+_Pads = tuple[tuple[int, int], ...]  # (low, high) per spatial dimension.
 
 
 @functools.cache
-def likes_unsigned() -> bool:
+def prefers_unsigned() -> bool:
   """Returns whether this process's CPU multiplies uint8 by int8 (VNNI)."""
   try:
     information = pathlib.Path('/proc/cpuinfo').read_text()
@@ -43,14 +46,15 @@ def offset(w: jax.Array, contracted: Sequence[int]) -> jax.Array:
   """Returns what the shift of the activations adds to each sum.
 
   Args:
-    w: int8 weights.
-    contracted: axes that the op sums over.
+    w: [...] int8 weights.
+    contracted: the axes of `w` that the op sums over.
 
   Returns:
-    int32, of w's rank, of size 1 along `contracted`.
+    int32 array of the rank of `w`, with size 1 along `contracted`.
   """
-  w = w.astype(jnp.int32)
-  return _SHIFT * jnp.sum(w, axis=tuple(contracted), keepdims=True)
+  return _SHIFT * jnp.sum(
+    w.astype(jnp.int32), axis=tuple(contracted), keepdims=True
+  )
 
 
 def dot_general(
@@ -62,10 +66,14 @@ def dot_general(
   """`lax.dot_general` of int8 with an int32 result.
 
   Args:
-    lhs: int8 activations.
-    rhs: int8 weights.
-    dimension_numbers: as of `lax.dot_general`.
-    shift: `offset` of the weights, for the unsigned form; None for the signed.
+    lhs: [...] int8 activations.
+    rhs: [...] int8 weights.
+    dimension_numbers: the contracted and the batch axes, as in `lax`.
+    shift: the `offset` of the weights for the unsigned form; None for the
+      signed form.
+
+  Returns:
+    [...] int32, with the axes of `lax.dot_general`.
   """
   (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
   if shift is None or lhs_batch:
@@ -95,18 +103,19 @@ def conv_general_dilated(
   feature_group_count: int,
   shift: jax.Array | None = None,
 ) -> jax.Array:
-  """`linear.conv_general_dilated` of int8 with an int32 result.
+  """`float_ops.conv_general_dilated` of int8 with an int32 result.
 
   Args:
     lhs: int8 [N, H, W, C] for two spatial dimensions.
     rhs: int8 [h, w, C / groups, features].
-    window_strides: per spatial dimension.
+    window_strides: one stride per spatial dimension.
     padding: `SAME`, `VALID` or (low, high) per spatial dimension.
-    lhs_dilation: per spatial dimension.
-    rhs_dilation: per spatial dimension.
-    dimension_numbers: channels last, as linen has it.
-    feature_group_count: groups.
-    shift: `offset` of the weights, for the unsigned form; None for the signed.
+    lhs_dilation: one dilation of the input per spatial dimension.
+    rhs_dilation: one dilation of the kernel per spatial dimension.
+    dimension_numbers: the order of axes; only `float_ops.IMAGES` is fast.
+    feature_group_count: the number of groups of channels.
+    shift: the `offset` of the weights for the unsigned form; None for the
+      signed form.
 
   Returns:
     int32 [N, H', W', features].
@@ -128,29 +137,40 @@ def conv_general_dilated(
     return xla(lhs, rhs)
   if feature_group_count > 1 and not depthwise:
     return xla(lhs, rhs)
-  if isinstance(padding, str):
-    padding = lax.padtype_to_pads(size, kernel, window_strides, padding)
-  how = dict(strides=tuple(window_strides), padding=tuple(padding))
+  strides = tuple(window_strides)
+  pads = float_ops.padding_pairs(size, kernel, strides, padding)
   if depthwise:
-    ours = functools.partial(_depthwise, **how)
+    ours = functools.partial(_depthwise, strides=strides, padding=pads)
   else:
-    ours = functools.partial(_windows_times_kernel, shift=shift, **how)
-  if shift is not None:  # A CPU for certain.
+    ours = functools.partial(
+      _windows_times_kernel, strides=strides, padding=pads, shift=shift
+    )
+  if shift is not None:  # Only a CPU has the unsigned form.
     return ours(lhs, rhs)
   # CUDA has no integer convolution.
   return lax.platform_dependent(lhs, rhs, tpu=xla, default=ours)
 
 
-def _windows_times_kernel(x, w, *, strides, padding, shift):
+def _windows_times_kernel(
+  x: jax.Array,
+  w: jax.Array,
+  *,
+  strides: tuple[int, ...],
+  padding: _Pads,
+  shift: jax.Array | None,
+) -> jax.Array:
+  """Returns the sums of a convolution, int32 [N, H', W', features]."""
   features = w.shape[3]
-  if shift is not None:
-    x = _unsigned(x)
-  x = _padded(x, padding, 0 if shift is None else _SHIFT, w)
-  # Copying the windows takes longer than multiplying them. Without strides it
-  # is enough to copy those of one row of the kernel: one product with all of
-  # its rows side by side, whose results are added where they meet.
+  if shift is None:
+    padded = _padded(x, padding, 0, w)
+  else:
+    padded = _padded(_unsigned(x), padding, _SHIFT, w)
+  # Copying the windows takes longer than multiplying them. Without strides only
+  # the windows of one kernel row are copied: one product multiplies them by
+  # all rows of the kernel side by side, and the results that belong to the same
+  # output are added.
   rows = w.shape[0] if strides[0] == 1 else 1
-  windows = _windows(x, (w.shape[0] // rows, w.shape[1]), strides)
+  windows = _windows(padded, (w.shape[0] // rows, w.shape[1]), strides)
   columns = w.reshape((rows, -1, features)).transpose((1, 0, 2))
   columns = columns.reshape((-1, rows * features))
   lines = windows.reshape((-1, windows.shape[3]))
@@ -160,58 +180,73 @@ def _windows_times_kernel(x, w, *, strides, padding, shift):
     y = _matmul(lines, columns)
   y = y.reshape((*windows.shape[:3], rows, features))
   last = y.shape[1] - rows + 1
-  y = sum(y[:, row : row + last, :, row] for row in range(rows))
+  y = _sum(y[:, row : row + last, :, row] for row in range(rows))
   return y if shift is None else y - shift
 
 
-def _windows(x, kernel, strides):
-  """Returns what the kernel sees at each place, [N, H', W', h * w * C]."""
+def _windows(
+  x: jax.Array, kernel: tuple[int, int], strides: tuple[int, ...]
+) -> jax.Array:
+  """Returns the kernel's inputs at each place, [N, H', W', h * w * C]."""
   n, height, width, channels = x.shape
   h, w = kernel
-  if kernel == tuple(strides) and height % h == width % w == 0:
-    # Patches, which do not overlap: one transposition.
+  if kernel == strides and height % h == width % w == 0:
+    # Patches do not overlap: one transposition is enough.
     x = x.reshape((n, height // h, h, width // w, w, channels))
     x = x.transpose((0, 1, 3, 2, 4, 5))
     return x.reshape((n, height // h, width // w, h * w * channels))
   return jnp.concatenate(float_ops.windows(x, kernel, strides), axis=-1)
 
 
-def _padded(x, padding, value, w):
-  """Returns x [N, H, W, C], padded.
+def _padded(
+  x: jax.Array, padding: _Pads, value: int, w: jax.Array
+) -> jax.Array:
+  """Returns x [N, H, W, C], padded with `value`.
 
-  If there are several windows, it is in memory: XLA on CPU would fuse the pad,
-  and the rounding of the activations with it, into each of them, and compute
-  all that anew. It does not look into a branch, so there is one; no weight is
-  -128. (A larger array that x is written into is fused too, and a division by
-  one, as in `linear`, is slow in integers.)
+  If there are several windows, the result is written to memory: XLA on CPU
+  would fuse the padding, and the rounding of the activations with it, into
+  each window and compute all that anew. XLA does not fuse across a branch, so
+  there is one whose condition is always true: no weight is -128. (Writing x
+  into a larger array is fused, too, and a division by one, as in `float_ops`,
+  is slow for integers.)
   """
+  low_high = [(0, 0, 0), *((*pair, 0) for pair in padding), (0, 0, 0)]
 
-  def pad(x):
-    zero = jnp.array(value, x.dtype)
-    return lax.pad(x, zero, [(0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)])
+  def pad(image: jax.Array) -> jax.Array:
+    return lax.pad(image, jnp.array(value, image.dtype), low_high)
+
+  def never(image: jax.Array) -> jax.Array:
+    return pad(image) + 1
 
   if w[..., 0, 0].size == 1:
     return pad(x)
-  return lax.cond(w[0, 0, 0, 0] >= -127, pad, lambda x: pad(x) + 1, x)
+  return lax.cond(w[0, 0, 0, 0] >= -127, pad, never, x)
 
 
-def _depthwise(x, w, *, strides, padding):
-  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+def _depthwise(
+  x: jax.Array, w: jax.Array, *, strides: tuple[int, ...], padding: _Pads
+) -> jax.Array:
+  """Returns the sums of a depthwise convolution, int32 [N, H', W', C]."""
+  padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   taps = w.reshape((-1, w.shape[3])).astype(jnp.int32)
-  windows = float_ops.windows(x, w.shape[:2], strides)
-  return sum(
+  windows = float_ops.windows(padded, w.shape[:2], strides)
+  return _sum(
     window.astype(jnp.int32) * tap[None, None, None]
     for window, tap in zip(windows, taps)
   )
 
 
-def _unsigned(x):
-  """Returns x + 128, by turning the sign bit over."""
+def _sum(terms: Iterable[jax.Array]) -> jax.Array:
+  return functools.reduce(operator.add, terms)
+
+
+def _unsigned(x: jax.Array) -> jax.Array:
+  """Returns int8 x + 128 as uint8, by inverting the sign bit."""
   return lax.bitcast_convert_type(x, jnp.uint8) ^ jnp.uint8(_SHIFT)
 
 
-# JAX widens operands of different types to int32 on a CPU before XLA sees them,
-# and an int32 product is 30 times slower; XLA itself takes uint8 x int8.
+# On a CPU, JAX widens operands of different types to int32 before XLA sees
+# them, and an int32 product is 30 times slower. XLA itself takes uint8 x int8.
 _matmul_p = extend_core.Primitive('uint8_int8_matmul')
 
 
@@ -221,11 +256,15 @@ def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 @_matmul_p.def_abstract_eval
-def _(x, w):
+def _result_type(
+  x: jax.core.ShapedArray, w: jax.core.ShapedArray
+) -> jax.core.ShapedArray:
   return jax.core.ShapedArray((x.shape[0], w.shape[1]), jnp.int32)
 
 
-def _lower(context, x, w):
+def _lower(
+  context: mlir.LoweringRuleContext, x: ir.Value[Any], w: ir.Value[Any]
+) -> list[ir.Value[Any]]:
   (result,) = context.avals_out
   int32 = ir.IntegerType.get_signless(32)
   numbers = stablehlo.DotDimensionNumbers.get([], [], [1], [0])
@@ -233,8 +272,10 @@ def _lower(context, x, w):
   return [stablehlo.dot_general(shape, x, w, numbers)]
 
 
-def _batched(operands, axes):
-  """Batches the product, in which XLA has its fast kernel without batches."""
+def _batched(
+  operands: Sequence[jax.Array], axes: Sequence[int | None]
+) -> tuple[jax.Array, int]:
+  """Batches the product as plain ones: XLA's fast kernel takes no batches."""
   x, w = (
     a if axis is None else jnp.moveaxis(a, axis, 0)
     for a, axis in zip(operands, axes)
@@ -243,8 +284,12 @@ def _batched(operands, axes):
     y = _matmul(x.reshape((-1, x.shape[-1])), w)
     return y.reshape((*x.shape[:2], -1)), 0
   if axes[0] is None:
-    return lax.map(lambda w: _matmul(x, w), w), 0
-  return lax.map(lambda pair: _matmul(*pair), (x, w)), 0
+    return lax.map(functools.partial(_matmul, x), w), 0
+  return lax.map(_matmul_pair, (x, w)), 0
+
+
+def _matmul_pair(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+  return _matmul(*pair)
 
 
 batching.primitive_batchers[_matmul_p] = _batched

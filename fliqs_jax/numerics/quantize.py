@@ -1,9 +1,9 @@
-"""Put a tensor on a format's grid, straight-through gradient (Eq. 10, 11).
+"""Quantization to a format's grid, straight-through gradient (Eq. 10, 11).
 
-The format is data, not code: five numbers that one branch-free program reads,
-so a new format at every step neither recompiles nor costs more than one format
-does. Values and scale are kept apart: an operation on the values of two
-quantized tensors, scaled afterwards, is real low-bit arithmetic bit for bit.
+A format is data, not code: one program without branches reads five numbers. So
+a new format at every step needs no compilation and costs no more than a
+constant one. Values and scale are kept apart: an operation on the values of two
+quantized tensors, scaled afterwards, is low-bit arithmetic bit for bit.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,32 @@ import numpy as np
 
 from fliqs_jax.numerics import formats
 
-# A scale must stay a normal float32, or XLA flushes it to zero: these bounds on
-# the threshold keep it so for every max_value from 1 (INT2) to 2**64 (E7M0).
+# XLA flushes a scale below the smallest normal float32, 2**-126, to zero. These
+# bounds of the threshold keep `threshold / max_value` normal and finite for
+# every max_value from 1 (INT2) to 2**64 (E7M0).
 _MIN_THRESHOLD, _MAX_THRESHOLD = 1e-18, 1e30
 
 
 class Grid(NamedTuple):
-  """The grid of one format; every field an array of shape [], traced or not."""
+  """The grid of one format, as numbers of shape [].
 
-  mantissa_bits: jax.Array  # int32
-  min_exponent: jax.Array  # int32
-  max_value: jax.Array  # float32
-  inverse_max: jax.Array  # float32, rounded once: eager, jit and numpy agree
-  scaled: jax.Array  # bool; False only for BF16
+  They are traced where a one-hot leaf selects the format, and constants of
+  NumPy where the format is known when the program is traced.
+
+  Attributes:
+    mantissa_bits: int32, explicit mantissa bits.
+    min_exponent: int32, exponent of the smallest normal number.
+    max_value: float32, largest magnitude on the unscaled grid.
+    inverse_max: float32, 1 / max_value, rounded once, so that eager, compiled
+      and NumPy code agree.
+    scaled: bool, whether a scale maps values to the grid; False only for BF16.
+  """
+
+  mantissa_bits: jax.Array | np.int32
+  min_exponent: jax.Array | np.int32
+  max_value: jax.Array | np.float32
+  inverse_max: jax.Array | np.float32
+  scaled: jax.Array | np.bool_
 
 
 class Quantized(NamedTuple):
@@ -37,10 +50,14 @@ class Quantized(NamedTuple):
 
   Invariants: `values * scale` approximates the tensor; `values` are exact in
   bfloat16; `scale` is a normal float32, 1 where the format is not scaled.
+
+  Attributes:
+    values: [...] of the tensor's shape, float32 or the layer's dtype.
+    scale: float32, of the threshold's shape.
   """
 
-  values: jax.Array  # float32, the tensor's shape
-  scale: jax.Array  # float32, the threshold's shape
+  values: jax.Array
+  scale: jax.Array
 
 
 def _table(menu: Sequence[formats.NumericFormat]) -> np.ndarray:
@@ -80,22 +97,23 @@ def grid_of(numeric_format: formats.NumericFormat) -> Grid:
 
 
 def round_to_grid(x: jax.Array, grid: Grid) -> jax.Array:
-  """Rounds to the nearest grid value, ties to even, saturating.
+  """Rounds to the nearest grid value, ties to even, and saturates.
 
-  Exact for every float32 (bfloat16 is widened first): NaN stays NaN, infinities
-  saturate, -0 stays -0. With no mantissa bits a tie goes to the larger
-  magnitude, as IEEE 754-2019 4.3.1 has it for one-digit precision.
+  The result is exact for every float32 (bfloat16 is widened first): NaN stays
+  NaN, infinities saturate, -0 stays -0. Without mantissa bits a tie goes to the
+  larger magnitude, as IEEE 754-2019 4.3.1 says for a precision of one digit.
 
   Args:
     x: [...] values in units of the grid.
-    grid: the format.
+    grid: the grid of one format.
 
   Returns:
-    [...] float32 on the grid.
+    [...] float32, values of the grid.
   """
   x = jnp.clip(x.astype(jnp.float32), -grid.max_value, grid.max_value)
-  # The step is the power of two that the exponent's bits spell; exp2 and log2
-  # are inexact, and adding and subtracting a constant is simplified away.
+  # The step between grid values is a power of two, made from the bits of the
+  # exponent: exp2 and log2 are inexact, and XLA simplifies the usual trick of
+  # adding and subtracting a large constant.
   exponent = ((lax.bitcast_convert_type(x, jnp.int32) >> 23) & 0xFF) - 127
   exponent = jnp.maximum(exponent, grid.min_exponent) - grid.mantissa_bits
   step = lax.bitcast_convert_type((127 + exponent) << 23, jnp.float32)
@@ -104,20 +122,27 @@ def round_to_grid(x: jax.Array, grid: Grid) -> jax.Array:
 
 
 @jax.custom_vjp
-def _straight_through(x, inverse_scale, threshold, grid):
+def _straight_through(
+  x: jax.Array, inverse_scale: jax.Array, threshold: jax.Array, grid: Grid
+) -> jax.Array:
   del threshold
   return round_to_grid(x * inverse_scale, grid)
 
 
-def _straight_through_fwd(x, inverse_scale, threshold, grid):
-  # Against the threshold itself: the rounding of x / scale would mask the
-  # largest element, which defines an abs-max threshold, in a fifth of channels.
+def _straight_through_fwd(
+  x: jax.Array, inverse_scale: jax.Array, threshold: jax.Array, grid: Grid
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  # The comparison is with the threshold itself. One of x / scale with max_value
+  # would, by rounding, mask the element that defines an abs-max threshold in a
+  # fifth of all channels.
   inside = jnp.abs(x) <= threshold
   y = _straight_through(x, inverse_scale, threshold, grid)
   return y, (inside, inverse_scale)
 
 
-def _straight_through_bwd(residuals, g):
+def _straight_through_bwd(
+  residuals: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, None, None, None]:
   inside, inverse_scale = residuals
   return jnp.where(inside, g * inverse_scale, 0.0), None, None, None
 
@@ -134,17 +159,19 @@ def quantize(x: jax.Array, grid: Grid, threshold: jax.Array) -> Quantized:
 
   Args:
     x: [...] float32 or bfloat16.
-    grid: the format; where it is not scaled, the threshold is ignored.
-    threshold: broadcastable to x; the clipping threshold sigma_t.
+    grid: the grid of one format; if it is not scaled, the threshold is ignored.
+    threshold: the clipping threshold sigma_t, in the units of `x`, of a shape
+      that broadcasts to that of `x`.
 
   Returns:
-    Values on the grid, float32 [...], and the scale, of the threshold's shape.
+    The values on the grid, float32 [...], and the scale, float32 of the
+    threshold's shape.
   """
   threshold = jnp.clip(
     lax.stop_gradient(threshold), _MIN_THRESHOLD, _MAX_THRESHOLD
   )
-  # A product with a constant, not a quotient: XLA would turn the division into
-  # a multiplication in some programs only.
+  # The scale is a product with a constant, not a quotient: XLA turns a division
+  # into a multiplication in some programs and not in others.
   scale = jnp.where(grid.scaled, threshold * grid.inverse_max, 1.0)
   threshold = jnp.where(grid.scaled, threshold, jnp.inf)
   values = _straight_through(
@@ -154,7 +181,7 @@ def quantize(x: jax.Array, grid: Grid, threshold: jax.Array) -> Quantized:
 
 
 def unquantized(x: jax.Array) -> Quantized:
-  """Returns a tensor that is left as it is, in `Quantized` form."""
+  """Returns x [...] unchanged, with a scale of 1."""
   return Quantized(x, jnp.ones((), jnp.float32))
 
 
@@ -164,13 +191,14 @@ def rescale(
   """Scales the result of an op on grid values: `y * lhs_scale * rhs_scale`.
 
   Args:
-    y: [...] float32 accumulator.
-    lhs_scale: [] scale of the activations.
-    rhs_scale: scale of the weights, laid out to broadcast against y.
+    y: [...] float32 sums of the op.
+    lhs_scale: [] the scale of the activations.
+    rhs_scale: the scale of the weights, of a shape that broadcasts to that of
+      `y`.
 
   Returns:
-    [...] float32. The order, activations first, is that of AQT's serving path;
-    a product of the scales would round differently.
+    [...] float32. The scale of the activations comes first, as in AQT's serving
+    path; a product of the two scales would round differently.
   """
   return y * lhs_scale * rhs_scale
 

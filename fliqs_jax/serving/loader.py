@@ -199,7 +199,7 @@ def variables(
 ) -> dict[str, Any]:
   """Returns the served model's collections, in the form fast on this host."""
   unpacked = stored_layers.variables(tensors, layers)
-  if int8_ops.likes_unsigned():
+  if int8_ops.prefers_unsigned():
     unpacked |= with_shifts(unpacked, layers)
   if isinstance(model, served_model.ServedModel):
     unpacked = model.variables(unpacked)

@@ -21,7 +21,7 @@ def test_the_table_is_what_the_program_computes(distribution):
     clipping.best_multiples(distribution, menu),
     rtol=1e-6,
   )
-  table = json.loads(clipping._TABLE_PATH.read_text())
+  table = json.loads(clipping.TABLE_PATH.read_text())
   assert list(table[distribution]) == [fmt.name for fmt in menu]
 
 
