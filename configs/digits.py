@@ -5,7 +5,7 @@ python -m fliqs_jax.main --workdir=runs/digits \
 
 A ResNet-8 of 4, 8 and 16 channels on scikit-learn's 8x8 digits (1797 images,
 in its wheel): small enough that four bits hurt. Takes about half a minute on
-two cores; README.md has the measured results.
+two cores; docs/results.md has the measured results.
 
 Arguments:
   space: a named space (int_s, int_l, fp_s, fp_l) or one format, which trains

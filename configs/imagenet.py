@@ -1,7 +1,7 @@
 """What the ImageNet recipes share; the experiments are the files beside it.
 
 All need `--config.data.data_dir`: where TFDS has prepared imagenet2012 as
-ArrayRecord (README.md, "Data"). Of every recipe, the arguments are:
+ArrayRecord (docs/configs.md, "Data"). Of every recipe, the arguments are:
   space: a named space (int_s, int_l, fp_s, fp_l) or one format, which trains
     that uniform network: `space=E4M3` and E1M6, E2M5, E3M4, E5M2 are the five
     runs of Table 7.

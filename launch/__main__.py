@@ -3,7 +3,7 @@
 python -m launch local|slurm|tpu_vm|gke [ACTION] --config=FILE --workdir=DIR
 python -m launch local|slurm|tpu_vm|gke [ACTION] --sweep=FILE --out=DIR
 
-launch/README.md has a line for each platform; `--dry_run` prints what would be
+docs/launching.md has a line for each platform; `--dry_run` prints what would be
 done, as a shell script, and does nothing.
 """
 

@@ -1,31 +1,66 @@
-"""The README tells the truth: its example runs, its commands are CI's."""
+"""README and docs are true: examples run, links and names exist."""
 
 import pathlib
 import re
 
 import jax
+import pytest
+
+import fliqs_jax
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _README = (_ROOT / 'README.md').read_text()
+_PAGES = sorted(
+  [
+    *_ROOT.glob('*.md'),
+    *_ROOT.glob('docs/*.md'),
+    *_ROOT.glob('launch/*.md'),
+  ]
+)
 
 
-def test_the_example_runs_and_finds_a_format_for_every_layer(capsys):
-  (example,) = re.findall(r'```python\n(.*?)```', _README, re.DOTALL)
-  # The README's reader has JAX's defaults.
+def _run(page, capsys):
+  (example,) = re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)
+  # A reader has JAX's defaults.
   with jax.numpy_rank_promotion('allow'):
-    exec(compile(example, 'README.md', 'exec'), {'__name__': 'readme'})
-  found = capsys.readouterr().out
-  assert "'hidden': (" in found
-  assert "'head': (" in found
+    values = {'__name__': 'page'}
+    exec(compile(example, page.name, 'exec'), values)
+  return values, capsys.readouterr().out
 
 
-def test_every_public_name_has_a_docstring_and_the_example_uses_real_ones():
-  import fliqs_jax
+def test_the_readmes_example_ends_with_a_served_model(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(tmp_path)
+  values, printed = _run(_ROOT / 'README.md', capsys)
+  assert "'hidden': (" in printed
+  assert "'head': (" in printed
+  assert values['outputs'].shape == (256, 1)
+  assert (tmp_path / 'served/net/manifest.json').exists()
 
+
+def test_the_example_of_our_layers_finds_a_decision_for_each(capsys):
+  _, printed = _run(_ROOT / 'docs/own_model.md', capsys)
+  assert printed == "['hidden', 'head']\n"
+
+
+def test_every_public_name_has_a_docstring_and_pages_use_real_ones():
   for name in fliqs_jax.__all__:
     assert getattr(fliqs_jax, name).__doc__, name
-  for name in re.findall(r'fliqs\.(\w+)', _README):
-    assert name in fliqs_jax.__all__, name
+  for page in _PAGES:
+    for name in re.findall(r'\bfliqs\.(\w+)', page.read_text()):
+      assert name in fliqs_jax.__all__, f'{page.name}: {name}'
+
+
+@pytest.mark.parametrize('page', _PAGES, ids=lambda page: page.stem)
+def test_links_to_files_and_headings_lead_somewhere(page):
+  for link in re.findall(r'\]\((?!http)(.*?)\)', page.read_text()):
+    name, _, anchor = link.partition('#')
+    target = page.parent / name
+    assert target.exists(), link
+    headings = re.findall(r'^#+ (.*)', target.read_text(), re.MULTILINE)
+    anchors = ['', *(re.sub(r'[^\w]+', '-', h.lower()) for h in headings)]
+    assert anchor in anchors, link
 
 
 def test_ci_finds_the_test_command_in_the_readme():
@@ -35,11 +70,7 @@ def test_ci_finds_the_test_command_in_the_readme():
 
 
 def test_the_version_is_the_same_everywhere():
-  import fliqs_jax
-
   version = fliqs_jax.__version__
   assert f'\nversion: {version}\n' in (_ROOT / 'CITATION.cff').read_text()
-  released = re.findall(
-    r'^## \[(\d.*?)\]', (_ROOT / 'CHANGELOG.md').read_text(), re.M
-  )
-  assert released[0] == version
+  changes = (_ROOT / 'CHANGELOG.md').read_text()
+  assert re.findall(r'^## \[(\d.*?)\]', changes, re.MULTILINE)[0] == version

@@ -113,7 +113,9 @@ def _table(rows):
   ]
 
 
-def coverage(model: searchable_lib.Searchable, *args, **kwargs) -> Coverage:
+def coverage(
+  model: searchable_lib.Searchable, *args: Any, **kwargs: Any
+) -> Coverage:
   """Finds what of a model is searched, by tracing it; allocates nothing.
 
   Args:

@@ -48,9 +48,9 @@ def create(
   optimizer: optax.GradientTransformation,
   controller: controller_lib.Controller,
   key: jax.Array,
-  *args,
+  *args: Any,
   keep_average: bool = False,
-  **kwargs,
+  **kwargs: Any,
 ) -> TrainState:
   """Returns the state before the first step.
 

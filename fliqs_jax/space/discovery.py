@@ -18,9 +18,9 @@ from fliqs_jax.space import sizes as sizes_lib
 
 def find(
   model: nn.Module,
-  *args,
+  *args: Any,
   spec: quant_spec.QuantSpec | None = None,
-  **kwargs,
+  **kwargs: Any,
 ) -> search_space.SearchSpace:
   """Finds a model's decisions by tracing its `init`; allocates nothing.
 
