@@ -1,7 +1,9 @@
 """The examples: models without a line of ours, searched in a few seconds."""
 
 import ast
+import json
 import pathlib
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -95,3 +97,19 @@ def test_a_language_model_of_real_text_is_searched_and_served(tmp_path):
   # Query, key and value share a decision.
   found = result['assignment']
   assert len({found[f'blocks/attention/{n}/@0'] for n in ('query', 'key')}) == 1
+
+
+def test_the_notebook_ends_with_served_outputs_equal_to_the_searchs(
+  tmp_path, monkeypatch
+):
+  # Its last cell compares them; here its cells run in order without Jupyter.
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+  notebook = json.loads((_EXAMPLES / 'own_model.ipynb').read_text())
+  values = {}
+  for cell in notebook['cells']:
+    if cell['cell_type'] == 'code':
+      exec(compile(''.join(cell['source']), 'own_model', 'exec'), values)
+  assert values['logits'].shape == (397, 10)
+  # Digits are easy: less than 90 % means that something does not learn.
+  assert values['accuracy'] > 0.9
+  assert 0.9 < float(values['relative_cost'](values['choices'])) < 1.1
