@@ -2,7 +2,7 @@ r"""How close the controllers come to the best network, where it is known.
 
 python -m benchmarks.search_quality [--long] [--seeds=64] [--gamma=-0.3]
 
-Runs `fliqs_jax.controller` itself, as `config_lib.search_keys` sets it up, on a
+Runs the controllers of `search.presets`, as `search_keys` sets them up, on a
 surrogate of training whose optimum can be computed:
 
 * A format costs the network the accuracy that it costs the uniform network in
@@ -112,9 +112,9 @@ class Problem:
 
   def cost(self, choices: Mapping[str, Any]) -> jax.Array:
     """Returns C / C_T [] of {decision: [K]}."""
-    cost = cost_model.make('bops', self.space.ops, self.space.params)
+    cost = self.space.cost('bops')
     target = _TARGET * cost_model.uniform(cost, 'INT4')
-    return cost(self.space.leaves(choices)) / target
+    return cost(choices) / target
 
   def stack(self, choices: Mapping[str, Any]) -> np.ndarray:
     """Returns {decision: [..., K]} as one array [..., L, K]."""
@@ -160,11 +160,11 @@ def _resnet18(spec):
     )
     ops += [cost_model.Op(f'{len(ops) + i}', shape) for i in range(count)]
   decisions = tuple(
-    search_space.Decision(op.path, spec.formats, (op.leaf('format'),))
+    search_space.FormatDecision(op.path, (op.leaf('format'),), spec.formats)
     for op in ops
   )
   params = sum(op.shape.weights for op in ops)
-  return search_space.SearchSpace(decisions, tuple(ops), params)
+  return search_space.SearchSpace(decisions, (), tuple(ops), params)
 
 
 def _uniform_losses(network: str, menu: str) -> np.ndarray:
@@ -209,9 +209,7 @@ def make_controller(
   phases = schedules.phases(
     problem.steps, keys['start'], keys['start'], keys['freeze']
   )
-  controller = controller_lib.make(
-    preset, problem.cost, phases, gamma=keys['gamma']
-  )
+  controller = presets.make(preset, problem.cost, phases, gamma=keys['gamma'])
   return controller, phases, keys
 
 
@@ -249,9 +247,8 @@ def random_search(problem: Problem, losses: np.ndarray) -> np.ndarray:
       qualities = judge(
         problem, keys['quality'], losses, archs, noise_key, problem.steps
       )
-      rewards = controller_lib.absolute_reward(
-        qualities, jax.vmap(problem.cost)(archs), keys['gamma']
-      )
+      errors = controller_lib.absolute_error(jax.vmap(problem.cost)(archs))
+      rewards = controller_lib.reward(qualities, errors, keys['gamma'])
       i = jnp.argmax(rewards)
       new = (rewards[i], jax.tree.map(lambda a: a[i], archs))
       better = new[0] > best[0]
@@ -330,7 +327,7 @@ def solve(problem: Problem, seeds: int, gamma: float | None) -> float:
     _print_row(problem, method, cost, loss, best(cost)[1], expected, settled)
 
   errors = {}
-  for preset in controller_lib.PRESETS:
+  for preset in presets.PRESETS:
     pi = search(problem, preset, gamma if preset == 'default' else None, losses)
     errors[preset] = abs((pi * costs).sum((1, 2)) - 1)
     settled = pi.max(axis=2).prod(axis=1).mean()

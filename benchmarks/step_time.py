@@ -50,7 +50,7 @@ from fliqs_jax import models
 from fliqs_jax.layers import channel_masks
 from fliqs_jax.layers import quant_layers
 from fliqs_jax.numerics import formats
-from fliqs_jax.search import controller
+from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
 from fliqs_jax.search import train_state
 from fliqs_jax.search import train_step
@@ -182,13 +182,13 @@ def _ours(
   apply = model.apply
   if space.is_fixed and judged:
     # A decision that changes nothing, so that this step judges as well.
-    idle = search_space.Decision('idle', formats.menu('int_s'), ('idle',))
-    space = dataclasses.replace(space, decisions=(*space.decisions, idle))
+    idle = search_space.FormatDecision('idle', ('idle',), formats.menu('int_s'))
+    space = dataclasses.replace(space, formats=(*space.formats, idle))
     apply = functools.partial(_apply_idle, model)
   cost = space.cost('bops')
   target = cost_model.uniform(cost, 'INT8')
   phases = schedules.phases(1000, 0.0, 0.0, 1.0)
-  search = controller.make('default', space.relative_cost(cost, target), phases)
+  search = presets.make('default', space.relative_cost(cost, target), phases)
   state = jax.jit(
     lambda key: train_state.create(
       model, space, _OPTIMIZER, search, key, image, train=False

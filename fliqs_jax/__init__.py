@@ -14,8 +14,8 @@ from fliqs_jax.layers.quant_layers import QuantDenseGeneral
 from fliqs_jax.layers.quant_layers import QuantEinsum
 from fliqs_jax.layers.quant_layers import with_spec
 from fliqs_jax.numerics.formats import NumericFormat
-from fliqs_jax.search.controller import make as make_controller
 from fliqs_jax.search.policy import argmax
+from fliqs_jax.search.presets import make as make_controller
 from fliqs_jax.search.schedules import phases
 from fliqs_jax.search.train_state import create as create_state
 from fliqs_jax.search.train_step import eval_step

@@ -70,9 +70,8 @@ def totals(space: search_space.SearchSpace) -> dict[str, float]:
 
   Layers are those that are quantized, as the paper counts them.
   """
-  leaves = space.leaves(space.only())
   return dict(
-    gbops=float(space.cost('bops')(leaves)),
+    gbops=float(space.cost('bops')(space.only())),
     gmacs=sum(op.shape.macs for op in space.ops) / 1e9,
     params=space.params,
     layers=len(space.decisions),

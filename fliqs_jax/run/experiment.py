@@ -21,6 +21,7 @@ from fliqs_jax.run import config as config_lib
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import optimizers
+from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
 from fliqs_jax.search import train_state
 from fliqs_jax.search import train_step
@@ -112,7 +113,7 @@ class Experiment:
 
   def cost_of(self, choices: Mapping[str, Any]) -> Any:
     """Returns the cost of {decision: [K]}, in the cost's unit."""
-    return self.cost(self.space.leaves(choices))
+    return self.cost(choices)
 
 
 def build(
@@ -232,16 +233,17 @@ def _sizes(
 
 
 def _check_sizes(config, space: search_space.SearchSpace) -> None:
-  kinds = {d.kind for d in space.decisions}
-  for key, kind in (('widths', 'channels'), ('kernels', 'kernel')):
-    if config.sizes[key] and kind not in kinds:
+  decided = {type(decision.size) for decision in space.open_sizes}
+  for key, size in (
+    ('widths', sizes_lib.Channels),
+    ('kernels', sizes_lib.Kernel),
+  ):
+    if config.sizes[key] and size not in decided:
       raise ValueError(
         f'sizes.{key}={config.sizes[key]}: model {config.model.name} has none '
         'to decide about; set it to ()'
       )
-  open_sizes = any(
-    d.kind != 'format' and len(d.menu) > 1 for d in space.decisions
-  )
+  open_sizes = any(len(decision.labels) > 1 for decision in space.open_sizes)
   if open_sizes and config.cost.kind == 'average_bits':
     raise ValueError(
       "cost.kind='average_bits' says nothing about sizes; use 'bops' or 'size' "
@@ -294,7 +296,7 @@ def _target(
 
 def _controller(config, space, cost, target, phases):
   keys = config.search
-  controller = controller_lib.make(
+  controller = presets.make(
     keys.preset,
     space.relative_cost(cost, target),
     phases,

@@ -62,14 +62,13 @@ def measured(
     choices: {decision: [K] one-hot}.
     sums: of the task's `measure` over the test split.
   """
-  leaves = experiment.space.leaves(choices)
 
-  def cost(kind):
-    return float(experiment.space.cost(kind)(leaves))
+  def cost(kind: str) -> float:
+    return float(experiment.space.cost(kind)(choices))
 
   return dict(
     **experiment.task.summarize(sums),
-    cost=float(experiment.cost(leaves)),
+    cost=float(experiment.cost(choices)),
     cost_target=experiment.target,
     unit=experiment.cost.unit,
     gbops=cost('bops'),

@@ -1,47 +1,142 @@
-"""The two presets of the search: the `search` section of a config."""
+"""Presets of the search: a controller and the config keys that go with it."""
 
+from collections.abc import Callable
 import math
-from typing import Any
+from typing import Any, NamedTuple
+
+from fliqs_jax.runtime import replicas as replicas_lib
+from fliqs_jax.search import controller as controller_lib
+from fliqs_jax.search import reinforce
+from fliqs_jax.search import schedules
+
+# Where the search starts, a fraction of training (A.4).
+_START = 0.25
+# The steps for which A.4 gives its learning rate.
+_PAPER_STEPS, _PAPER_RATE = 30_200, 4.6e-3
+
+
+class Preset(NamedTuple):
+  """A row of `PRESETS`.
+
+  Attributes:
+    controller: (relative_cost, phases, *, gamma, learning_rate, entropy_weight,
+      replicas) -> `Controller`; with `leave_one_out` where the preset has it.
+    keys: steps of training -> the `search` section of a config but `preset`:
+      `start`, `freeze`, `gamma`, `quality`, `learning_rate`,
+      `entropy_schedule`, `entropy_beta`.
+    has_leave_one_out: whether `parallel.leave_one_out` makes sense for it.
+  """
+
+  controller: Callable[..., controller_lib.Controller]
+  keys: Callable[[int], dict[str, Any]]
+  has_leave_one_out: bool = False
+
+
+def _paper_keys(steps: int) -> dict[str, Any]:
+  return dict(
+    start=_START,
+    freeze=1.0,
+    gamma=-0.1,
+    quality='accuracy',
+    learning_rate=_PAPER_RATE * math.sqrt(_PAPER_STEPS / max(steps, 1)),
+    entropy_schedule='cosine',
+    entropy_beta=0.5,
+  )
+
+
+def _default_keys(steps: int) -> dict[str, Any]:
+  return dict(
+    start=_START,
+    freeze=0.95,
+    gamma=-0.3,
+    quality='cross_entropy',
+    learning_rate=1 / math.sqrt(max((1 - _START) * steps, 1)),
+    entropy_schedule='cosine',
+    entropy_beta=0.1,
+  )
+
+
+# The names of `search.preset`. `paper` is the published controller (A.4; gamma
+# is not published), `default` the better one; WORKSPACE.md tells where each
+# number comes from. Another preset is another row.
+PRESETS: dict[str, Preset] = {
+  'paper': Preset(reinforce.paper, _paper_keys, has_leave_one_out=True),
+  'default': Preset(reinforce.default, _default_keys),
+}
 
 
 def search_keys(
   preset: str, steps: int, gamma: float | None = None
 ) -> dict[str, Any]:
-  """Returns the `search` section of a config for one of the two presets.
-
-  `paper` is the published controller (A.4; gamma is not published), `default`
-  the better one; WORKSPACE.md tells where each number comes from.
+  """Returns the `search` section of a config for a preset.
 
   Args:
-    preset: `paper` or `default`.
-    steps: length of training; both presets scale their learning rate by it.
+    preset: `paper`, `default`, or another key of `PRESETS`.
+    steps: length of training; presets scale their learning rate by it.
     gamma: weight of the cost in units of the quality; None: the preset's.
 
   Raises:
-    ValueError: for another preset.
+    ValueError: unknown preset.
   """
-  start = 0.25
-  if preset == 'paper':
-    keys = dict(
-      freeze=1.0,
-      gamma=-0.1,
-      quality='accuracy',
-      learning_rate=4.6e-3 * math.sqrt(30_200 / max(steps, 1)),
-      entropy_schedule='cosine',
-      entropy_beta=0.5,
-    )
-  elif preset == 'default':
-    keys = dict(
-      freeze=0.95,
-      gamma=-0.3,
-      quality='cross_entropy',
-      learning_rate=1 / math.sqrt(max((1 - start) * steps, 1)),
-      entropy_schedule='cosine',
-      entropy_beta=0.1,
-    )
-  else:
-    raise ValueError(
-      f'search.preset={preset!r} is unknown; allowed: paper, default'
-    )
-  keys = dict(preset=preset, start=start) | keys
+  keys = dict(preset=preset) | _preset(preset).keys(steps)
   return keys if gamma is None else keys | dict(gamma=gamma)
+
+
+def make(
+  preset: str,
+  relative_cost: controller_lib.RelativeCost,
+  phases: schedules.Phases,
+  *,
+  replicas: replicas_lib.Replicas = replicas_lib.ONE,
+  leave_one_out: bool = False,
+  **overrides: Any,
+) -> controller_lib.Controller:
+  """Returns the controller of a preset.
+
+  Args:
+    preset: `paper`, `default`, or another key of `PRESETS`.
+    relative_cost: tree of [K] -> C / C_T [], `SearchSpace.relative_cost`.
+    phases: when the search starts and ends.
+    replicas: the copies of the step in which the controller works.
+    leave_one_out: whether the baseline of `paper` is the mean reward of the
+      other replicas at the same step.
+    **overrides: `gamma`, `learning_rate`, `entropy_schedule`, `entropy_beta`
+      in place of the preset's own values, those of `search_keys`.
+
+  Raises:
+    ValueError: unknown preset, or values that cannot work.
+  """
+  allowed = ('gamma', 'learning_rate', 'entropy_schedule', 'entropy_beta')
+  if unknown := sorted(set(overrides) - set(allowed)):
+    raise ValueError(
+      f'unknown search keys {", ".join(unknown)}; allowed: {", ".join(allowed)}'
+    )
+  keys = search_keys(preset, phases.steps) | overrides
+  baseline = {}
+  if leave_one_out:
+    if not _preset(preset).has_leave_one_out:
+      raise ValueError(
+        'parallel.leave_one_out=True is a baseline in place of the running one '
+        f"of search.preset='paper'; the samples of {preset!r} are judged "
+        'against each other already'
+      )
+    baseline = dict(leave_one_out=True)
+  return _preset(preset).controller(
+    relative_cost,
+    phases,
+    replicas=replicas,
+    **baseline,
+    gamma=keys['gamma'],
+    learning_rate=keys['learning_rate'],
+    entropy_weight=schedules.entropy_weight(
+      keys['entropy_schedule'], keys['entropy_beta']
+    ),
+  )
+
+
+def _preset(name: str) -> Preset:
+  if name not in PRESETS:
+    raise ValueError(
+      f'search.preset={name!r} is unknown; allowed: {", ".join(PRESETS)}'
+    )
+  return PRESETS[name]

@@ -69,7 +69,7 @@ def search_step(
     key = replicas.key(jax.random.fold_in(state.key, state.step))
     arch_key, dropout_key = jax.random.split(key)
     proposed = controller.propose(state.search_state, arch_key, state.step)
-    chosen = space.together(
+    chosen = space.with_branches(
       jax.tree.map(lambda a: a[0], proposed),
       jax.random.bernoulli(
         jax.random.fold_in(arch_key, 1), phases.branch_probability(state.step)

@@ -8,13 +8,13 @@ summed, not multiplied from sums.
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import numpy as np
 
 from fliqs_jax.numerics import formats
+from fliqs_jax.space import sizes
 
 # What is not quantized is served as BF16; a scale is a float32.
 UNQUANTIZED_BITS = 16
@@ -159,27 +159,27 @@ class Op:
         )
     return result
 
-  def live(self, leaves: Leaves, *names: str) -> Any:
-    """Returns the expected share of what is allocated that is live.
+  def active_share(self, leaves: Leaves, *names: str) -> Any:
+    """Returns the expected share [] of the allocated numbers that is active.
 
     Args:
-      leaves: one-hot or probability.
-      names: of the leaves of sizes that count.
+      leaves: {leaf's path: [K] one-hot or probability}.
+      names: names of the size leaves that count, of `sizes.LEAVES`.
     """
     factors: dict[str, np.ndarray] = {}
-    leaf_of = {}
+    leaf_of: dict[str, str] = {}
     for name, size in self.shape.decided:
       if name in names:
         shares = np.asarray(size.shares)
         factors[size.decision] = factors.get(size.decision, 1.0) * shares
         leaf_of[size.decision] = self.leaf(name)
-    result = 1.0
+    result: Any = 1.0
     for decision, shares in factors.items():
       result = result * _dot(leaves[leaf_of[decision]], shares)
     return result
 
 
-def _dot(leaf, values):
+def _dot(leaf: Any, values: Any) -> Any:
   # Not a matmul, whose default precision rounds to bf16 on TPU.
   return (leaf * np.asarray(values, np.float32)).sum(-1)
 
@@ -188,112 +188,189 @@ def _bits(numeric_format: formats.NumericFormat) -> int:
   return numeric_format.bits
 
 
-_ALL_SIZES = ('input_channels', 'output_channels', 'kernel')
+def _one(numeric_format: formats.NumericFormat) -> int:
+  del numeric_format
+  return 1
+
+
+def _scale_bits(numeric_format: formats.NumericFormat) -> int:
+  return _SCALE_BITS if numeric_format.scaled else 0
 
 
 def op_macs(op: Op, leaves: Leaves) -> Any:
-  """Returns the layer's expected multiply-accumulates."""
-  return op.shape.macs * op.live(leaves, *_ALL_SIZES)
+  """Returns the op's expected multiply-accumulates []."""
+  return op.shape.macs * op.active_share(leaves, *sizes.LEAVES)
 
 
 def op_weights(op: Op, leaves: Leaves) -> Any:
-  """Returns the layer's expected number of weights."""
-  return op.shape.weights * op.live(leaves, *_ALL_SIZES)
+  """Returns the op's expected number of weights []."""
+  return op.shape.weights * op.active_share(leaves, *sizes.LEAVES)
 
 
 def op_gbops(op: Op, leaves: Leaves) -> Any:
-  """Returns the layer's cost b_w * b_a * MACs / 1e9 (Eq. 1, one input)."""
+  """Returns the op's cost b_w * b_a * MACs / 1e9 (Eq. 1) for one input."""
   return op.expected(leaves, _bits, _bits) * (op_macs(op, leaves) / 1e9)
 
 
-def op_size(op: Op, leaves: Leaves) -> Any:
-  """Returns the bits of the layer's weights and of its scales.
+def op_weight_bits(op: Op, leaves: Leaves) -> Any:
+  """Returns the bits of the op's weights, without scales."""
+  return op_weights(op, leaves) * op.expected(leaves, _bits, _one)
+
+
+def op_mbit(op: Op, leaves: Leaves) -> Any:
+  """Returns the megabits of the op's weights and of its scales.
 
   One float32 scale per output channel, and one for the activations, where the
   format is scaled.
   """
-  channels = op.shape.channels * op.live(leaves, 'output_channels')
+  channels = op.shape.channels * op.active_share(leaves, sizes.OUTPUT_CHANNELS)
+  weight_scales = channels * op.expected(leaves, _scale_bits, _one)
+  bits = op_weight_bits(op, leaves) + weight_scales
+  return (bits + op.expected(leaves, _one, _scale_bits)) / 1e6
 
-  def scale_bits(f):
-    return _SCALE_BITS if f.scaled else 0
 
-  weights = op_weights(op, leaves) * op.expected(leaves, _bits, lambda f: 1)
-  weight_scales = channels * op.expected(leaves, scale_bits, lambda f: 1)
-  return weights + weight_scales + op.expected(leaves, lambda f: 1, scale_bits)
+class Kind(NamedTuple):
+  """A kind of cost, a row of `KINDS`.
+
+  The cost of an op must be linear in each leaf, so that the expected cost is
+  the cost of the probabilities, and must grow with each leaf's bits, counts and
+  sizes (`bounds` relies on it).
+
+  Attributes:
+    unit: unit of the cost, as it is printed.
+    of_op: (op, {leaf's path: [K]}) -> (expected) cost [] of the op.
+    sides: sides of a layer, `weights` or `activations`, to whose bits the cost
+      of an op is proportional; () if it is not.
+    counts_calls: whether a layer that is called several times counts at each
+      call, as work does, not once, as storage does.
+    of_parameters: number of parameters outside of ops -> their cost; None if
+      they cost nothing.
+    is_per_weight: whether the cost is a mean over the model's weights. Such a
+      cost says nothing about sizes.
+  """
+
+  unit: str
+  of_op: Callable[[Op, Leaves], Any]
+  sides: tuple[str, ...] = ()
+  counts_calls: bool = False
+  of_parameters: Callable[[int], float] | None = None
+  is_per_weight: bool = False
+
+
+# The names of `cost.kind`. Another kind is another row.
+KINDS: dict[str, Kind] = {
+  'bops': Kind(
+    'GBOPs', op_gbops, sides=('weights', 'activations'), counts_calls=True
+  ),
+  'size': Kind(
+    'Mbit',
+    op_mbit,
+    sides=('weights',),
+    of_parameters=lambda count: _OTHER_BITS * count / 1e6,
+  ),
+  'average_bits': Kind(
+    'bits', op_weight_bits, sides=('weights',), is_per_weight=True
+  ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """A cost of a whole model.
+  """A cost of a whole model, as a function of its decisions.
 
   Attributes:
-    kind: `bops`, `size` or `average_bits`.
-    unit: how the numbers are printed.
-    ops: the model's ops.
+    kind: name of the kind, a key of `KINDS`.
+    ops: the model's ops; of a shared layer one per call or one, as the kind
+      counts.
     others: {path of a leaf: parameters that follow it}.
-    constant: what no decision changes, in the unit.
+    constant: the part that no decision changes, in the unit.
+    decision_of: {path of a leaf: name of the decision that it follows}.
   """
 
   kind: str
-  unit: str
   ops: tuple[Op, ...]
   others: Mapping[str, PerChannel]
   constant: float
+  decision_of: Mapping[str, str]
+
+  @property
+  def unit(self) -> str:
+    """The unit of the cost, as it is printed."""
+    return KINDS[self.kind].unit
 
   def of_op(self, op: Op, leaves: Leaves) -> Any:
-    """Returns the part of the cost that one op causes, in the unit."""
-    if self.kind == 'bops':
-      return op_gbops(op, leaves)
-    if self.kind == 'size':
-      return op_size(op, leaves) / 1e6
-    weights = sum(op_weights(o, leaves) for o in self.ops)
-    bits = op_weights(op, leaves) * op.expected(leaves, _bits, lambda f: 1)
-    return bits / weights
-
-  def __call__(self, leaves: Leaves) -> Any:
-    """Returns the (expected) cost of one-hot (or probability) `leaves`, []."""
-    cost = self.constant + sum(self.of_op(op, leaves) for op in self.ops)
-    for leaf, other in self.others.items():
-      live = _dot(leaves[leaf], other.channels.counts)
-      cost = cost + live * (other.params * _OTHER_BITS / 1e6)
+    """Returns the part of the cost [] that one op causes, in the unit."""
+    kind = KINDS[self.kind]
+    cost = kind.of_op(op, leaves)
+    if kind.is_per_weight:
+      cost = cost / sum(op_weights(o, leaves) for o in self.ops)
     return cost
 
+  def of_leaves(self, leaves: Leaves) -> Any:
+    """Returns the (expected) cost [] of {path of a leaf: [K]}."""
+    cost = self.constant + sum(self.of_op(op, leaves) for op in self.ops)
+    of_parameters = KINDS[self.kind].of_parameters
+    for leaf, other in self.others.items():
+      if of_parameters is not None:
+        active = _dot(leaves[leaf], other.channels.counts)
+        cost = cost + active * of_parameters(other.params)
+    return cost
 
-KINDS = {'bops': 'GBOPs', 'size': 'Mbit', 'average_bits': 'bits'}
+  def __call__(self, choices: Mapping[str, Any]) -> Any:
+    """Returns the (expected) cost [], in the unit.
+
+    Args:
+      choices: {decision: [K] one-hot or probability}.
+
+    Raises:
+      ValueError: a decision of the model is missing.
+    """
+    missing = sorted(set(self.decision_of.values()) - set(choices))
+    if missing:
+      raise ValueError(
+        f'the cost {self.kind!r} needs a [K] array for every decision; '
+        f'missing: {", ".join(missing)}; given: {", ".join(choices)}'
+      )
+    return self.of_leaves(
+      {leaf: choices[name] for leaf, name in self.decision_of.items()}
+    )
 
 
 def make(
   kind: str,
   ops: tuple[Op, ...],
   params: int,
-  others: Mapping[str, PerChannel] = types.MappingProxyType({}),
+  others: Mapping[str, PerChannel],
+  decision_of: Mapping[str, str],
 ) -> Cost:
   """Returns a cost function.
 
   Args:
     kind: `bops` (billions, Eq. 1), `size` (megabits of weights, scales and, at
-      32 bits, every other parameter) or `average_bits` (per weight).
-    ops: the model's ops.
+      32 bits, every other parameter), `average_bits` (per weight), or another
+      key of `KINDS`.
+    ops: the model's ops, one per call.
     params: number of all parameters, those outside the ops included.
     others: {path of a leaf: parameters that follow it}.
+    decision_of: {path of a leaf: name of the decision that it follows}.
 
   Raises:
-    ValueError: for another kind.
+    ValueError: unknown kind.
   """
   if kind not in KINDS:
     raise ValueError(
       f'cost.kind={kind!r} is unknown; allowed: {", ".join(KINDS)}'
     )
-  if kind != 'bops':  # A shared layer works at each call, but is stored once.
-    ops = {op.path: op for op in ops}.values()
-  constant = 0.0
-  if kind == 'size':
-    rest = params - sum(op.shape.weights + op.shape.spare for op in ops)
-    rest -= sum(other.allocated for other in others.values())
-    constant = _OTHER_BITS * rest / 1e6
+  rules = KINDS[kind]
+  if rules.counts_calls:
+    counted = ops
   else:
-    others = {}
-  return Cost(kind, KINDS[kind], tuple(ops), others, constant)
+    counted = tuple({op.path: op for op in ops}.values())
+  if rules.of_parameters is None:
+    return Cost(kind, counted, {}, 0.0, decision_of)
+  rest = params - sum(op.shape.weights + op.shape.spare for op in counted)
+  rest -= sum(other.allocated for other in others.values())
+  return Cost(kind, counted, others, rules.of_parameters(rest), decision_of)
 
 
 def bounds(cost: Cost) -> tuple[float, float]:
@@ -324,7 +401,7 @@ def bounds(cost: Cost) -> tuple[float, float]:
           for one_hot in one_hots
         ]
         leaves[op.leaf(name)] = one_hots[costs.index(pick(costs))]
-    extremes.append(float(cost(leaves)))
+    extremes.append(float(cost.of_leaves(leaves)))
   return extremes[0], extremes[1]
 
 
@@ -352,7 +429,7 @@ def uniform(cost: Cost, numeric_format: str) -> float:
       op.leaf(name): _one_hot(size.published, len(size.labels))
       for name, size in shape.decided
     }
-  return float(dataclasses.replace(cost, ops=tuple(ops))(leaves))
+  return float(dataclasses.replace(cost, ops=tuple(ops)).of_leaves(leaves))
 
 
 def _one_hot(index: int, size: int) -> np.ndarray:

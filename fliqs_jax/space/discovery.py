@@ -80,11 +80,11 @@ def find(
   )
   picked = _picked(variables.get('sizes', {}), calls)
   return search_space.SearchSpace(
-    decisions=_decisions(ops, spec) + _size_decisions(picked),
+    formats=_format_decisions(ops, spec),
+    open_sizes=_size_decisions(picked),
     ops=ops,
     params=params,
     others=_others(cost),
-    published={size.decision: size.published for size in picked.values()},
   )
 
 
@@ -126,34 +126,38 @@ def _ops(cost: Mapping, calls: list[str]) -> tuple[cost_model.Op, ...]:
   return tuple(op for _, op in sorted(ops, key=lambda placed: placed[0]))
 
 
-def _decisions(
+def _format_decisions(
   ops: tuple[cost_model.Op, ...], spec: quant_spec.QuantSpec | None
-) -> tuple[search_space.Decision, ...]:
-  decisions: dict[str, search_space.Decision] = {}
+) -> tuple[search_space.FormatDecision, ...]:
+  decisions: dict[str, search_space.FormatDecision] = {}
+  groups = spec.groups if spec else ()
   paths = [op.path for op in ops]
   for op in ops:
-    names = op.shape.format_leaves()
-    for leaf, menu in names.items():
-      suffix = f'/{leaf}' if len(names) > 1 else ''
-      name = (op.stack if op.shared else op.path) + suffix
-      for group, pattern in spec.groups if spec else ():
+    menus = op.shape.format_leaves()
+    for leaf, menu in menus.items():
+      name = op.stack if op.shared else op.path
+      for group, pattern in groups:
         if any(fnmatch.fnmatchcase(p, pattern) for p in {op.path, op.layer}):
-          name = group + suffix
+          name = group
           if group in paths:
             raise ValueError(
               f'quant.groups[{group}]: a layer has that path; rename the group'
             )
-      known = decisions.get(name, search_space.Decision(name, menu, ()))
+      if len(menus) > 1:
+        name = f'{name}/{leaf}'
+      new = search_space.FormatDecision(name, (), menu)
+      known = decisions.get(name, new)
       if known.menu != menu:
         raise ValueError(
           f'quant.groups[{name}]: {op.path} may use '
-          f'{", ".join(f.name for f in menu)}, but {known.leaves[0]} '
-          f'{", ".join(f.name for f in known.menu)}; layers that share a '
-          'decision need the same menu'
+          f'{", ".join(new.labels)}, but {known.leaves[0]} '
+          f'{", ".join(known.labels)}; layers that share a decision need the '
+          'same menu'
         )
       path = op.leaf(leaf)
-      leaves = known.leaves + ((path,) if path not in known.leaves else ())
-      decisions[name] = search_space.Decision(name, menu, leaves)
+      if path not in known.leaves:
+        known = dataclasses.replace(known, leaves=(*known.leaves, path))
+      decisions[name] = known
   return tuple(decisions.values())
 
 
@@ -179,16 +183,18 @@ def _picked(
 
 def _size_decisions(
   picked: Mapping[str, sizes_lib.Channels | sizes_lib.Kernel],
-) -> tuple[search_space.Decision, ...]:
-  decisions: dict[str, search_space.Decision] = {}
+) -> tuple[search_space.SizeDecision, ...]:
+  decisions: dict[str, search_space.SizeDecision] = {}
   for leaf, size in picked.items():
-    has_branches = getattr(size, 'has_branches', False)
-    new = search_space.Decision(size.decision, size.labels, (), has_branches)
+    if size.decision is None:
+      continue
+    new = search_space.SizeDecision(size.decision, (), size)
     known = decisions.get(size.decision, new)
-    if known.menu != size.labels:
+    if known.labels != new.labels:
       raise ValueError(
         f'{leaf} picks from {size.labels}, but shares the decision '
-        f'{size.decision} with {known.leaves[0]}, which picks from {known.menu}'
+        f'{size.decision} with {known.leaves[0]}, which picks from '
+        f'{known.labels}'
       )
     decisions[size.decision] = dataclasses.replace(
       known, leaves=(*known.leaves, leaf)

@@ -1,12 +1,12 @@
-"""Trees of decisions: what a model leaves open.
+"""The search space: the decisions that a model leaves open.
 
-Formats, numbers of channels and sizes of kernels are all decisions. A policy or
-an architecture here is a dict {decision: [K] leaf}; the `arch` collection that
-the model reads holds a leaf per layer. Where every decision governs one layer
-the two are the same tree; `expand` is the step between.
+Formats, numbers of channels and sizes of kernels are decisions. A policy or an
+architecture here is a dict {decision: [K]}; the `arch` collection that the
+model reads holds a leaf per layer. Where every decision governs one layer the
+two are the same tree; `SearchSpace.expand` leads from one to the other.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 import types
@@ -20,93 +20,161 @@ import numpy as np
 from fliqs_jax.numerics import formats
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import quant_spec
+from fliqs_jax.space import sizes as sizes_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-  """One choice among K formats, numbers of channels or sizes of a kernel.
+  """One choice among K options; `FormatDecision` or `SizeDecision`.
 
   Attributes:
-    name: of a format the layer's path, with `/weights` or `/activations` where
-      the layer has two, or the group's name; of a size what the network calls
-      it, with `/channels` or `/kernel`.
-    menu: what it picks from: formats or whole numbers.
+    name: name in a policy and in result.json.
     leaves: paths of the leaves of `arch` that follow this decision.
-    has_branches: whether weights of its own belong to each entry of the menu,
-      to be warmed up together.
   """
 
   name: str
-  menu: tuple[formats.NumericFormat | int, ...]
   leaves: tuple[str, ...]
-  has_branches: bool = False
 
   @property
   def kind(self) -> str:
-    """`format`, `channels` or `kernel`."""
-    if isinstance(self.menu[0], formats.NumericFormat):
-      return 'format'
-    return self.name.rpartition('/')[2]
+    """The kind in result.json: `format`, `channels` or `kernel`."""
+    raise NotImplementedError
 
   @property
-  def labels(self) -> tuple[str | int, ...]:
-    """The menu as an arch.json has it: names of formats, numbers."""
-    return tuple(getattr(entry, 'name', entry) for entry in self.menu)
+  def labels(self) -> Sequence[str | int]:
+    """[K] options, as an arch.json has them."""
+    raise NotImplementedError
 
-  def one_hot(self, label: str | int) -> np.ndarray:
-    """Returns [K] float32 with a one at the entry called `label`."""
+  def one_hot(self, label: str | int | None) -> np.ndarray:
+    """Returns [K] float32 with a one at the option called `label`.
+
+    Raises:
+      ValueError: there is no such option.
+    """
     if label not in self.labels:
       raise ValueError(
         f'{label} is not on the menu of {self.name}: '
         f'{", ".join(map(str, self.labels))}'
       )
-    index = self.labels.index(label)
-    return np.eye(len(self.menu), dtype=np.float32)[index]
+    index = list(self.labels).index(label)
+    return np.eye(len(self.labels), dtype=np.float32)[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class FormatDecision(Decision):
+  """One choice among K formats.
+
+  Its name is the layer's path, with `/weights` or `/activations` where the
+  layer has two decisions, or the name of the group.
+
+  Attributes:
+    menu: [K] formats.
+  """
+
+  menu: tuple[formats.NumericFormat, ...]
+
+  @property
+  def kind(self) -> str:
+    """The kind in result.json: `format`."""
+    return 'format'
+
+  @property
+  def labels(self) -> tuple[str, ...]:
+    """[K] names of the formats."""
+    return tuple(numeric_format.name for numeric_format in self.menu)
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeDecision(Decision):
+  """One choice among K numbers of channels or K sizes of a kernel.
+
+  Its name is what the network calls it, `NAME/channels` or `NAME/kernel`.
+
+  Attributes:
+    size: the options, and how they change a tensor.
+  """
+
+  size: sizes_lib.Channels | sizes_lib.Kernel
+
+  @property
+  def kind(self) -> str:
+    """The kind in result.json: `channels` or `kernel`."""
+    return self.size.kind
+
+  @property
+  def labels(self) -> tuple[int, ...]:
+    """[K] numbers of channels or sizes of the kernel."""
+    return self.size.labels
+
+
+# The side of an assignment, 0 or 1, that a format leaf of `arch` sets; that of
+# a tied decision may be read from either.
+_SIDES = {'format': 0, 'weights': 0, 'activations': 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchSpace:
-  """What a model leaves open.
+  """The decisions of a model, and what its cost depends on.
 
   Attributes:
-    decisions: formats, in the order in which the model calls its layers, then
-      sizes.
-    ops: the model's ops, quantized or not, in that order.
+    formats: decisions about formats, in the order in which the model calls its
+      layers.
+    open_sizes: decisions about channels and kernels.
+    ops: the model's ops, quantized or not, in the order of calls.
     params: number of the model's parameters.
     others: {path of a leaf: parameters outside of ops that follow it}.
-    published: {decision: index of its menu's entry that was published}, of
-      sizes.
   """
 
-  decisions: tuple[Decision, ...]
+  formats: tuple[FormatDecision, ...]
+  open_sizes: tuple[SizeDecision, ...]
   ops: tuple[cost_model.Op, ...]
   params: int
   others: Mapping[str, cost_model.PerChannel] = dataclasses.field(
     default_factory=dict
   )
-  published: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  @property
+  def decisions(self) -> tuple[Decision, ...]:
+    """All decisions, formats first."""
+    return (*self.formats, *self.open_sizes)
 
   @property
   def size(self) -> float:
     """log10 of the number of architectures."""
-    return sum(math.log10(len(d.menu)) for d in self.decisions)
+    return sum(math.log10(len(d.labels)) for d in self.decisions)
 
   @property
   def is_fixed(self) -> bool:
     """Whether nothing is open: every menu has one entry."""
-    return all(len(d.menu) == 1 for d in self.decisions)
+    return all(len(d.labels) == 1 for d in self.decisions)
 
   def cost(self, kind: str) -> cost_model.Cost:
-    """Returns the model's cost function: `bops`, `size` or `average_bits`."""
-    return cost_model.make(kind, self.ops, self.params, self.others)
+    """Returns a cost of the model, a function of {decision: [K]}.
 
-  def relative_cost(self, cost: cost_model.Cost, target: float) -> Callable:
+    Args:
+      kind: `bops`, `size`, `average_bits`, or another of `cost_model.KINDS`.
+
+    Raises:
+      ValueError: unknown kind.
+    """
+    decision_of = {
+      leaf: decision.name
+      for decision in self.decisions
+      for leaf in decision.leaves
+    }
+    return cost_model.make(
+      kind, self.ops, self.params, self.others, decision_of
+    )
+
+  def relative_cost(
+    self, cost: cost_model.Cost, target: float
+  ) -> Callable[[Mapping[str, Any]], Any]:
     """Returns {decision: [K]} -> (expected) cost / target."""
-    return lambda choices: cost(self.leaves(choices)) / target
+    return lambda choices: cost(choices) / target
 
   def zeros(self) -> dict[str, jax.Array]:
     """Returns the logits of the uniform policy."""
-    return {d.name: jnp.zeros(len(d.menu)) for d in self.decisions}
+    return {d.name: jnp.zeros(len(d.labels)) for d in self.decisions}
 
   def leaves(self, choices: Mapping[str, Any]) -> dict[str, Any]:
     """Returns {arch leaf's path: [K]} for {decision: [K]}."""
@@ -116,22 +184,26 @@ class SearchSpace:
     """Returns the `arch` collection for {decision: [K] one-hot}."""
     return traverse_util.unflatten_dict(self.leaves(choices), sep='/')
 
-  def together(
-    self, choices: Mapping[str, Any], together: jax.Array
+  def with_branches(
+    self, choices: Mapping[str, Any], all_branches: jax.Array
   ) -> dict[str, Any]:
-    """Returns `choices`, or if `together` the same with all branches in use.
+    """Returns `choices`, or the same with all branches of kernels in use.
 
     Args:
       choices: {decision: [K] one-hot}.
-      together: bool []. Then leaves of branches are 1 / K, which a layer reads
-        as a mean over its branches.
+      all_branches: bool []. If true, the leaves of branched kernels are 1 / K,
+        which a layer reads as a mean over its branches.
     """
-    return {
-      d.name: jnp.where(together, 1 / len(d.menu), choices[d.name])
-      if d.has_branches
-      else choices[d.name]
-      for d in self.decisions
-    }
+
+    def choice(decision: Decision) -> Any:
+      chosen = choices[decision.name]
+      match decision:
+        case SizeDecision(size=sizes_lib.Kernel(has_branches=True)):
+          return jnp.where(all_branches, 1 / len(decision.labels), chosen)
+        case _:
+          return chosen
+
+    return {d.name: choice(d) for d in self.decisions}
 
   def uniform(self, name: str) -> dict[str, np.ndarray]:
     """Returns the architecture with one format everywhere, of published size.
@@ -142,15 +214,13 @@ class SearchSpace:
       ValueError: an open decision does not have the format on its menu.
     """
 
-    def choice(decision):
-      if len(decision.menu) == 1:
-        return np.ones(1, np.float32)
-      if decision.kind == 'format':
-        return decision.one_hot(name)
-      published = self.published[decision.name]
-      return decision.one_hot(decision.menu[published])
-
-    return {d.name: choice(d) for d in self.decisions}
+    chosen = {
+      d.name: np.ones(1, np.float32) if len(d.menu) == 1 else d.one_hot(name)
+      for d in self.formats
+    }
+    return chosen | {
+      d.name: d.one_hot(d.labels[d.size.published]) for d in self.open_sizes
+    }
 
   def only(self) -> dict[str, np.ndarray]:
     """Returns the one architecture of a space with nothing open.
@@ -179,26 +249,27 @@ class SearchSpace:
     """
     quant_spec.check_layers([op.path for op in self.ops], assignment)
     self.check_sizes(sizes)
-    result: dict[str, np.ndarray] = {}
-    for decision in self.decisions:
-      if decision.kind != 'format':
-        result[decision.name] = decision.one_hot(sizes[decision.name])
-        continue
+    wanted = {
+      op.leaf(name): assignment[op.path][side]
+      for op in self.ops
+      for name, side in _SIDES.items()
+    }
+    result = {d.name: d.one_hot(sizes[d.name]) for d in self.open_sizes}
+    for decision in self.formats:
+      first = wanted[decision.leaves[0]]
       for leaf in decision.leaves:
-        path, _, side = leaf.rpartition('/')
-        name = assignment[path][side == 'activations']
-        chosen = decision.one_hot(name)
-        if (result.setdefault(decision.name, chosen) != chosen).any():
+        if wanted[leaf] != first:
           raise ValueError(
-            f'{path} has {name}, but shares the decision {decision.name} with '
-            'layers that have another format'
+            f'{leaf.rpartition("/")[0]} has {wanted[leaf]}, but shares the '
+            f'decision {decision.name} with layers that have another format'
           )
-    found = self.assignment(result)
-    for path, sides in assignment.items():
-      if tuple(sides) != found[path]:
+      result[decision.name] = decision.one_hot(first)
+    possible = self.assignment(result)
+    for path, pair in assignment.items():
+      if tuple(pair) != possible[path]:
         raise ValueError(
-          f'{path} has (weights, activations) = {tuple(sides)}, but can only '
-          f'have {found[path]} here'
+          f'{path} has (weights, activations) = {tuple(pair)}, but can only '
+          f'have {possible[path]} here'
         )
     return result
 
@@ -208,14 +279,12 @@ class SearchSpace:
     """Returns {layer: (weights, activations)} in names; None: unquantized.
 
     Args:
-      choices: {decision: [K]}; of each leaf the largest entry counts.
+      choices: {decision: [K]}; of each the largest entry counts.
     """
-    chosen = {}
-    for decision in self.decisions:
-      if decision.kind != 'format':
-        continue
-      name = decision.menu[int(np.argmax(choices[decision.name]))].name
-      chosen |= dict.fromkeys(decision.leaves, name)
+    chosen: dict[str, str] = {}
+    for decision in self.formats:
+      label = decision.labels[int(np.argmax(choices[decision.name]))]
+      chosen |= dict.fromkeys(decision.leaves, label)
     result = {}
     for op in self.ops:
       tied = chosen.get(op.leaf('format'))
@@ -232,9 +301,7 @@ class SearchSpace:
       choices: {decision: [K]}; of each the largest entry counts.
     """
     return {
-      d.name: d.menu[int(np.argmax(choices[d.name]))]
-      for d in self.decisions
-      if d.kind != 'format'
+      d.name: d.labels[int(np.argmax(choices[d.name]))] for d in self.open_sizes
     }
 
   def check_sizes(self, sizes: Mapping[str, int]) -> None:
@@ -243,7 +310,7 @@ class SearchSpace:
     Raises:
       ValueError: naming those that are missing and those that are surplus.
     """
-    own = {d.name for d in self.decisions if d.kind != 'format'}
+    own = {d.name for d in self.open_sizes}
     if own != set(sizes):
       raise ValueError(
         'the sizes of arch.json do not fit the model: it misses '

@@ -1,10 +1,10 @@
-"""What an architecture may choose besides formats: channels and kernel sizes.
+"""Numbers of channels and sizes of kernels that an architecture may choose.
 
 A network asks `Sizes` how many channels a tensor has and how large a kernel is.
-The answer is one number, or several of which a decision picks one: then what is
-allocated is the largest, of which the first channels (the centre of the kernel)
-are live. One network is searched, and found, and rebuilt smaller: a found
-network is the same code whose every answer is one number.
+The answer is one number, or several among which a decision chooses. Then the
+largest is allocated, and the first channels (the centre of the kernel) are
+active. The same code builds the searched network, and the resulting one, for
+which every answer is one number.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,18 +16,25 @@ import jax
 
 BRANCHES, MASKED = 'branches', 'masked'
 
+# The leaves of `arch` in which a layer reads its sizes.
+INPUT_CHANNELS, OUTPUT_CHANNELS = 'input_channels', 'output_channels'
+KERNEL = 'kernel'
+LEAVES = (INPUT_CHANNELS, OUTPUT_CHANNELS, KERNEL)
+# The kinds of decisions in result.json are this and KERNEL.
+_CHANNELS = 'channels'
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Channels:
-  """How many channels a tensor has.
+  """The number of channels of a tensor.
 
   Attributes:
-    decision: name of the decision that picks; tensors that must agree share it.
-      None: nothing to decide.
-    labels: what it picks from, in its own terms.
-    counts: how many channels of this tensor are live, by label.
-    published: index of the label that the published network has.
+    decision: name of the decision that chooses; tensors that must have equally
+      many channels share it. None: there is nothing to decide.
+    labels: [K] options of the decision.
+    counts: [K] active channels of this tensor, by option.
+    published: index of the option that the published network has.
     has_leaf: whether layers declare a leaf of `arch` for it.
   """
 
@@ -38,28 +45,38 @@ class Channels:
   has_leaf: bool = True
 
   @property
+  def kind(self) -> str:
+    """The kind of the decision in result.json."""
+    return _CHANNELS
+
+  @property
   def size(self) -> int:
-    """What is allocated: the largest count."""
+    """The number of channels that are allocated: the largest count."""
     return max(self.counts)
 
   @property
   def shares(self) -> tuple[float, ...]:
-    """Which part of what is allocated is live, by label."""
+    """[K] shares of the allocated channels that are active, by option."""
     return tuple(count / self.size for count in self.counts)
 
   def scaled(self, count: Callable[[int], int]) -> 'Channels':
-    """Returns a tensor whose channels follow this one's, by `count`."""
+    """Returns channels that follow the same decision.
+
+    Args:
+      count: number of channels of this tensor -> number of the other's.
+    """
     return dataclasses.replace(self, counts=tuple(map(count, self.counts)))
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """How large a square kernel is.
+  """The size of a square kernel.
 
   Attributes:
-    decision: name of the decision that picks; None: nothing to decide.
-    labels: heights and widths to pick from, in pixels.
+    decision: name of the decision that chooses; None: there is nothing to
+      decide.
+    labels: [K] heights and widths to choose from, in pixels.
     weights: `branches`: a kernel of its own for each size; `masked`: the centre
       of the largest.
     published: index of the size that the published network has.
@@ -73,8 +90,13 @@ class Kernel:
   has_leaf: bool = True
 
   @property
+  def kind(self) -> str:
+    """The kind of the decision in result.json."""
+    return KERNEL
+
+  @property
   def size(self) -> int:
-    """The largest."""
+    """The largest size, which is allocated."""
     return max(self.labels)
 
   @property
@@ -84,7 +106,7 @@ class Kernel:
 
   @property
   def shares(self) -> tuple[float, ...]:
-    """Which part of the largest kernel's taps each has, by label."""
+    """[K] shares of the largest kernel's taps, by option."""
     return tuple(label**2 / self.size**2 for label in self.labels)
 
   @property
@@ -100,17 +122,17 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """Which sizes of a network are open.
+  """The sizes of a network that are open, or those that were chosen.
 
   Attributes:
-    widths: multiples of the published number of channels; none: as published.
-    kernels: sizes of those kernels that the network leaves open; none: as
-      published.
+    widths: multiples of the published numbers of channels to choose from; ():
+      as published.
+    kernels: sizes to choose from for those kernels that the network leaves
+      open, in pixels; (): as published.
     kernel_weights: `branches` (TuNAS) or `masked`; see `Kernel`.
-    found: {decision: label}: every decision made, as an arch.json has it; what
-      it does not name is as published.
-    is_served: whether what was found is all there is: a network that nobody
-      searches has no leaves.
+    found: {decision: chosen label}, the `sizes` of an arch.json. Decisions of a
+      kind that it does not name at all are as published.
+    is_served: whether the network is only served: then it has no leaves.
   """
 
   widths: tuple[float, ...] = ()
@@ -145,15 +167,15 @@ class Sizes:
     """Returns the channels of a tensor with a decision of its own.
 
     Args:
-      name: of the decision, without `/channels`.
-      published: how many the network has as published.
-      count: from `published` times a width to a number of channels.
+      name: name of the decision, without `/channels`.
+      published: number of channels of the published network.
+      count: `published` times a width -> number of channels.
 
     Raises:
-      ValueError: widths that give no channel, or twice the same number.
+      ValueError: widths that give no channel, or the same number twice.
     """
-    decision = f'{name}/channels'
-    if (label := self._found(decision)) is not None:
+    decision = f'{name}/{_CHANNELS}'
+    if (label := self._chosen(decision, _CHANNELS)) is not None:
       return Channels(decision, (label,), (label,), has_leaf=not self.is_served)
     if not self.widths:
       return constant(published)
@@ -169,11 +191,14 @@ class Sizes:
     """Returns the size of a kernel with a decision of its own.
 
     Args:
-      name: of the decision, without `/kernel`.
-      published: height and width that the network has as published.
+      name: name of the decision, without `/kernel`.
+      published: height and width of the published kernel, in pixels.
+
+    Raises:
+      ValueError: `found` has an even size for it.
     """
-    decision = f'{name}/kernel'
-    if (size := self._found(decision)) is not None:
+    decision = f'{name}/{KERNEL}'
+    if (size := self._chosen(decision, KERNEL)) is not None:
       if not _is_odd(size):
         raise ValueError(
           f'the sizes of arch.json have {decision}={size}, which must be odd'
@@ -190,10 +215,11 @@ class Sizes:
       _nearest(self.kernels, published),
     )
 
-  def _found(self, decision: str) -> int | None:
+  def _chosen(self, decision: str, kind: str) -> int | None:
+    """Returns the label that `found` has for a decision; None: as published."""
     found = dict(self.found or ())
-    kind = decision.rpartition('/')[2]
     if decision not in found:
+      # An arch.json says the kind of a decision by its name alone.
       if any(name.endswith(f'/{kind}') for name in found):
         raise ValueError(f'the sizes of arch.json lack {decision}')
       return None
@@ -213,19 +239,19 @@ def between(
   outputs: Channels,
   kernel: Kernel | None = None,
 ) -> Callable[..., Any]:
-  """Returns a layer's constructor for these sizes; the rest is to be given.
+  """Returns a layer's constructor with its sizes given.
 
   Args:
-    layer: constructor of a linen layer; of one that reads decisions, if there
-      are any.
-    inputs: channels of what it will be applied to.
-    outputs: its features.
-    kernel: of a convolution whose kernel may be decided about.
+    layer: constructor of a linen layer; if a size is open, of a layer that
+      reads decisions.
+    inputs: channels of the layer's input.
+    outputs: channels of the layer's output.
+    kernel: size of the kernel of a convolution that leaves it open.
   """
   given: dict[str, Any] = dict(features=outputs.size)
   if kernel is not None:
     given['kernel_size'] = (kernel.size, kernel.size)
-  decided = dict(input_channels=inputs, output_channels=outputs, kernel=kernel)
+  decided = dict(zip(LEAVES, (inputs, outputs, kernel)))
   given |= {
     name: size
     for name, size in decided.items()
@@ -235,7 +261,7 @@ def between(
 
 
 def constant(count: int) -> Channels:
-  """Returns channels that nothing decides about."""
+  """Returns a number of channels that no decision changes."""
   return Channels(None, (count,), (count,), has_leaf=False)
 
 

@@ -10,7 +10,7 @@ import pytest
 from fliqs_jax.intercept import coverage
 from fliqs_jax.intercept import searchable as searchable_lib
 from fliqs_jax.layers import quant_layers
-from fliqs_jax.search import controller as controller_lib
+from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
 from fliqs_jax.search import train_state
 from fliqs_jax.search import train_step
@@ -321,7 +321,7 @@ def test_the_fused_step_takes_any_call_loss_quality_and_cost():
       jnp.sum(leaf * np.float32([1, 3, 10])) for leaf in choices.values()
     ) / (2 * len(choices))
 
-  controller = controller_lib.make('default', relative_cost, phases)
+  controller = presets.make('default', relative_cost, phases)
   optimizer = optax.adam(1e-2)
   state = train_state.create(
     model,

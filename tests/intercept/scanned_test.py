@@ -168,10 +168,7 @@ def test_a_stack_may_share_a_decision():
   )
   separate = discovery.find(searchable_lib.searchable(Stack()), X)
   for kind in ('bops', 'size'):
-    costs = [
-      float(s.cost(kind)(s.leaves(s.uniform('INT8'))))
-      for s in (space, separate)
-    ]
+    costs = [float(s.cost(kind)(s.uniform('INT8'))) for s in (space, separate)]
     assert costs[0] == costs[1]
 
 
@@ -182,7 +179,7 @@ def test_steps_are_grouped_by_patterns_and_rules_see_the_layer():
     exclude=('body/down',),
   )
   space = discovery.find(searchable_lib.searchable(Stack(), spec), X)
-  assert {d.name: len(d.menu) for d in space.decisions} == {
+  assert {d.name: len(d.labels) for d in space.decisions} == {
     'first': 2,
     'rest': 2,
   }

@@ -143,7 +143,7 @@ def sliced(variables, model, space, choices, x):
 def random_choices(space, seed):
   rng = np.random.default_rng(seed)
   choices = {
-    d.name: np.eye(len(d.menu), dtype=np.float32)[rng.integers(len(d.menu))]
+    d.name: np.eye(len(d.labels), dtype=np.float32)[rng.integers(len(d.labels))]
     for d in space.decisions
   }
   if any(d.kind == 'kernel' for d in space.decisions):
@@ -222,7 +222,7 @@ def test_the_found_network_is_the_searched_one_with_the_rest_cut_away(
 
   for kind in ('bops', 'size'):
     costs = [
-      float(s.cost(kind)(s.leaves(c)))
+      float(s.cost(kind)(c))
       for s, c in ((space, choices), (found_space, found_space.only()))
     ]
     # Shares of what is allocated are float32.

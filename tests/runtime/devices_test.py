@@ -16,8 +16,8 @@ import fliqs_jax as fliqs
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import replicas as replicas_lib
-from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import policy as policy_lib
+from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
 from fliqs_jax.search import train_step
 from tests import tiny
@@ -112,7 +112,7 @@ def test_convolutions_and_batch_norm_see_the_batch_of_all_devices():
   experiment = experiment_lib.build(config)
   model = _Net(fliqs.with_spec(fliqs.QuantConv, experiment.spec))
   space = fliqs.find_decisions(model, jnp.zeros((1, 8, 8, 1)), train=False)
-  controller = controller_lib.make(
+  controller = presets.make(
     'paper', lambda tree: jnp.ones(()), experiment.phases
   )
   experiment = dataclasses.replace(
@@ -186,7 +186,7 @@ def test_weights_learn_from_the_mean_over_replicas():
   experiment = experiment_lib.build(config)
   state = experiment.initial_state()
   batches = next(experiment.streams.train(0)), next(experiment.streams.valid(0))
-  controller = controller_lib.make(
+  controller = presets.make(
     'default', lambda tree: jnp.ones(()), experiment.phases
   )
 
@@ -230,7 +230,7 @@ def test_weights_learn_from_the_mean_over_replicas():
 
 def _controller(**kwargs):
   phases = schedules.phases(100, 0.0, 0.0, 1.0)
-  return controller_lib.make(
+  return presets.make(
     'paper', lambda tree: tree['a'] @ jnp.arange(1.0, 5.0), phases, **kwargs
   )
 
@@ -288,7 +288,7 @@ def test_the_policy_learns_from_all_replicas(leave_one_out):
 
 def test_a_policy_over_replicas_finds_the_best_of_a_bandit():
   phases = schedules.phases(400, 0.0, 0.0, 1.0)
-  controller = controller_lib.make(
+  controller = presets.make(
     'paper',
     lambda tree: jnp.ones(()),
     phases,

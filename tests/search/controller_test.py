@@ -11,9 +11,10 @@ import pytest
 
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import policy as policy_lib
+from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
 
-PRESETS = tuple(controller_lib.PRESETS)
+PRESETS = tuple(presets.PRESETS)
 
 # A space of two decisions; C / C_T is linear, 1.1 under the uniform policy.
 COSTS = {'a': np.array([0.2, 0.5, 0.8]), 'b': np.array([0.4, 0.8])}
@@ -28,7 +29,7 @@ def _relative_cost(choices):
 
 
 def _make(preset, phases=PHASES, relative_cost=_relative_cost, **overrides):
-  return controller_lib.make(preset, relative_cost, phases, **overrides)
+  return presets.make(preset, relative_cost, phases, **overrides)
 
 
 @functools.cache  # One compilation for most tests.
@@ -108,7 +109,8 @@ def test_paper_judges_one_architecture_a_step_and_default_four():
 def test_the_reward_is_quality_less_the_weighted_cost_error():
   # Eq. 1: 0.7 - 0.1 |1.2 - 1| = 0.68, and the same 0.2 below the target.
   costs = jnp.array([1.2, 0.8])
-  rewards = controller_lib.absolute_reward(jnp.full(2, 0.7), costs, -0.1)
+  errors = controller_lib.absolute_error(costs)
+  rewards = controller_lib.reward(jnp.full(2, 0.7), errors, -0.1)
   np.testing.assert_allclose(rewards, 0.68, rtol=1e-6)
 
 

@@ -83,14 +83,14 @@ def all_architectures(space):
   """Yields {decision: index of a format} for every architecture."""
   names = [decision.name for decision in space.decisions]
   for indices in itertools.product(
-    *(range(len(d.menu)) for d in space.decisions)
+    *(range(len(d.labels)) for d in space.decisions)
   ):
     yield dict(zip(names, indices))
 
 
 def one_hots(space, indices):
   return {
-    d.name: np.eye(len(d.menu), dtype=np.float32)[indices[d.name]]
+    d.name: np.eye(len(d.labels), dtype=np.float32)[indices[d.name]]
     for d in space.decisions
   }
 
@@ -108,10 +108,6 @@ def enumerated(rules_id, kind):
   return np.array(indices), np.array(costs)
 
 
-def make(space, kind):
-  return cost_model.make(kind, space.ops, space.params)
-
-
 EVERY_COST = pytest.mark.parametrize(
   ('rules_id', 'kind'), list(itertools.product(RULES, cost_model.KINDS))
 )
@@ -120,15 +116,16 @@ EVERY_COST = pytest.mark.parametrize(
 @EVERY_COST
 def test_the_cost_of_an_architecture_is_the_count_by_hand(rules_id, kind):
   space = net_space(rules_id)
-  cost = make(space, kind)
+  cost = space.cost(kind)
   indices, by_hand = enumerated(rules_id, kind)
   # 3 to 729 of them; a few dozen will do.
   for row in range(0, len(indices), max(1, len(indices) // 40)):
     chosen = dict(zip([d.name for d in space.decisions], indices[row]))
-    leaves = space.leaves(one_hots(space, chosen))
-    assert cost(leaves) == pytest.approx(by_hand[row], rel=1e-6)
+    choices = one_hots(space, chosen)
+    assert cost(choices) == pytest.approx(by_hand[row], rel=1e-6)
+    leaves = space.leaves(choices)
     parts = sum(cost.of_op(op, leaves) for op in cost.ops)
-    assert cost.constant + parts == cost(leaves)
+    assert cost.constant + parts == cost(choices)
 
 
 @EVERY_COST
@@ -136,7 +133,7 @@ def test_the_expected_cost_is_the_mean_over_all_architectures(rules_id, kind):
   space = net_space(rules_id)
   rng = np.random.default_rng(0)
   policy = {
-    d.name: rng.dirichlet(np.ones(len(d.menu))) for d in space.decisions
+    d.name: rng.dirichlet(np.ones(len(d.labels))) for d in space.decisions
   }
   indices, by_hand = enumerated(rules_id, kind)
   # Decisions are independent: an architecture's probability is their product.
@@ -145,22 +142,22 @@ def test_the_expected_cost_is_the_mean_over_all_architectures(rules_id, kind):
   )
   assert probabilities.sum() == pytest.approx(1)
   expected = np.sum(probabilities * by_hand)
-  actual = make(space, kind)(space.leaves(policy))
+  actual = space.cost(kind)(policy)
   assert actual == pytest.approx(expected, rel=1e-6)
 
 
 @EVERY_COST
 def test_the_bounds_are_those_of_the_enumeration(rules_id, kind):
   _, by_hand = enumerated(rules_id, kind)
-  bounds = cost_model.bounds(make(net_space(rules_id), kind))
+  bounds = cost_model.bounds(net_space(rules_id).cost(kind))
   assert bounds == pytest.approx((by_hand.min(), by_hand.max()), rel=1e-6)
 
 
 def test_the_gradient_of_the_expected_cost_is_exact():
   space = net_space('separate')
-  cost = make(space, 'bops')
+  cost = space.cost('bops')
   policy = {d.name: jnp.full(3, 1 / 3) for d in space.decisions}
-  gradient = jax.jit(jax.grad(lambda p: cost(space.leaves(p))))(policy)
+  gradient = jax.jit(jax.grad(lambda p: cost(p)))(policy)
   # Bilinear: d/dp(format) is the layer's cost with that format chosen. The
   # other side has (4 + 8 + 16) / 3 bits on average.
   macs = COUNTS['conv'][0]
@@ -174,10 +171,8 @@ def test_the_gradient_of_the_expected_cost_is_exact():
 def test_a_tied_decision_is_not_two_independent_ones():
   # E[b**2] = (16 + 64 + 256) / 3 = 112, E[b]**2 = (28 / 3)**2 = 87.1.
   tied, separate = (
-    make(net_space(rules), 'bops')(
-      net_space(rules).leaves(
-        {d.name: np.full(3, 1 / 3) for d in net_space(rules).decisions}
-      )
+    net_space(rules).cost('bops')(
+      {d.name: np.full(3, 1 / 3) for d in net_space(rules).decisions}
     )
     for rules in ('tied', 'separate')
   )
@@ -198,7 +193,7 @@ def test_a_uniform_cost_needs_no_menu_and_leaves_excluded_layers_alone(
     assignment = dict.fromkeys(COUNTS, (weights, activations))
     if rules_id == 'excluded':
       assignment['conv'] = (None, None)
-    actual = cost_model.uniform(make(net_space(rules_id), kind), name.lower())
+    actual = cost_model.uniform(net_space(rules_id).cost(kind), name.lower())
     assert actual == pytest.approx(cost_by_hand(kind, assignment), rel=1e-6)
 
 
@@ -221,14 +216,14 @@ def test_macs_of_a_grouped_dilated_strided_convolution():
   # of 8 / 2 channels.
   assert op.shape.macs == 6 * 3 * 6 * (3 * 5 * 4) == 6480
   assert op.shape.weights == 3 * 5 * 4 * 6 == 360
-  size = make(space, 'size')
+  size = space.cost('size')
   # Megabits: weights, a float32 scale for each of 6 channels and one for the
   # activations, a float32 bias for each channel.
   int4 = 360 * 4 + 6 * 32 + 32 + 6 * 32
   bf16 = 360 * 16 + 6 * 32  # No scales.
   (name,) = (decision.name for decision in space.decisions)
-  assert size({'format': np.array([1.0, 0.0])}) == pytest.approx(int4 / 1e6)
-  assert size({'format': np.array([0.0, 1.0])}) == pytest.approx(bf16 / 1e6)
+  assert size({name: np.array([1.0, 0.0])}) == pytest.approx(int4 / 1e6)
+  assert size({name: np.array([0.0, 1.0])}) == pytest.approx(bf16 / 1e6)
   assert cost_model.bounds(size) == pytest.approx((int4 / 1e6, bf16 / 1e6))
   assert list(space.leaves({name: 0})) == ['format']
 
@@ -256,7 +251,7 @@ def test_where_scales_outweigh_the_weights_more_bits_may_be_smaller():
     'INT8': 20 * 8 + 11 * 32 + 10 * 32,  # 832
     'BF16': 20 * 16 + 10 * 32,  # 640: the smallest.
   }
-  bounds = cost_model.bounds(make(space, 'size'))
+  bounds = cost_model.bounds(space.cost('size'))
   assert bounds == pytest.approx((sizes['BF16'] / 1e6, sizes['INT8'] / 1e6))
 
 
@@ -269,23 +264,23 @@ def test_a_shared_layer_works_twice_but_is_stored_once():
       return quant_layers.QuantDense(3, name='head')(x)
 
   space = discovery.find(Shared(), jax.ShapeDtypeStruct((1, 8), jnp.float32))
-  leaves = space.leaves(space.uniform('INT4'))
+  int4 = space.uniform('INT4')
   bops = 4 * 4 * (2 * 8 * 8 + 8 * 3)
-  assert make(space, 'bops')(leaves) == pytest.approx(bops / 1e9)
+  assert space.cost('bops')(int4) == pytest.approx(bops / 1e9)
   # Weights; scales of 8 + 3 channels and of 2 layers' activations; biases.
   size = 4 * (64 + 24) + 32 * (8 + 3 + 2) + 32 * (8 + 3)
-  assert make(space, 'size')(leaves) == pytest.approx(size / 1e6)
-  mixed = {'shared/format': leaves['shared/format']}
-  mixed['head/format'] = np.array([0.0, 0.0, 1.0])
+  assert space.cost('size')(int4) == pytest.approx(size / 1e6)
+  mixed = {'shared': int4['shared']}
+  mixed['head'] = np.array([0.0, 0.0, 1.0])
   average = (4 * 64 + 16 * 24) / (64 + 24)
-  assert make(space, 'average_bits')(mixed) == pytest.approx(average)
+  assert space.cost('average_bits')(mixed) == pytest.approx(average)
 
 
 def test_an_unknown_kind_is_an_error_that_lists_the_kinds():
   with pytest.raises(
     ValueError, match="cost.kind='flops' .*: bops, size, average_bits"
   ):
-    cost_model.make('flops', (), 0)
+    cost_model.make('flops', (), 0, {}, {})
 
 
 def _mobilenet_macs():
@@ -323,7 +318,7 @@ def test_uniform_mobilenets_cost_what_the_paper_says():
   macs = sum(op.shape.macs for op in space.ops)
   assert macs == _mobilenet_macs() == 300_774_272
   # Figures 17 and 23, width 1.0: bits**2 * MACs, first and last layer included.
-  cost = make(space, 'bops')
+  cost = space.cost('bops')
   for names, gbops in [
     (['BF16'], '77.00'),
     (['INT8', 'E4M3'], '19.25'),

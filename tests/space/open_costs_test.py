@@ -85,14 +85,14 @@ def opened(kernel_weights):
 def architectures(space):
   """Yields {decision: index} of every architecture."""
   names = [d.name for d in space.decisions]
-  menus = [range(len(d.menu)) for d in space.decisions]
+  menus = [range(len(d.labels)) for d in space.decisions]
   for indices in itertools.product(*menus):
     yield dict(zip(names, indices))
 
 
 def one_hots(space, indices):
   return {
-    d.name: np.eye(len(d.menu), dtype=np.float32)[indices[d.name]]
+    d.name: np.eye(len(d.labels), dtype=np.float32)[indices[d.name]]
     for d in space.decisions
   }
 
@@ -135,7 +135,8 @@ def by_hand(kind, first, last, kernel, outer, expand, square):
 @pytest.mark.parametrize('kernel_weights', [sizes.BRANCHES, sizes.MASKED])
 def test_every_architecture_costs_what_it_does_by_hand(kernel_weights):
   space = opened(kernel_weights)
-  menus = {d.name: d.menu for d in space.decisions}
+  menus = {d.name: d.menu for d in space.formats}
+  menus |= {d.name: d.labels for d in space.open_sizes}
   assert list(menus) == [
     'outer',
     'expand',
@@ -160,7 +161,7 @@ def test_every_architecture_costs_what_it_does_by_hand(kernel_weights):
         picked['expand'].bits,
         picked['square'].bits,
       )
-      costs.append(float(cost(space.leaves(one_hots(space, indices)))))
+      costs.append(float(cost(one_hots(space, indices))))
       # Shares of what is allocated are float32.
       assert costs[-1] == pytest.approx(expected, rel=1e-6)
     assert len(costs) == 2**6
@@ -174,19 +175,18 @@ def test_the_expected_cost_is_the_sum_over_all_architectures(kind, seed):
   cost = space.cost(kind)
   rng = np.random.default_rng(seed)
   policy = {
-    d.name: rng.dirichlet(np.ones(len(d.menu))).astype(np.float32)
+    d.name: rng.dirichlet(np.ones(len(d.labels))).astype(np.float32)
     for d in space.decisions
   }
   expected = total = 0.0
   for indices in architectures(space):
     probability = math.prod(float(policy[n][i]) for n, i in indices.items())
-    leaves = space.leaves(one_hots(space, indices))
-    expected += probability * float(cost(leaves))
+    expected += probability * float(cost(one_hots(space, indices)))
     total += probability
   assert total == pytest.approx(1, rel=1e-6)
   # Two decisions in place of the one on both sides of a layer would cost less:
   # E[c]^2 < E[c^2].
-  assert float(cost(space.leaves(policy))) == pytest.approx(expected, rel=1e-6)
+  assert float(cost(policy)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_found_network_costs_what_its_architecture_does():
@@ -201,13 +201,13 @@ def test_the_found_network_costs_what_its_architecture_does():
     for pick in (0, -1):
       for decision in space.decisions:
         if decision.kind == 'format':
-          size = len(decision.menu)
+          size = len(decision.labels)
           choices[decision.name] = np.eye(size, dtype=np.float32)[pick]
       small = {
         d.name: choices[d.name] if d.kind == 'format' else np.ones(1)
         for d in found.decisions
       }
       for kind in ('bops', 'size'):
-        expected = float(found.cost(kind)(found.leaves(small)))
-        actual = float(space.cost(kind)(space.leaves(choices)))
+        expected = float(found.cost(kind)(small))
+        actual = float(space.cost(kind)(choices))
         assert actual == pytest.approx(expected, rel=1e-6)

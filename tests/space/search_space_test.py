@@ -69,7 +69,7 @@ def menus(space):
 def random_choices(space, seed=0):
   rng = np.random.default_rng(seed)
   return {
-    d.name: np.eye(len(d.menu), dtype=np.float32)[rng.integers(len(d.menu))]
+    d.name: np.eye(len(d.labels), dtype=np.float32)[rng.integers(len(d.labels))]
     for d in space.decisions
   }
 
@@ -318,7 +318,7 @@ def test_the_size_counts_architectures():
   assert space.size == pytest.approx(math.log10(3**5 * 16))
   assert not space.is_fixed
   assert {k: v.shape for k, v in space.zeros().items()} == {
-    d.name: (len(d.menu),) for d in space.decisions
+    d.name: (len(d.labels),) for d in space.decisions
   }
 
 

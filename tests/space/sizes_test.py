@@ -189,8 +189,8 @@ def test_the_published_sizes_cost_what_the_published_network_does(
   name, open_sizes, kind
 ):
   plain, opened = space_of(name, sizes.Sizes()), space_of(name, open_sizes)
-  expected = plain.cost(kind)(plain.leaves(plain.uniform('INT8')))
-  cost = opened.cost(kind)(opened.leaves(opened.uniform('INT8')))
+  expected = plain.cost(kind)(plain.uniform('INT8'))
+  cost = opened.cost(kind)(opened.uniform('INT8'))
   # Shares of what is allocated are float32.
   assert float(cost) == pytest.approx(float(expected), rel=1e-6)
 
@@ -266,12 +266,16 @@ def test_sizes_that_do_not_fit_are_refused(layer, shape, message):
 
 
 def test_branches_together_are_all_in_use_and_nothing_else_changes():
-  kernel = search_space.Decision('k', (3, 5), ('a/kernel',), has_branches=True)
-  width = search_space.Decision('w', (8, 16), ('a/output_channels',))
-  space = search_space.SearchSpace((kernel, width), (), 0)
+  kernel = search_space.SizeDecision(
+    'k', ('a/kernel',), sizes.Kernel('k', (3, 5))
+  )
+  width = search_space.SizeDecision(
+    'w', ('a/output_channels',), sizes.Channels('w', (8, 16), (8, 16))
+  )
+  space = search_space.SearchSpace((), (kernel, width), (), 0)
   choices = {'k': np.array([0.0, 1.0]), 'w': np.array([1.0, 0.0])}
-  apart = space.together(choices, False)
-  together = space.together(choices, True)
+  apart = space.with_branches(choices, False)
+  together = space.with_branches(choices, True)
   np.testing.assert_array_equal(apart['k'], [0, 1])
   np.testing.assert_array_equal(together['k'], [0.5, 0.5])
   np.testing.assert_array_equal(together['w'], choices['w'])

@@ -1,0 +1,254 @@
+"""REINFORCE over a policy tree, in two forms (Eq. 1, 2, 3, 8).
+
+`paper` is the published controller: one architecture a step, the cost inside
+the reward. `default` judges four architectures on the same images and takes the
+gradient of the expected cost in closed form; WORKSPACE.md tells what each part
+is worth.
+
+Signs: the paper writes ascent with r_bar - r; here a loss is descended,
+`-(r - baseline) log pi(arch) + beta_H H`, and gamma in Eq. 1 is negative.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fliqs_jax.runtime import replicas as replicas_lib
+from fliqs_jax.search import controller as controller_lib
+from fliqs_jax.search import policy as policy_lib
+from fliqs_jax.search import schedules
+
+# Of the running mean of rewards: A.4 ("momentum of .95"), in TuNAS's reading.
+_BASELINE_DECAY = 0.95
+# The constants of `default` come from simulation (WORKSPACE.md): the decay of
+# the running mean of squared advantages; architectures a step; the factor by
+# which the learning rate grows over the search, the weight of the cost by its
+# root; the least scale of advantages, as a part of the largest and alone.
+_SQUARES_DECAY = 0.99
+_SAMPLES = 4
+_RAMP = 10
+_LEAST_SCALE, _LEAST_POSITIVE = 0.1, 1e-8
+
+# A state and metrics.
+_Updated = tuple[controller_lib.SearchState, dict[str, jax.Array]]
+
+
+def paper(
+  relative_cost: controller_lib.RelativeCost,
+  phases: schedules.Phases,
+  *,
+  gamma: float,
+  learning_rate: float,
+  entropy_weight: Callable[[jax.Array], jax.Array],
+  replicas: replicas_lib.Replicas = replicas_lib.ONE,
+  leave_one_out: bool = False,
+) -> controller_lib.Controller:
+  """Returns the published controller (Eq. 1, 3, 8; A.4).
+
+  One architecture a step; zero-debiased running baseline, updated before the
+  advantage is formed; Adam without momentum; the entropy term as a plain
+  gradient step outside Adam, whose normalisation would let it freeze the policy
+  at random.
+
+  Args:
+    relative_cost: tree of [K] -> C / C_T [].
+    phases: when the search starts and ends.
+    gamma: weight of the cost, negative, in units of the quality.
+    learning_rate: 4.6e-3 at 30,200 steps; scale by sqrt(30200 / steps).
+    entropy_weight: beta_H as a function of the progress of training.
+    replicas: the copies of the step, each with an architecture of its own; the
+      policy learns from all of them.
+    leave_one_out: whether the baseline is the mean reward of the other replicas
+      at this step.
+  """
+  controller_lib.check_gamma(gamma)
+  adam = optax.adam(learning_rate, b1=0.0, b2=0.999, eps=1e-8)
+
+  def update(
+    state: controller_lib.SearchState,
+    archs: Any,
+    qualities: jax.Array,
+    step: jax.Array,
+  ) -> _Updated:
+    arch = jax.tree.map(lambda a: a[0], archs)
+    cost = relative_cost(arch)
+    reward = controller_lib.reward(
+      qualities[0], controller_lib.absolute_error(cost), gamma
+    )
+    average, count, baseline = _running_mean(
+      state, replicas.mean(reward), _BASELINE_DECAY
+    )
+    if leave_one_out:
+      baseline = replicas.others(reward)
+    gradient = replicas.mean(
+      jax.grad(
+        lambda policy: -(reward - baseline) * policy_lib.log_prob(policy, arch)
+      )(state.policy)
+    )
+    updates, opt_state = adam.update(gradient, state.opt_state)
+    beta = entropy_weight(phases.progress(step))
+    entropy_gradient = jax.grad(policy_lib.entropy)(state.policy)
+    learnt = jax.tree.map(
+      lambda theta, u, h: theta + u - learning_rate * beta * h,
+      state.policy,
+      updates,
+      entropy_gradient,
+    )
+    state = _learn_if(
+      phases.searching(step),
+      state,
+      state.replace(policy=learnt, opt_state=opt_state),
+    ).replace(average=average, count=count)
+    return state, dict(reward=reward, sampled_cost=cost)
+
+  return _controller(adam, update, relative_cost, phases, samples=1)
+
+
+def default(
+  relative_cost: controller_lib.RelativeCost,
+  phases: schedules.Phases,
+  *,
+  gamma: float,
+  learning_rate: float,
+  entropy_weight: Callable[[jax.Array], jax.Array],
+  replicas: replicas_lib.Replicas = replicas_lib.ONE,
+) -> controller_lib.Controller:
+  """Returns the better controller: paired samples, cost in closed form.
+
+  Four architectures a step on the same validation images, each judged against
+  the mean of the others; the expected cost error differentiated exactly, its
+  weight growing by sqrt(10) and the learning rate by 10 over the search;
+  advantages and cost in units of the advantages' running scale.
+
+  Args:
+    relative_cost: tree of [K] -> C / C_T [].
+    phases: when the search starts and ends.
+    gamma: weight of the cost, negative, in units of the quality: -0.1 for
+      accuracy as a fraction, about -0.3 for cross-entropy in nats.
+    learning_rate: at the start of the search: 1 / sqrt(search steps).
+    entropy_weight: beta_H as a function of the progress of the search.
+    replicas: the copies of the step, each with architectures and images of its
+      own; the policy learns from all of them.
+  """
+  controller_lib.check_gamma(gamma)
+  adam = optax.scale_by_adam(b1=0.9, b2=0.999)
+
+  def update(
+    state: controller_lib.SearchState,
+    archs: Any,
+    qualities: jax.Array,
+    step: jax.Array,
+  ) -> _Updated:
+    p = phases.search_progress(step)
+    searching = phases.searching(step)
+    advantages = (qualities - qualities.mean()) * _SAMPLES / (_SAMPLES - 1)
+    average, count, square = _running_mean(
+      state, replicas.mean(jnp.mean(advantages**2)), _SQUARES_DECAY
+    )
+    scale = jnp.sqrt(square)
+    peak = jnp.where(searching, jnp.maximum(state.peak, scale), 0.0)
+    # Where all qualities agree to the last bit there is nothing to scale by.
+    scale = jnp.maximum(
+      jnp.maximum(scale, _LEAST_SCALE * peak), _LEAST_POSITIVE
+    )
+
+    def loss(policy: Any) -> jax.Array:
+      log_probs = jax.vmap(functools.partial(policy_lib.log_prob, policy))(
+        archs
+      )
+      error = controller_lib.expected_absolute_error(
+        relative_cost,
+        policy_lib.probabilities(policy),
+        0.5 * (1 - jnp.cos(jnp.pi * p)),
+      )
+      # The gradient of the expected reward: of the qualities by REINFORCE, of
+      # the cost in closed form; both in units of the advantages' scale.
+      expected_reward = controller_lib.reward(
+        jnp.mean(advantages / scale * log_probs),
+        error,
+        gamma * _RAMP ** (p / 2) / scale,
+      )
+      return entropy_weight(p) * policy_lib.entropy(policy) - expected_reward
+
+    updates, opt_state = adam.update(
+      replicas.mean(jax.grad(loss)(state.policy)), state.opt_state
+    )
+    rate = learning_rate * _RAMP**p
+    learnt = jax.tree.map(lambda t, u: t - rate * u, state.policy, updates)
+    state = _learn_if(
+      searching, state, state.replace(policy=learnt, opt_state=opt_state)
+    ).replace(average=average, count=count, peak=peak)
+    cost = jax.vmap(relative_cost)(archs)
+    # Without the ramp, so that rewards of different steps compare.
+    rewards = controller_lib.reward(
+      qualities, controller_lib.absolute_error(cost), gamma
+    )
+    return state, dict(reward=rewards.mean(), sampled_cost=cost.mean())
+
+  return _controller(adam, update, relative_cost, phases, samples=_SAMPLES)
+
+
+def _controller(
+  adam: optax.GradientTransformation,
+  update: Callable[..., _Updated],
+  relative_cost: controller_lib.RelativeCost,
+  phases: schedules.Phases,
+  samples: int,
+) -> controller_lib.Controller:
+  def init(logits: Any) -> controller_lib.SearchState:
+    return controller_lib.SearchState(
+      policy=logits,
+      opt_state=adam.init(logits),
+      average=jnp.zeros(()),
+      peak=jnp.zeros(()),
+      count=jnp.zeros((), jnp.int32),
+    )
+
+  def propose(
+    state: controller_lib.SearchState, key: jax.Array, step: jax.Array
+  ) -> Any:
+    # Uniform before the search: the softmax of zeros.
+    searched = (step >= phases.search_start).astype(jnp.float32)
+    logits = jax.tree.map(lambda theta: theta * searched, state.policy)
+    return jax.tree.map(
+      lambda drawn, best: jnp.where(step >= phases.freeze, best, drawn),
+      policy_lib.sample(logits, key, samples),
+      policy_lib.argmax(state.policy),
+    )
+
+  def update_and_measure(
+    state: controller_lib.SearchState,
+    archs: Any,
+    qualities: jax.Array,
+    step: jax.Array,
+  ) -> _Updated:
+    updated, metrics = update(state, archs, qualities, step)
+    pi = policy_lib.probabilities(updated.policy)
+    return updated, metrics | dict(
+      quality=jnp.mean(qualities),
+      cost=relative_cost(pi),
+      entropy=policy_lib.entropy(updated.policy),
+    )
+
+  return controller_lib.Controller(init, propose, update_and_measure, samples)
+
+
+def _running_mean(
+  state: controller_lib.SearchState, value: jax.Array, decay: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns the running mean with `value` in it, its count, and it unbiased."""
+  average = decay * state.average + (1 - decay) * value
+  count = state.count + 1
+  return average, count, average / (1 - decay ** count.astype(jnp.float32))
+
+
+def _learn_if(
+  searching: jax.Array,
+  old: controller_lib.SearchState,
+  new: controller_lib.SearchState,
+) -> controller_lib.SearchState:
+  return jax.tree.map(lambda o, n: jnp.where(searching, n, o), old, new)
