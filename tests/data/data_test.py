@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 
 from fliqs_jax import data
 from fliqs_jax.data import digits
+from fliqs_jax.data import pipeline
 from fliqs_jax.data import splits
 from fliqs_jax.data import synthetic
 
@@ -309,6 +310,19 @@ def test_ranges_of_a_shuffled_stream_are_read_in_any_order():
     assert sorted(_numbers([batch])) == expected
     numbers = np.array(_numbers([batch]))
     np.testing.assert_array_equal(batch['label'], numbers % 10)
+
+
+def test_rows_read_in_any_order_arrive_in_that_order():
+  dataset = _numbered()
+  ranges = splits.parse(
+    'train_split', 'train[90:]+test[:6]+train[:4]', dataset.split_sizes
+  )
+  read = pipeline.reader(dataset, dataset.open, ranges)
+  # Ten of 90 to 99, six of 1000 to 1005, four of 0 to 3.
+  rows = read(np.array([17, 3, 12, 0, 19, 11, 9, 15]))
+  expected = [1, 93, 1002, 90, 3, 1001, 99, 1005]
+  assert _numbers([rows]) == expected
+  assert rows['label'].tolist() == [n % 10 for n in expected]
 
 
 def test_only_train_is_augmented(digits_dir):

@@ -251,6 +251,50 @@ def test_images_too_narrow_for_a_crop_are_cropped_in_the_middle(size, box):
     assert imagenet.random_crop_box(*size, random_bits.Draws(seed)) == box
 
 
+class _Scripted:
+  """Draws that are given: shares of the range, and the last of the places."""
+
+  def __init__(self, *shares):
+    self._shares = iter(shares)
+
+  def uniform(self, low, high):
+    return low + next(self._shares) * (high - low)
+
+  def below(self, stop):
+    return stop - 1
+
+
+# As torchvision's RandomResizedCrop: the area is a share from 0.08 to 1 of the
+# image's, the logarithm of the aspect is uniform from log 3/4 to log 4/3.
+_HALF = (0.5 - 0.08) / 0.92  # Of 400 x 300: 60 000.
+_QUARTER = (0.25 - 0.08) / 0.92  # Of 300 x 100: 7 500.
+
+
+@pytest.mark.parametrize(
+  ('aspect', 'w', 'h'),
+  [
+    (0.0, 212, 283),  # 3/4: sqrt(45 000), sqrt(80 000).
+    (0.5, 245, 245),  # 1: sqrt(60 000) = 244.9.
+    (0.75, 263, 228),  # sqrt(4/3) = 1.155: sqrt(69 282), sqrt(51 962).
+    (1.0, 283, 212),  # 4/3.
+  ],
+)
+def test_a_crop_has_torchvision_s_sides(aspect, w, h):
+  box = imagenet.random_crop_box(400, 300, _Scripted(_HALF, aspect))
+  # In the last place, which touches the corner.
+  assert box == (400 - w, 300 - h, 400, 300)
+
+
+def test_a_crop_that_does_not_fit_is_drawn_ten_times():
+  # The whole area of 300 x 100 at aspect 1 is 173 x 173; a quarter 87 x 87.
+  too_high, fits = (1.0, 0.5), (_QUARTER, 0.5)
+  box = imagenet.random_crop_box(300, 100, _Scripted(*9 * too_high, *fits))
+  assert box == (213, 13, 300, 100)
+  # Then the largest of aspect 4/3 in the middle: 133 x 100, from 167 // 2.
+  box = imagenet.random_crop_box(300, 100, _Scripted(*10 * too_high, *fits))
+  assert box == (83, 0, 216, 100)
+
+
 def test_half_of_the_crops_are_mirrored():
   # Brighter to the right; mirrored, to the left.
   ramp = np.broadcast_to(np.arange(250, dtype=np.uint8)[:, None], (200, 250, 3))

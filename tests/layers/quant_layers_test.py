@@ -562,6 +562,23 @@ def test_the_threshold_is_a_multiple_of_the_running_deviation():
   np.testing.assert_allclose(y, np.full((1, 8), 7 * threshold), rtol=1e-6)
 
 
+@pytest.mark.parametrize('weight_clip', ['absmax', 'gaussian', 0.5])
+def test_activations_ignore_the_clip_of_weights(weight_clip):
+  spec = quant_spec.QuantSpec(
+    'int4', mode='activations', weight_clip=weight_clip, act_clip=3.0
+  )
+  layer = quant_layers.QuantDense(8, use_bias=False, spec=spec)
+  x = np.full((1, 8), 1e3, np.float32)
+  variables = init(layer, x)
+  seen = dict(mean_square=np.float32(4), count=np.int32(1))  # A deviation of 2.
+  variables['quant_stats'] |= seen
+  variables['params'] = {'kernel': np.eye(8, dtype=np.float32)}
+  # The input saturates at 3 deviations.
+  np.testing.assert_allclose(
+    jax.jit(layer.apply)(variables, x), np.full((1, 8), 6.0), rtol=1e-6
+  )
+
+
 def test_statistics_stand_still_unless_they_are_mutable():
   layer = CASES['dense'].quantized()
   x = random((2, 3, 8))

@@ -270,8 +270,8 @@ class Watch:
 sys.meta_path.insert(0, Watch())
 import fliqs_jax
 assert not Watch.tried & {'orbax', 'clu', 'tensorboardX', 'tensorflow'}
-import fliqs_jax.checkpoint
-import fliqs_jax.metrics
+import fliqs_jax.runtime.checkpoint
+import fliqs_jax.run.metrics
 assert {'orbax', 'clu', 'tensorboardX'} <= Watch.tried
 assert 'tensorflow' not in Watch.tried
 """

@@ -1,8 +1,10 @@
 """A whole run: what it leaves, and that a kill leaves no trace."""
 
+import functools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +98,40 @@ def test_evaluation_with_the_found_arch_gives_the_run_s_own_result(finished):
   assert evaluation.evaluate(str(workdir), arch=arch) == result['found']
 
 
+def test_the_test_loss_is_that_of_a_loop_by_hand(finished):
+  """Of the averaged weights, with statistics settled at the argmax."""
+  workdir, result = finished
+  experiment = experiment_lib.build(tiny.get_config())
+  state = _final_state(workdir, tiny.get_config()).state
+  # {decision: [3] logits} to {layer: {'format': one-hot}}.
+  arch = {
+    layer: {'format': np.eye(3, dtype=np.float32)[np.argmax(logits)]}
+    for layer, logits in state.search_state.policy.items()
+  }
+  stats = state.model_state['quant_stats']
+  settle, test = (
+    jax.jit(functools.partial(experiment.model.apply, **how))
+    for how in (dict(train=True, mutable=['quant_stats']), dict(train=False))
+  )
+  # The three training batches behind the last step, forward.
+  for _, batch in zip(range(3), experiment.streams.train(60)):
+    variables = {'params': state.average, 'arch': arch, 'quant_stats': stats}
+    stats = settle(variables, batch['image'])[1]['quant_stats']
+  losses, hits = [], []
+  variables = {'params': state.average, 'arch': arch, 'quant_stats': stats}
+  for batch in experiment.streams.test():
+    logits = test(variables, batch['image'])
+    real = batch['mask'] == 1
+    logits = np.asarray(logits, np.float64)[real]
+    labels = batch['label'][real]
+    log_sum = np.log(np.exp(logits).sum(-1))
+    losses += list(log_sum - logits[np.arange(len(labels)), labels])
+    hits += list(logits.argmax(-1) == labels)
+  assert len(losses) == 360
+  assert result['found']['loss'] == pytest.approx(np.mean(losses), rel=1e-5)
+  assert result['found']['accuracy'] == pytest.approx(np.mean(hits))
+
+
 def test_a_uniform_format_is_evaluated_by_the_same_code(finished):
   metrics = evaluation.evaluate(str(finished[0]), numeric_format='INT8')
   assert metrics['average_bits'] == 8.0
@@ -146,17 +182,41 @@ def test_references_are_trained_by_the_same_code(tmp_path):
   assert (tmp_path / 'pareto.png').exists()
 
 
+def _checkpointed(workdir):
+  return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir())
+
+
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
   config = tiny.get_config()
   with config.unlocked():
-    config.optimizer.learning_rate = 1e30
-    config.optimizer.warmup = 0.5  # 20 of 60 steps are still moderate ...
+    config.optimizer.warmup = 0.5  # The first of 60 steps are moderate ...
     config.optimizer.schedule = 'constant'
-    config.optimizer.learning_rate = 1e3
+    config.optimizer.learning_rate = 50.0
     config.train.max_loss = 3.0  # ... and uniform guessing costs ln 10 = 2.3.
-  with pytest.raises(run_log.DivergedError, match='loss is .*checkpoint'):
+    config.train.checkpoint_every = config.train.log_every
+  with pytest.raises(
+    run_log.DivergedError, match='loss is .*checkpoint'
+  ) as error:
     train.train_and_evaluate(config, tmp_path)
   assert not (tmp_path / 'result.json').exists()
+  # Each logging point before it was saved, the diverged one was not.
+  step = int(re.search(r'at step (\d+)', str(error.value)).group(1))
+  kept = config.train.checkpoints_kept
+  good = list(range(config.train.log_every, step, config.train.log_every))
+  assert step > config.train.log_every
+  assert _checkpointed(tmp_path) == good[-kept:]
+
+
+def test_a_run_that_is_stopped_while_it_diverges_saves_nothing(tmp_path):
+  config = tiny.get_config()
+  with config.unlocked():
+    config.optimizer.warmup = 0.0
+    config.optimizer.schedule = 'constant'
+    config.optimizer.learning_rate = 1e30  # Infinite after a step or two.
+  asked = iter([False, False, True])
+  with pytest.raises(run_log.DivergedError, match='at step 3 '):
+    train.train_and_evaluate(config, tmp_path, stop=lambda: next(asked))
+  assert _checkpointed(tmp_path) == []
 
 
 def test_steps_are_profiled_on_request(tmp_path):

@@ -199,11 +199,11 @@ def test_every_single_bit_changes_the_digest(dtype, width):
   flipped = [
     zeros.at[i].set(1 << bit) for i in range(4) for bit in range(width)
   ]
-  digests = {
+  seen = {
     int(digests.digest(jax.lax.bitcast_convert_type(x, dtype)))
     for x in [zeros, *flipped]
   }
-  assert len(digests) == 1 + 4 * width
+  assert len(seen) == 1 + 4 * width
 
 
 def test_the_digest_sees_an_exchange_of_values():
@@ -211,6 +211,15 @@ def test_the_digest_sees_an_exchange_of_values():
   x = jnp.zeros((1024,)).at[0].set(1.0)
   y = jnp.zeros((1024,)).at[512].set(1.0)
   assert int(digests.digest(x)) != int(digests.digest(y))
+
+
+def test_a_transposed_matrix_has_another_digest():
+  x = jnp.arange(12.0).reshape(3, 4)
+  assert int(digests.digest(x)) != int(digests.digest(x.T))
+  square = x[:, :3]
+  assert int(digests.digest(square)) != int(digests.digest(square.T))
+  # It is the order that counts, not the shape.
+  assert int(digests.digest(x)) == int(digests.digest(x.reshape(4, 3)))
 
 
 def test_what_is_saved_is_the_state_at_the_call(tmp_path):

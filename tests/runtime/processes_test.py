@@ -228,7 +228,7 @@ def test_the_launcher_starts_all_again_when_one_is_killed(whole, tmp_path):
 
 def test_processes_find_each_other_through_a_cluster(tmp_path):
   """SLURM's variables, as srun sets them."""
-  own = 'from fliqs_jax import processes as p; p.join(60, 60); '
+  own = 'from fliqs_jax.runtime import processes as p; p.join(60, 60); '
   own += 'print(p.texts(f"{p.index()} of {p.count()}"))'
   # JAX takes the coordinator's port from the number of the job.
   job = str(_port())

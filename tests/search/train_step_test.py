@@ -27,9 +27,15 @@ _TRAIN = dict(x=jnp.arange(1.0, 5.0), label=jnp.zeros(4))
 # rows gets another sum.
 _VALID = dict(x=jnp.arange(10.0, 50.0, 10.0), label=jnp.arange(4.0))
 _MENU = (formats.parse('INT4'), formats.parse('INT8'))
-_SPACE = search_space.SearchSpace(
-  (search_space.Decision('layer', _MENU, ('layer/format',)),), ops=(), params=1
-)
+
+
+def _space(*menu):
+  """Returns the space of the one layer."""
+  decision = search_space.FormatDecision('layer', ('layer/format',), menu)
+  return search_space.SearchSpace((decision,), (), ops=(), params=1)
+
+
+_SPACE = _space(*_MENU)
 
 
 class _Record(types.SimpleNamespace):
@@ -267,12 +273,7 @@ def test_accumulated_parts_are_averaged_and_draw_keys_of_their_own():
 
 
 def test_a_space_with_nothing_open_is_not_judged():
-  fixed = search_space.SearchSpace(
-    (search_space.Decision('layer', _MENU[:1], ('layer/format',)),),
-    ops=(),
-    params=1,
-  )
-  record, states, metrics = _steps([[_INT4, _INT4]], space=fixed)
+  record, states, metrics = _steps([[_INT4, _INT4]], space=_space(_MENU[0]))
   assert record.updates == []
   assert record.phases == [(True, False)]
   assert 'entropy' not in metrics[0]

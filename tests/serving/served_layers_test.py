@@ -144,6 +144,40 @@ def test_integers_sum_exactly_where_float32_does_not():
   np.testing.assert_allclose(jax.jit(layer.apply)(variables, x), y, rtol=1e-5)
 
 
+def test_the_largest_possible_sum_of_a_convolution_is_known_and_exact():
+  # 3 x 3 x 512 = 4608 products of at most 127 x 127: 74 322 432. The weights of
+  # one feature are -127, those of the other in turn 127 and -127: its sum is
+  # zero here, but as large for other inputs.
+  w = np.stack([-np.ones(512), np.tile([1, -1], 256)], axis=-1)
+  w = np.broadcast_to(w, (3, 3, 512, 2)).astype(np.float32)
+  x = np.ones((1, 3, 3, 512), np.float32)
+  clip = np.ones(1, np.float32)
+  variables = dict(
+    params=dict(kernel=w),
+    arch=dict(format=clip),
+    quant_stats=layers_test.stats(
+      std=1.0, menu=formats.menu('INT8'), clip=clip
+    ),
+  )
+  how = dict(features=2, kernel_size=(3, 3), padding='VALID', use_bias=False)
+  layer = quant_layers.QuantConv(**how, spec=quant_spec.QuantSpec('INT8'))
+  assigned = {'': ('INT8', 'INT8')}
+  flat, kept = stored_layers.tensors(
+    stored_layers.teller(layer.apply), variables, assigned, x
+  )
+  assert kept[''].largest_sum == 127 * 127 * 4608 == 74_322_432
+  assert not kept[''].exact  # Above 2**24 = 16 777 216.
+  served = served_layers.ServedConv(
+    **how, spec=quant_spec.QuantSpec(assignment=assigned)
+  )
+  low_bit = stored_layers.variables(flat, kept)
+  scale = np.float32(1 / 127)
+  expected = np.float32(127 * 127 * 4608) * scale * scale
+  for shifts in ({}, loader.with_shifts(low_bit, kept)):
+    y = jax.jit(served.apply)(low_bit | shifts, x)
+    np.testing.assert_array_equal(y.ravel(), [-expected, 0.0])
+
+
 @pytest.mark.parametrize('axes', [(1, None), (None, 2), (2, 0)])
 def test_the_unsigned_product_is_batched(axes):
   rng = np.random.default_rng(0)
@@ -214,3 +248,14 @@ def test_a_network_of_mixed_formats_is_served_bit_for_bit(name):
   y = stablehlo.deserialize(data).call(flat, x)
   # Sums of floats, in another program: perhaps in another order.
   np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+def test_the_iterations_of_a_module_are_in_their_order():
+  # As strings, @10 and @11 come before @2.
+  layers = {
+    f'body/up/@{i}': stored_layers.Layer(None, None, (i,)) for i in range(12)
+  }
+  layers = dict(sorted(layers.items()))
+  assert list(layers)[2] == 'body/up/@10'
+  (iterations,) = stored_layers.by_module(layers).values()
+  assert [one.shape for one in iterations] == [(i,) for i in range(12)]

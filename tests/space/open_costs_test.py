@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fliqs_jax import models
 from fliqs_jax.layers import channel_masks
 from fliqs_jax.layers import quant_layers
 from fliqs_jax.space import cost_model
@@ -211,3 +212,28 @@ def test_the_found_network_costs_what_its_architecture_does():
         expected = float(found.cost(kind)(small))
         actual = float(space.cost(kind)(choices))
         assert actual == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize('kernel_weights', [sizes.BRANCHES, sizes.MASKED])
+def test_uniform_of_open_sizes_is_that_of_the_published_network(kernel_weights):
+  """MobileNetV2 at 224x224: 300 774 272 MACs, 3 504 872 parameters."""
+  spec = quant_spec.QuantSpec(('INT4', 'INT8'))
+  network = models.published('mobilenetv2')
+  for open_sizes in (
+    sizes.Sizes(),
+    sizes.Sizes((0.5, 1, 2), (3, 5, 7), kernel_weights),
+  ):
+    model = models.build(network, 1000, spec, open_sizes)
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    space = discovery.find(model, image, spec=spec, train=False)
+    bops, size = space.cost('bops'), space.cost('size')
+    # 4 x 4 bits: 300.774 M x 16 = 4.8124 GBOPs.
+    assert cost_model.uniform(bops, 'INT4') == pytest.approx(4.8124, abs=5e-5)
+    # 3 469 760 weights of 4 bits, a float32 scale for each of 17 056 + 1000
+    # channels and 53 inputs, 34 112 + 1000 parameters of norms and bias.
+    bits = 3_469_760 * 4 + (18_056 + 53 + 35_112) * 32
+    assert bits / 1e6 == pytest.approx(15.5821, abs=5e-5)
+    assert cost_model.uniform(size, 'INT4') == pytest.approx(bits / 1e6, 1e-6)
+    choices = space.uniform('INT4')
+    assert float(bops(choices)) == pytest.approx(4.8124, abs=5e-5)
+    assert float(size(choices)) == pytest.approx(bits / 1e6, rel=1e-6)

@@ -265,6 +265,23 @@ def test_an_assignment_survives_the_way_through_names(mode):
   assert fixed.assignment(random_choices(fixed)) == assignment
 
 
+def test_sides_apart_come_back_from_their_names():
+  space = find(mode='separate', exclude=('stem',))
+  sides = [
+    ('INT4', 'INT8'),
+    ('INT8', 'INT4'),
+    ('BF16', 'INT4'),
+    ('INT4', 'BF16'),
+    ('INT8', 'INT8'),
+  ]
+  assignment = dict(zip(LAYERS, [(None, None), *sides]))
+  choices = space.choices(assignment)
+  # The menu is INT4, INT8, BF16.
+  assert choices['branch_a/second/weights'].tolist() == [1, 0, 0]
+  assert choices['branch_a/second/activations'].tolist() == [0, 1, 0]
+  assert space.assignment(choices) == assignment
+
+
 @pytest.mark.parametrize(
   ('missing', 'surplus'),
   [
