@@ -1,7 +1,7 @@
-"""What a network applies to a tensor whose first channels alone are live.
+"""Layers for tensors of which only the first channels are active.
 
-Dead channels are zero behind these layers, so that sums over channels do not
-see them; whoever takes a mean over channels asks for their number.
+The other channels, the inactive ones, are zero behind these layers. So sums
+over channels need no care; a mean over channels divides by `active_count`.
 """
 
 import dataclasses
@@ -10,111 +10,132 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fliqs_jax.numerics import one_hot as one_hot_lib
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import sizes
 
 
-def leaf(
+def size_leaf(
   module: nn.Module, name: str, choice: sizes.Channels | sizes.Kernel
 ) -> jax.Array:
-  """Returns a leaf [K] of `arch`, and records in `sizes` what it picks from.
+  """Returns the leaf of `arch` that picks a size, and records its options.
 
-  A model that nobody searches yet has the published size.
+  A model without a value for the leaf has the published size.
+
+  Args:
+    module: the layer that the leaf belongs to.
+    name: the name of the leaf: `channels`, `input_channels`,
+      `output_channels` or `kernel`.
+    choice: the K sizes that the leaf picks from.
+
+  Returns:
+    [K] one-hot, or for the branches of a kernel also their weights.
+
+  Raises:
+    ValueError: the leaf is known and picks no size.
   """
   if not module.has_variable('arch', name):
     module.variable(
       'arch', name, jax.nn.one_hot, choice.published, len(choice.labels)
     )
   module.sow('sizes', name, choice)
-  return module.get_variable('arch', name)
+  one_hot = module.get_variable('arch', name)
+  if not (isinstance(choice, sizes.Kernel) and choice.has_branches):
+    one_hot_lib.check('/'.join((*module.path, name)), one_hot)
+  return one_hot
 
 
-def number(one_hot: jax.Array, channels: sizes.Channels) -> jax.Array:
-  """Returns how many channels are live, float32 []."""
-  counts = jnp.asarray(channels.counts, jnp.float32)
-  return jnp.sum(jnp.where(one_hot > 0.5, counts, 0.0))
+def active_count(one_hot: jax.Array, channels: sizes.Channels) -> jax.Array:
+  """Returns how many channels are active, float32 []; NaN if none is picked."""
+  return one_hot_lib.pick(one_hot, jnp.asarray(channels.counts, jnp.float32))
 
 
-def mask(one_hot: jax.Array, channels: sizes.Channels) -> jax.Array:
-  """Returns which channels are live, bool [C]."""
-  return jnp.arange(channels.size) < number(one_hot, channels)
+def is_active(one_hot: jax.Array, channels: sizes.Channels) -> jax.Array:
+  """Returns for each channel whether it is active, bool [C]."""
+  return jnp.arange(channels.size) < active_count(one_hot, channels)
 
 
 class Mask(nn.Module):
-  """Zeroes the channels that are not live.
+  """Zeroes the inactive channels.
 
   Attributes:
-    channels: of the input [..., C].
+    channels: the possible numbers of channels of the input [..., C].
   """
 
   channels: sizes.Channels
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns [..., C].
+    """Returns x [..., C] with zeros in its inactive channels.
 
     Raises:
-      ValueError: the input has another number of channels.
+      ValueError: the input has another number of channels, or the leaf picks
+        none.
     """
     if not self.channels.has_leaf:
       return x
     if self.channels.size != x.shape[-1]:
       raise ValueError(
         f'{"/".join(self.path)}: {self.channels.decision} is of a tensor of '
-        f'{self.channels.size} channels, but the input has {x.shape[-1]}'
+        f'{self.channels.size} channels, but the input has {x.shape[-1]}; give '
+        'the layer the `Channels` of its input'
       )
-    one_hot = leaf(self, 'channels', self.channels)
+    one_hot = size_leaf(self, 'channels', self.channels)
     if len(self.channels.labels) == 1:
       return x
-    return jnp.where(mask(one_hot, self.channels), x, 0)
+    # Zero, but NaN if the count is NaN: a leaf that picks nothing must show.
+    zero = (0.0 * active_count(one_hot, self.channels)).astype(x.dtype)
+    return jnp.where(is_active(one_hot, self.channels), x, zero)
 
 
 class BatchNorm(nn.BatchNorm):
-  """`nn.BatchNorm`, behind which dead channels are zero.
+  """`nn.BatchNorm`, behind which inactive channels are zero.
 
-  A dead channel keeps the running statistics of when it last lived, so that it
-  is normalised when it comes to life: behind a depthwise convolution it is
-  zero, and its variance would fade.
+  An inactive channel keeps its running statistics, so that they are right when
+  it becomes active again: behind a depthwise convolution it is zero, and its
+  variance would decay to zero.
 
   Attributes:
-    channels: of the input [..., C].
+    channels: the possible numbers of channels of the input [..., C].
   """
 
   channels: sizes.Channels = sizes.constant(0)
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns [..., C]."""
+    """Returns x [..., C] normalised, zero in its inactive channels."""
     if not self.channels.has_leaf:
       return super().__call__(x)
     before = dict(self.variables.get('batch_stats', {}))
-    x = super().__call__(x)
+    y = super().__call__(x)
     params = self.use_scale + self.use_bias
     follows = cost_model.PerChannel('channels', self.channels, params)
     self.sow('cost', 'others', follows)
-    x = Mask(self.channels, parent=self.scope)(x)
+    y = Mask(self.channels, parent=self.scope)(y)
     if len(self.channels.labels) > 1 and not self.is_initializing():
-      self._keep_dead(before)
-    return x
+      self._restore_inactive(before)
+    return y
 
-  def _keep_dead(self, before: dict[str, jax.Array]) -> None:
+  def _restore_inactive(self, before: dict[str, jax.Array]) -> None:
+    """Gives inactive channels back their running statistics [C] of `before`."""
     if not self.is_mutable_collection('batch_stats'):
       return
-    alive = mask(self.get_variable('arch', 'channels'), self.channels)
+    active = is_active(self.get_variable('arch', 'channels'), self.channels)
     for name, old in before.items():
       new = self.get_variable('batch_stats', name)
-      self.put_variable('batch_stats', name, jnp.where(alive, new, old))
+      self.put_variable('batch_stats', name, jnp.where(active, new, old))
 
 
 class Dense(nn.Dense):
-  """`nn.Dense`, not quantized, behind which dead channels are zero.
+  """`nn.Dense`, not quantized, behind which inactive channels are zero.
 
-  It counts as parameters, not as an op. Both its sides follow one decision.
+  The cost model counts its parameters, but no op. Its input and its output
+  follow the same decision.
 
   Attributes:
-    input_channels: which of the input's channels are live; None: all, and all
-      of the output's.
-    output_channels: which of the output's channels will be.
+    input_channels: the possible numbers of the input's channels; None if all
+      channels of both sides are always active.
+    output_channels: the possible numbers of the output's channels.
   """
 
   input_channels: sizes.Channels | None = None
@@ -132,8 +153,8 @@ class Dense(nn.Dense):
     decisions = [side and side.decision for side in sides]
     if decisions[0] != decisions[1]:
       raise ValueError(
-        f'{"/".join(self.path)}: both sides must follow one decision, but they '
-        f'follow {decisions[0]} and {decisions[1]}'
+        f'{"/".join(self.path)}: the channels of input and output must follow '
+        f'one decision, but they follow {decisions[0]} and {decisions[1]}'
       )
     if not any(side and side.has_leaf for side in sides):
       return y

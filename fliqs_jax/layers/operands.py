@@ -1,10 +1,11 @@
 """The two operands of a quantized op: activations and weights, on their grids.
 
-Where a layer's variables are read and kept: which format (`arch`), what was
-seen of the input (`quant_stats`), what the op costs (`cost`). `layers` says
-what they hold.
+All variables of quantization are read and written here: the format (`arch`),
+the moments of the input (`quant_stats`) and the cost of the op (`cost`).
+`quant_layers` lists them with their shapes.
 """
 
+from collections.abc import Sequence
 import functools
 import math
 from typing import Any
@@ -18,28 +19,33 @@ import numpy as np
 from fliqs_jax.layers import channel_masks
 from fliqs_jax.numerics import clipping
 from fliqs_jax.numerics import float_ops
+from fliqs_jax.numerics import formats
+from fliqs_jax.numerics import one_hot as one_hot_lib
 from fliqs_jax.numerics import quantize
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import sizes
 
-# Of the running moments. The first batches count in full: the weight of batch n
-# is max(1/n, 1 - decay), so the moments need no debiasing.
+# Decay of the running moments, our choice. Batch n has the weight
+# max(1/n, 1 - decay): the first batches are averaged, so the moments need no
+# debiasing.
 _STATS_DECAY = 0.99
+
+Menu = Sequence[formats.NumericFormat]
 
 
 def set_activation_quantization(quant_stats: Any, active: Any) -> Any:
   """Returns `quant_stats` with activation quantization switched on or off.
 
   Args:
-    quant_stats: the collection.
-    active: bool [], traced or not. Off is phase one (A.2): activations are
+    quant_stats: the collection of that name, a pytree.
+    active: bool [], traced or not. False is phase one (A.2): activations are
       profiled but not quantized.
   """
 
   def switch(path, leaf):
     if path[-1].key == 'active':
-      # A scanned layer has one for each step.
+      # A scanned layer has one for each iteration.
       return jnp.broadcast_to(jnp.asarray(active, leaf.dtype), jnp.shape(leaf))
     return leaf
 
@@ -51,18 +57,21 @@ class Operands:
 
   Attributes:
     module: the layer.
-    spec: its rules; the layer's own, unless given.
-    state: what holds the layer's variables: the layer itself, or what has its
-      methods `variable`, `has_variable`, `get_variable`, `sow` and
+    spec: the rules that say which formats the layer may use.
+    state: the holder of the layer's variables: the layer itself, or an object
+      with its methods `variable`, `has_variable`, `get_variable`, `sow` and
       `is_mutable_collection`.
-    choices: the formats it may use.
-    dtype: of its result.
-    accumulator: type of the op's sums.
+    choices: the formats that each operand may use.
+    dtype: the dtype of the layer's result.
+    sizes: the possible sizes of the layer by name: `input_channels`,
+      `output_channels`, `kernel`.
+    leaves: the leaf [K] of `arch` for each of these sizes.
+    accumulator: the dtype of the op's sums.
     has_integer_op: whether the op could run on integers.
   """
 
-  accumulator = jnp.float32
-  has_integer_op = True
+  accumulator: Any = jnp.float32
+  has_integer_op: bool = True
 
   def __init__(
     self,
@@ -71,11 +80,19 @@ class Operands:
     spec: quant_spec.QuantSpec | None = None,
     state: Any = None,
   ):
+    """Reads which formats and sizes the layer may use.
+
+    Args:
+      module: the layer.
+      inputs: [...] the layer's input; only its dtype is read.
+      spec: the rules; None for those of the layer.
+      state: the holder of the layer's variables; None for the layer itself.
+    """
     self.module = module
     self.spec = spec or module.spec
     self.state = state or module
     self.choices = self.spec.choices('/'.join(module.path))
-    # As in linen: what inputs and parameters promote to, unless given.
+    # As in linen: the type that inputs and parameters promote to, unless given.
     self.dtype = module.dtype or jnp.result_type(inputs, module.param_dtype)
     self.sizes = {
       name: size
@@ -83,7 +100,7 @@ class Operands:
       if (size := getattr(module, name, None)) is not None
     }
     self.leaves = {
-      name: channel_masks.leaf(module, name, size)
+      name: channel_masks.size_leaf(module, name, size)
       for name, size in self.sizes.items()
     }
 
@@ -96,61 +113,97 @@ class Operands:
   def __call__(
     self, x: jax.Array, w: jax.Array, contracted: tuple[int, ...]
   ) -> tuple[quantize.Quantized, quantize.Quantized]:
-    """Returns activations and weights on their grids; see the two below."""
-    x, w = self.activations(x), self.weights(w, contracted)
-    if not self.module.is_initializing():  # For `export`; else nothing.
-      self.state.sow('operands', 'values', w.values)
-      self.state.sow('operands', 'weights', w.scale)
-      self.state.sow('operands', 'activations', x.scale)
-      self.state.sow('operands', 'integer_op', np.bool_(self.has_integer_op))
-    return x, w
+    """Returns activations and weights on their grids.
 
-  def conv(self, x, w, window_strides, padding, **kwargs) -> jax.Array:
+    Args:
+      x: [...] activations.
+      w: [...] weights.
+      contracted: the axes of `w` that the op sums over.
+    """
+    x_q, w_q = self.activations(x), self.weights(w, contracted)
+    if not self.module.is_initializing():  # Stored only while exporting.
+      self.state.sow('operands', 'values', w_q.values)
+      self.state.sow('operands', 'weights', w_q.scale)
+      self.state.sow('operands', 'activations', x_q.scale)
+      self.state.sow('operands', 'integer_op', np.bool_(self.has_integer_op))
+    return x_q, w_q
+
+  def conv(
+    self,
+    x: quantize.Quantized,
+    w: quantize.Quantized,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    **kwargs: Any,
+  ) -> jax.Array:
     """Returns the float32 sums of a convolution of grid values."""
     return float_ops.conv_general_dilated(
       x.values, w.values, window_strides, padding, **kwargs
     )
 
-  def dot_general(self, x, w, dimension_numbers, precision) -> jax.Array:
+  def dot_general(
+    self,
+    x: quantize.Quantized,
+    w: quantize.Quantized,
+    dimension_numbers: lax.DotDimensionNumbers,
+    precision: lax.PrecisionLike,
+  ) -> jax.Array:
     """Returns the float32 sums of a product of grid values."""
     return float_ops.dot_general(
       x.values, w.values, dimension_numbers, precision
     )
 
-  def keep(self, *arrays, dtype):
-    """Stands in for linen's `promote_dtype`: float32 until on the grid."""
+  def keep(self, *arrays: jax.Array | None, dtype: Any) -> tuple:
+    """Replaces linen's `promote_dtype`: operands stay float32 until rounded."""
     del dtype  # The op itself casts, after quantization.
     return tuple(a if a is None else a.astype(jnp.float32) for a in arrays)
 
   def weights(
     self, w: jax.Array, contracted: tuple[int, ...]
   ) -> quantize.Quantized:
-    """Returns weights on their grid, zero where they are dead.
+    """Returns weights on their grid, zero where they are inactive.
 
     Args:
       w: [...] weights, float32.
       contracted: axes of `w` that the op sums over; the others are channels.
     """
-    w = w.astype(jnp.float32)
-    alive = self._alive(w.shape)
-    if alive is not None:
-      w = jnp.where(alive, w, 0.0)
-    w = quantize.unquantized(w)
-    if (menu := self.choices.weights) is not None:
-      one_hot = self._decision('weights')
-      # Initialisation wants variables, not values: this halves its program.
-      if not self.module.is_initializing():
-        w = self._weights(w.values, alive, contracted, menu, one_hot)
-    return self._compute_dtype(w)
+    values = w.astype(jnp.float32)
+    active, zero = self._active_weights(values.shape)
+    if active is not None:
+      values = jnp.where(active, values, zero)
+    menu = self.choices.weights
+    if menu is None:
+      return self._compute_dtype(quantize.unquantized(values))
+    one_hot = self._decision('weights', menu)
+    # Initialisation needs variables, not values: this halves its program.
+    if self.module.is_initializing():
+      return self._compute_dtype(quantize.unquantized(values))
+    return self._compute_dtype(
+      self._quantized_weights(values, active, contracted, menu, one_hot)
+    )
 
   def activations(self, x: jax.Array) -> quantize.Quantized:
     """Returns activations [...] on their grid, float32 or the layer's dtype."""
-    x = quantize.unquantized(x.astype(jnp.float32))
-    if (menu := self.choices.activations) is not None:
-      one_hot, stats = self._decision('activations'), self._statistics(menu)
-      if not self.module.is_initializing():
-        x = self._activations(x.values, menu, one_hot, stats)
-    return self._compute_dtype(x)
+    values, menu = x.astype(jnp.float32), self.choices.activations
+    if menu is None:
+      return self._compute_dtype(quantize.unquantized(values))
+    one_hot = self._decision('activations', menu)
+    return self._compute_dtype(self.profiled(values, menu, one_hot))
+
+  def profiled(
+    self, x: jax.Array, menu: Menu, one_hot: jax.Array
+  ) -> quantize.Quantized:
+    """Updates the moments of the input and returns it on its grid.
+
+    Args:
+      x: [...] float32 activations.
+      menu: [K] formats.
+      one_hot: [K] picks the format.
+    """
+    stats = self._statistics(menu)
+    if self.module.is_initializing():
+      return quantize.unquantized(x)
+    return self._quantized_activations(x, menu, one_hot, stats)
 
   def record(
     self,
@@ -160,9 +213,17 @@ class Operands:
     channels: int,
     spare: int = 0,
   ) -> None:
-    """Sows what the op costs; `spare` weights are those of other branches."""
-    # Each group sees its own inputs: a depthwise op grows with its channels
-    # once.
+    """Sows the shape of the op, from which the cost model computes costs.
+
+    Args:
+      kind: the kind of the op, one of `cost_model.OpShape`.
+      macs: multiply-accumulates of one call, all examples of the batch.
+      weights: the number of weights that the op reads.
+      channels: the number of scales of the weights.
+      spare: the number of weights of branches that the op does not read.
+    """
+    # Each group reads its own inputs, so the cost of a depthwise op grows with
+    # its channels once, not twice.
     grouped = getattr(self.module, 'feature_group_count', 1) > 1
     scaling = {
       name: size
@@ -186,50 +247,77 @@ class Operands:
       bias = cost_model.PerChannel('output_channels', outputs, 1)
       self.state.sow('cost', 'others', bias)
 
-  def _decision(self, side: str) -> jax.Array:
+  def _decision(self, side: str, menu: Menu) -> jax.Array:
+    """Returns the leaf [K] of `arch` that picks the format of an operand.
+
+    Raises:
+      ValueError: the leaf is known and picks no format.
+    """
     leaf = 'format' if self.choices.tied else side
     if not self.state.has_variable('arch', leaf):
-      # A model that nobody searches yet runs at its first format.
-      size = len(getattr(self.choices, side))
-      self.state.variable('arch', leaf, jax.nn.one_hot, 0, size)
-    return self.state.get_variable('arch', leaf)
+      # A model without a value for the leaf runs at its first format.
+      self.state.variable('arch', leaf, jax.nn.one_hot, 0, len(menu))
+    one_hot = self.state.get_variable('arch', leaf)
+    one_hot_lib.check('/'.join((*self.module.path, leaf)), one_hot)
+    return one_hot
 
   def _several(self, name: str) -> sizes.Channels | sizes.Kernel | None:
     """Returns a size of the layer if there is more than one to pick."""
     size = self.sizes.get(name)
     return size if size is not None and len(size.labels) > 1 else None
 
-  def _alive(self, shape: tuple[int, ...]) -> jax.Array | None:
-    """Returns which weights are live, to broadcast; None: all."""
-    alive = None
+  def _active_weights(
+    self, shape: tuple[int, ...]
+  ) -> tuple[jax.Array | None, jax.Array]:
+    """Returns which weights are active, and the value of the others.
+
+    Args:
+      shape: the shape of the weights; input channels are the axis before last.
+
+    Returns:
+      A bool array that broadcasts to the weights, None if all are active; and
+      0, which is NaN if a leaf picks no size, so that this shows.
+    """
+    active, zero = None, jnp.zeros(())
     # A depthwise kernel has no axis of input channels.
     if (channels := self._several('input_channels')) and shape[-2] > 1:
       if channels.size != shape[-2]:
         raise ValueError(
           f'{"/".join(self.module.path)}: {channels.decision} is of a tensor '
-          f'of {channels.size} channels, but the kernel takes {shape[-2]}'
+          f'of {channels.size} channels, but the kernel takes {shape[-2]}; '
+          'give the layer the `Channels` of its input'
         )
-      alive = channel_masks.mask(self.leaves['input_channels'], channels)
-      alive = alive.reshape((1,) * (len(shape) - 2) + (-1, 1))
+      leaf = self.leaves['input_channels']
+      zero += 0.0 * channel_masks.active_count(leaf, channels)
+      active = channel_masks.is_active(leaf, channels)
+      active = active.reshape((1,) * (len(shape) - 2) + (-1, 1))
     kernel = self._several('kernel')
     if kernel and kernel.is_masked:
-      size = _pick(self.leaves['kernel'], jnp.asarray(kernel.labels))
+      size = one_hot_lib.pick(self.leaves['kernel'], jnp.asarray(kernel.labels))
+      zero += 0.0 * size
       near = jnp.abs(jnp.arange(kernel.size) - kernel.size // 2) <= size // 2
       near = (near[:, None] & near[None, :])[:, :, None, None]
-      alive = near if alive is None else alive & near
-    return alive
+      active = near if active is None else active & near
+    return active, zero
 
-  def _weights(self, w, alive, contracted, menu, one_hot):
+  def _quantized_weights(
+    self,
+    w: jax.Array,
+    active: jax.Array | None,
+    contracted: tuple[int, ...],
+    menu: Menu,
+    one_hot: jax.Array,
+  ) -> quantize.Quantized:
     peak = jnp.max(jnp.abs(w), axis=contracted, keepdims=True)
     multiples = clipping.multiples(self.spec.weight_clip, menu)
     if any(math.isfinite(m) for m in multiples):
-      multiple = _pick(one_hot, jnp.asarray(multiples))
-      where = None if alive is None else jnp.broadcast_to(alive, w.shape)
+      multiple = one_hot_lib.pick(one_hot, jnp.asarray(multiples))
+      where = None if active is None else jnp.broadcast_to(active, w.shape)
       std = jnp.std(w, axis=contracted, keepdims=True, where=where)
       peak = jnp.minimum(peak, multiple * std)
     return quantize.quantize(w, quantize.select(menu, one_hot), peak)
 
-  def _statistics(self, menu) -> dict[str, nn.Variable]:
+  def _statistics(self, menu: Menu) -> dict[str, nn.Variable]:
     variable = functools.partial(self.state.variable, 'quant_stats')
     multiples = clipping.multiples(self.spec.first_act_clip, menu)
     return dict(
@@ -240,8 +328,14 @@ class Operands:
       clip=variable('clip', jnp.asarray, multiples, jnp.float32),
     )
 
-  def _activations(self, x, menu, one_hot, stats):
-    self.state.sow('act_inputs', 'x', x)  # For `profile`; else nothing.
+  def _quantized_activations(
+    self,
+    x: jax.Array,
+    menu: Menu,
+    one_hot: jax.Array,
+    stats: dict[str, nn.Variable],
+  ) -> quantize.Quantized:
+    self.state.sow('act_inputs', 'x', x)  # Stored only while calibrating.
     mean, square, count = stats['mean'], stats['mean_square'], stats['count']
     if self.state.is_mutable_collection('quant_stats'):
       count.value += 1
@@ -249,16 +343,16 @@ class Operands:
       seen = lax.stop_gradient(x)
       first, second = jnp.mean(seen), jnp.mean(seen * seen)
       if channels := self._several('input_channels'):
-        # Dead channels are zero: they count in the means' denominator alone.
-        number = channel_masks.number(self.leaves['input_channels'], channels)
-        dense = x.shape[-1] / number
+        # Inactive channels are zero, but the means divide by all channels.
+        leaf = self.leaves['input_channels']
+        dense = x.shape[-1] / channel_masks.active_count(leaf, channels)
         first, second = first * dense, second * dense
       mean.value += weight * (first - mean.value)
       square.value += weight * (second - square.value)
     std = jnp.sqrt(jnp.maximum(square.value - mean.value**2, 0.0))
-    threshold = _pick(one_hot, stats['clip'].value) * std
+    threshold = one_hot_lib.pick(one_hot, stats['clip'].value) * std
     quantized = quantize.quantize(x, quantize.select(menu, one_hot), threshold)
-    # Without statistics there is no threshold, so there is nothing to quantize.
+    # Before the first batch there is no threshold, so nothing is quantized.
     on = stats['active'].value & (count.value > 0)
     return quantize.Quantized(
       jnp.where(on, quantized.values, x),
@@ -266,9 +360,5 @@ class Operands:
     )
 
   def _compute_dtype(self, q: quantize.Quantized) -> quantize.Quantized:
-    # Grid values are exact in bfloat16, so only unquantized ones are rounded.
+    # Grid values are exact in bfloat16, so this rounds only unquantized values.
     return quantize.Quantized(q.values.astype(self.dtype), q.scale)
-
-
-def _pick(one_hot: jax.Array, values: jax.Array) -> jax.Array:
-  return jnp.sum(jnp.where(one_hot > 0.5, values, 0.0))

@@ -216,7 +216,7 @@ class Product(operands_lib.Operands):
     menu, x = getattr(self.choices, side), x.astype(jnp.float32)
     if menu is None:
       return quantize.unquantized(x)
-    one_hot = self._decision(side)
+    one_hot = self._decision(side, menu)
     own = operands_lib.Operands(self.module, x, self.spec, self.state.at(side))
     if self.state.parts[-1] == 'av' and side == 'activations':
       active = own.state.variable(
@@ -227,10 +227,7 @@ class Product(operands_lib.Operands):
         jnp.where(active.value, q.values, x),
         jnp.where(active.value, q.scale, 1.0),
       )
-    stats = own._statistics(menu)
-    if self.module.is_initializing():
-      return quantize.unquantized(x)
-    return own._activations(x, menu, one_hot, stats)
+    return own.profiled(x, menu, one_hot)
 
 
 def _product(operands_of, name, einsum_str, lhs, rhs) -> jax.Array:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.numerics import formats
+from fliqs_jax.numerics import one_hot as one_hot_lib
 
 # XLA flushes a scale below the smallest normal float32, 2**-126, to zero. These
 # bounds of the threshold keep `threshold / max_value` normal and finite for
@@ -69,14 +70,20 @@ def _table(menu: Sequence[formats.NumericFormat]) -> np.ndarray:
 
 
 def select(menu: Sequence[formats.NumericFormat], one_hot: jax.Array) -> Grid:
-  """Returns the grid that `one_hot` [K] picks from a menu of K formats."""
-  # A masked sum is exact; a matmul would round the table to bf16 on TPU.
+  """Returns the grid that a one-hot vector picks from a menu.
+
+  Args:
+    menu: [K] formats.
+    one_hot: [K] entries in [0, 1]. If none is above 0.5, the largest value of
+      the grid is NaN, and so is everything that is rounded to it.
+  """
+  # A masked sum, as in `one_hot.pick`, of all columns at once.
   row = jnp.sum(jnp.where(one_hot[:, None] > 0.5, _table(menu), 0.0), axis=0)
   mantissa_bits, min_exponent, max_value, inverse_max, scaled = row
   return Grid(
     mantissa_bits.astype(jnp.int32),
     min_exponent.astype(jnp.int32),
-    max_value,
+    one_hot_lib.or_nan(max_value),
     inverse_max,
     scaled > 0.5,
   )

@@ -1,0 +1,34 @@
+"""Tests of one-hot vectors that pick."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fliqs_jax.numerics import one_hot as one_hot_lib
+
+
+def test_the_entry_above_a_half_picks_its_number():
+  values = jnp.asarray([3.0, 5.0, np.inf])
+  picked = [one_hot_lib.pick(row, values) for row in jnp.eye(3)]
+  np.testing.assert_array_equal(picked, [3.0, 5.0, np.inf])
+
+
+def test_a_vector_without_an_entry_above_a_half_picks_nan():
+  soft = jnp.asarray([0.5, 0.3, 0.2])
+  assert np.isnan(one_hot_lib.pick(soft, jnp.asarray([3.0, 5.0, 7.0])))
+
+
+@pytest.mark.parametrize('leaf', [[0.5, 0.5], [0.0, 0.0], [1.0, 1.0]])
+def test_a_known_vector_that_does_not_pick_one_is_refused(leaf):
+  with pytest.raises(ValueError, match='^arch leaf a/b/format is .* one-hot'):
+    one_hot_lib.check('a/b/format', np.asarray(leaf, np.float32))
+
+
+def test_a_traced_vector_is_not_read():
+  def checked(leaf):
+    one_hot_lib.check('a/format', leaf)
+    return leaf
+
+  soft = jnp.asarray([0.5, 0.5])
+  np.testing.assert_array_equal(jax.jit(checked)(soft), soft)
