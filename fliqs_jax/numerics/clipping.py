@@ -1,18 +1,18 @@
-"""How far each format clips: a multiple of the tensor's std (A.2, A.8).
+"""Clipping thresholds of each format, as multiples of the std (A.2, A.8).
 
 A quantizer clips at `multiple * std` and puts that threshold on the format's
 largest value. The std is the tensor's as measured, outliers included. Small
 formats need a harder clip than large ones ("Switchable Clipping", section 3),
 so there is one multiple per format: the one of least mean squared error.
 
-The table is found on the tensors of A.8, each divided by its std. One multiple
-serves three outlier rates: none, 1:10000 and 1:1000. The other two rates of A.8
-are printed but left out. At 1:100 the outliers hold 59 % (Gaussian) or 81 %
-(Laplacian) of the variance and at 1:10 over 94 %: the std measures the outliers
-and not the tensor, and the best clip does little but cover them (3.1 std at
-1:10 for INT2 and INT8 alike). All five rates would put INT4 at 3.8 and 5.8 std
-instead of 2.7 and 4.0, and hardly move INT8 (11.1 and 17.4 instead of 11.7 and
-18.8).
+The table is computed on the tensors of A.8, each divided by its std. It has one
+multiple for three outlier rates: none, 1:10000 and 1:1000. The other two rates
+of A.8 are printed but left out. At 1:100 the outliers hold 59 % (Gaussian) or
+81 % (Laplacian) of the variance and at 1:10 over 94 %: the std measures the
+outliers and not the tensor, and the best clip does little but cover them (3.1
+std at 1:10 for INT2 and INT8 alike). All five rates would put INT4 at 3.8 and
+5.8 std instead of 2.7 and 4.0, and hardly change INT8 (11.1 and 17.4 instead of
+11.7 and 18.8).
 
 Table 10b decides between the two. It sweeps the multiple on a ResNet-18, is
 best at 3 (68.02) and loses 0.8 points at 5. It does not name the format, but
@@ -40,11 +40,14 @@ DISTRIBUTIONS = ('gaussian', 'laplacian')
 ALL_RATES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
 TABLE_RATES = ALL_RATES[:3]
 
-# 100 tensors as in A.8; of a size that has one outlier at the least rate.
+# 100 tensors, as in A.8. With 10,000 values each has one outlier at the lowest
+# rate.
 _TENSORS, _VALUES, _SEED = 100, 10_000, 0
-# Candidate multiples are powers of this, the same ones for every sample.
+# Candidate multiples are powers of 1.01, the same ones for every sample; none
+# is below a quarter of the std. Both are our choices.
 _RATIO, _LEAST_MULTIPLE = 1.01, 0.25
-_DIP_TOLERANCE = 1.1
+# `profiled_multiples` takes the first minimum within 10 % of the deepest one.
+_TOLERANCE = 1.1
 TABLE_PATH = pathlib.Path(__file__).with_name('clipping_table.json')
 
 
@@ -54,12 +57,13 @@ def multiples(
   """Returns the clip of each format in `menu`, as a multiple of the std.
 
   Args:
-    name: `absmax` (never clip: inf), `gaussian` or `laplacian` (the table), or
-      a positive number, that multiple for every format (Table 4: 4).
-    menu: [K] formats. One that is not scaled (BF16) is not clipped: inf.
+    name: `absmax` for no clipping (the multiple is inf), `gaussian` or
+      `laplacian` for the table, or a positive number, the multiple of every
+      format (Table 4: 4).
+    menu: [K] formats. The multiple of an unscaled one (BF16) is inf.
 
   Raises:
-    ValueError: for any other name, or a format that is not in the table.
+    ValueError: the name is another one, or the table lacks a format.
   """
   is_number = isinstance(name, numbers.Real) and not isinstance(name, bool)
   if name in DISTRIBUTIONS:
@@ -87,30 +91,31 @@ def profiled_multiples(
 ) -> np.ndarray:
   """Returns the multiples of `std` that quantize the sample `x` best.
 
-  The candidates reach up to twice the largest magnitude. Beyond it a float
-  repeats itself (twice the threshold, one exponent lower, the same grid until
-  it underflows) and an integer only gets coarser. For the same reason a float
-  with exponents to spare has dips in every octave, about equally deep. We take
-  the first within 10 % (0.4 dB) of the deepest; with the deepest itself E4M3
-  would move by half an octave between two seeds. An integer has one dip,
-  unless many values coincide.
+  The candidates reach up to twice the largest magnitude. Beyond it an integer
+  only gets coarser, and a float repeats itself: at twice the threshold each
+  value has an exponent one lower on the same grid, until it underflows. For the
+  same reason the error of a float with enough exponents has a minimum in every
+  octave, all about equally deep. We take the first one within 10 % (0.4 dB) of
+  the deepest; with the deepest itself E4M3 would change by half an octave
+  between two seeds. An integer has one minimum, unless many values coincide.
 
   Args:
-    x: [...] sample of the tensor's values; about 1e5 values fix the multiples.
-    std: the standard deviation that the quantizer will multiply.
+    x: [...] sample of the tensor's values; about 1e5 values are enough.
+    std: the standard deviation that the quantizer will multiply, in the units
+      of `x`.
     menu: [K] formats.
 
   Returns:
-    [K] multiples; inf for a format that is not scaled.
+    [K] multiples of `std`; inf for a format that is not scaled.
 
   Raises:
-    ValueError: if `std` or the sample's largest magnitude is not positive and
+    ValueError: `std` or the sample's largest magnitude is not positive and
       finite.
   """
   if not 0 < std < math.inf:
     raise ValueError(f'std={std} must be positive and finite')
-  x = np.asarray(x, np.float64) / std
-  largest = np.abs(x).max(initial=0)
+  normalised = np.asarray(x, np.float64) / std
+  largest = np.abs(normalised).max(initial=0)
   if not 0 < largest < math.inf:
     raise ValueError(
       f'cannot profile a sample whose largest magnitude is {largest * std}; it '
@@ -122,7 +127,8 @@ def profiled_multiples(
   )
   candidates = _RATIO ** np.arange(first, last + 1)
   scaled = [fmt for fmt in menu if fmt.scaled]
-  best = iter(candidates[_first_dip(squared_errors(x, scaled, candidates))])
+  errors = squared_errors(normalised, scaled, candidates)
+  best = iter(candidates[_first_minimum(errors)])
   return np.array([next(best) if fmt.scaled else np.inf for fmt in menu])
 
 
@@ -133,10 +139,11 @@ def squared_errors(
 ) -> np.ndarray:
   """Returns the [K, M] mean squared errors of `x` in K formats, M thresholds.
 
-  Equals `mean((quantize(x, fmt, threshold) - x)**2)` but does not touch every
-  value for every threshold. All magnitudes between two neighbouring midpoints
-  of the grid become the same q, with an error of `sum(x**2) - 2 q sum(x) + n
-  q**2`, and on sorted magnitudes such sums are differences of running sums.
+  The result equals `mean((quantize(x, fmt, threshold) - x)**2)`, but does not
+  need every value for every threshold. All n magnitudes between two
+  neighbouring midpoints of the grid become the same q, with an error of
+  `sum(x**2) - 2 q sum(x) + n q**2`. On sorted magnitudes these sums are
+  differences of running sums.
 
   Args:
     x: [...] values.
@@ -167,32 +174,34 @@ def quantize(
 ) -> np.ndarray:
   """Returns `x` clipped at `threshold` and rounded to the grid (Eq. 10, 11).
 
-  The slow and plain definition, ties to even, with `frexp` and `ldexp` because
-  they are exact; what faster code is tested against.
+  This is the slow and plain definition, ties to even, against which faster code
+  is tested. It uses `frexp` and `ldexp` because they are exact.
 
   Args:
     x: [...] values.
     fmt: a scaled format.
-    threshold: sigma_t, which falls on the format's largest value.
+    threshold: the clipping threshold sigma_t, in the units of `x`; it is mapped
+      to the format's largest value.
   """
   scale = threshold / fmt.max_value
-  x = np.clip(x / scale, -fmt.max_value, fmt.max_value)
-  # frexp's fraction is in [.5, 1), so that its exponent is one too large.
-  exponent = np.maximum(np.frexp(x)[1] - 1, fmt.min_exponent)
+  clipped = np.clip(x / scale, -fmt.max_value, fmt.max_value)
+  # The fraction of frexp is in [.5, 1), so its exponent is one too large.
+  exponent = np.maximum(np.frexp(clipped)[1] - 1, fmt.min_exponent)
   step = exponent - fmt.mantissa_bits
-  return np.ldexp(np.rint(np.ldexp(x, -step)), step) * scale
+  return np.ldexp(np.rint(np.ldexp(clipped, -step)), step) * scale
 
 
 def synthetic(distribution: str, outlier_rate: float) -> np.ndarray:
   """Returns the tensors of A.8, [100, 10000], each divided by its std.
 
   The outliers have three times the tensor's largest magnitude and a random
-  sign, and come first: the values are independent, so their place is nothing to
-  the error. The values below are the same at every rate.
+  sign. They come first: the values are independent, so the error does not
+  depend on their position. The other values are the same at every rate.
 
   Args:
     distribution: `gaussian` or `laplacian`.
-    outlier_rate: share of values replaced, a multiple of 1e-4.
+    outlier_rate: share of the values that become outliers, in [0, 1]; a
+      multiple of 1e-4.
   """
   rng = np.random.default_rng(_SEED)
   draw = rng.standard_normal if distribution == 'gaussian' else rng.laplace
@@ -208,10 +217,16 @@ def best_multiples(
   menu: Sequence[formats.NumericFormat],
   rates: Sequence[float] = TABLE_RATES,
 ) -> np.ndarray:
-  """Returns the [K] multiples of `menu` for synthetic tensors, all rates alike.
+  """Returns the best [K] multiples of K formats for synthetic tensors.
 
-  With every tensor at unit std and every rate equally large, the error of the
-  pooled values is the mean over rates of the error relative to the variance.
+  Every tensor has a std of 1 and every rate as many tensors, so the error of
+  the pooled values is the mean over rates of the error relative to the
+  variance.
+
+  Args:
+    distribution: `gaussian` or `laplacian`.
+    menu: [K] formats.
+    rates: shares of outliers, in [0, 1].
   """
   pooled = np.stack([synthetic(distribution, rate) for rate in rates])
   return np.round(profiled_multiples(pooled, 1.0, menu), 3)
@@ -239,9 +254,13 @@ def _magnitudes(fmt: formats.NumericFormat) -> np.ndarray:
   )
 
 
-def _first_dip(errors: np.ndarray) -> np.ndarray:
-  """Returns, per row of [K, M], the first local minimum near the least one."""
+def _first_minimum(errors: np.ndarray) -> np.ndarray:
+  """Returns the index [K] of the first local minimum near the least one.
+
+  Args:
+    errors: [K, M] errors of K formats at M thresholds.
+  """
   padded = np.pad(errors, ((0, 0), (1, 1)), constant_values=np.inf)
-  is_dip = (errors <= padded[:, :-2]) & (errors <= padded[:, 2:])
-  is_near = errors <= _DIP_TOLERANCE * errors.min(axis=1, keepdims=True)
-  return np.argmax(is_dip & is_near, axis=1)
+  is_minimum = (errors <= padded[:, :-2]) & (errors <= padded[:, 2:])
+  is_near = errors <= _TOLERANCE * errors.min(axis=1, keepdims=True)
+  return np.argmax(is_minimum & is_near, axis=1)

@@ -1,10 +1,10 @@
-"""How values on a grid are stored: codes of a format, dense or native.
+"""Storage of grid values: codes of a format, packed densely or native.
 
-A code is what the format's name says: two's complement for an integer; sign,
-exponent and mantissa for a float, whose bias is 2**(x - 1) - 1 and whose codes
-are all finite. A native type is used only where it holds every value of the
-grid: float8_e4m3fn, for one, has a NaN where E4M3 has its largest value, which
-every channel uses. The `fnuz` types have the same codes at half the value.
+The code of an integer is its two's complement. The code of a float ExMy is its
+sign, exponent and mantissa, with bias 2**(x - 1) - 1; all codes are finite.
+A native type is used only if it holds every value of the grid. For example,
+float8_e4m3fn has a NaN in place of the largest value of E4M3, which every
+channel uses. The `fnuz` types have the same codes at half the value.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ from fliqs_jax.numerics import formats
 
 
 class Layout(NamedTuple):
-  """How the values of one format lie in a file.
+  """The layout in a file of the values of one format.
 
   Attributes:
-    dtype: numpy's name of the stored elements: one per value, or `uint8` for
-      codes packed without gaps, the first value in the lowest bits. Codes of
-      float8 too: safetensors reads its `fnuz` types into torch only.
-    native: name of the ml_dtypes type whose codes these are, or None.
-    factor: a value is `factor` times what the native type says.
+    dtype: NumPy's name of the stored elements: one per value, or `uint8` for
+      codes packed without gaps, the first value in the lowest bits. Float8 is
+      stored as codes, too: safetensors reads `fnuz` types into torch only.
+    native: name of the ml_dtypes type that has the same codes, or None.
+    factor: ratio of a value of the format to that of the native type.
   """
 
   dtype: str
@@ -55,7 +55,7 @@ _CODES = Layout('uint8', None)
 
 
 def layout(numeric_format: formats.NumericFormat) -> Layout:
-  """Returns how a format's values are stored."""
+  """Returns the layout of a format's values."""
   return _LAYOUTS.get(numeric_format.name, _CODES)
 
 
@@ -90,10 +90,10 @@ def table(numeric_format: formats.NumericFormat) -> np.ndarray:
 def encode(
   values: np.ndarray, numeric_format: formats.NumericFormat
 ) -> np.ndarray:
-  """Returns grid values as they are stored; -0 becomes 0.
+  """Returns grid values in their stored form; -0 becomes 0.
 
   Args:
-    values: [...] float32 on the format's grid.
+    values: [...] float32 values of the format's grid.
     numeric_format: the format.
 
   Returns:
@@ -102,18 +102,19 @@ def encode(
   Raises:
     ValueError: a value is not on the grid.
   """
-  values = np.asarray(values, np.float32) + np.float32(0)  # No -0: see fnuz.
+  # Adding 0 turns -0 into 0: the code of -0 is NaN in the fnuz types.
+  values = np.asarray(values, np.float32) + np.float32(0)
   how = layout(numeric_format)
   if not how.packed:
     stored = values.astype(np.dtype(how.dtype))
     exact = stored.astype(np.float32) == values
-    if how.native == 'int8':  # -128 is a code, but no value of the grid.
+    if how.native == 'int8':  # -128 has a code, but is not on the grid.
       exact &= abs(values) <= numeric_format.max_value
   else:
     grid = table(numeric_format)
     order = np.argsort(grid, kind='stable')  # Of 0 and -0, 0 comes first.
-    found = np.searchsorted(grid[order], values).clip(max=len(grid) - 1)
-    codes = order[found].astype(np.uint8)
+    ranks = np.searchsorted(grid[order], values).clip(max=len(grid) - 1)
+    codes = order[ranks].astype(np.uint8)
     exact = grid[codes] == values
     stored = pack(codes, numeric_format.bits)
   if not exact.all():
@@ -128,15 +129,17 @@ def decode(
   numeric_format: formats.NumericFormat,
   shape: Sequence[int],
 ) -> Any:
-  """Returns grid values from what is stored.
+  """Returns grid values from their stored form.
 
   Args:
-    stored: as `encode` returns it; numpy, or a `jax.Array`, traced or not.
+    stored: the result of `encode`, a NumPy array or a `jax.Array`, traced or
+      not.
     numeric_format: the format.
-    shape: of the values.
+    shape: the shape of the values.
 
   Returns:
-    int8 for an integer format, else bfloat16, which holds every grid value.
+    Values of the given shape, int8 for an integer format, else bfloat16, which
+    holds every grid value.
   """
   xp = np if isinstance(stored, np.ndarray) else jnp
   how = layout(numeric_format)
