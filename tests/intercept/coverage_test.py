@@ -16,7 +16,7 @@ from fliqs_jax.search import train_state
 from fliqs_jax.search import train_step
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
-from tests.layers.quant_layers_test import random
+from tests import helpers
 
 X = jax.ShapeDtypeStruct((2, 8), jnp.float32)
 SEQUENCE = jax.ShapeDtypeStruct((2, 5, 8), jnp.float32)
@@ -154,7 +154,7 @@ def test_a_call_that_lacks_arguments_is_an_error_that_names_them():
   with pytest.raises(ValueError, match="missing a required.*'train'"):
     discovery.find(model, X, X)
   variables = model.init(
-    jax.random.key(0), 1.0 * random((2, 8)), 1, train=False
+    jax.random.key(0), 1.0 * helpers.random((2, 8)), 1, train=False
   )
   with pytest.raises(ValueError, match="missing a required.*'train'"):
     model.apply(variables, X, X)
@@ -243,12 +243,16 @@ def test_a_model_without_layers_is_an_error():
 
 def test_which_collections_change_is_said_by_name():
   model = searchable_lib.searchable(nn.Dense(3))
-  variables = model.init(jax.random.key(0), random((2, 8)))
+  variables = model.init(jax.random.key(0), helpers.random((2, 8)))
   with pytest.raises(ValueError, match='DenyList'):
-    model.apply(variables, random((2, 8)), mutable=nn.DenyList(('params',)))
-  _, changed = model.apply(variables, random((2, 8)), mutable='quant_stats')
+    model.apply(
+      variables, helpers.random((2, 8)), mutable=nn.DenyList(('params',))
+    )
+  _, changed = model.apply(
+    variables, helpers.random((2, 8)), mutable='quant_stats'
+  )
   assert list(changed) == ['quant_stats']
-  _, changed = model.apply(variables, random((2, 8)), mutable=True)
+  _, changed = model.apply(variables, helpers.random((2, 8)), mutable=True)
   assert 'quant_stats' in changed
 
 
@@ -289,7 +293,7 @@ class TwoHeads(nn.Module):
 
 
 def test_the_fused_step_takes_any_call_loss_quality_and_cost():
-  left, right = random((32, 4), 1), random((32, 4), 2)
+  left, right = helpers.random((32, 4), 1), helpers.random((32, 4), 2)
   value = np.sum(left * right, axis=1, keepdims=True)
   batch = dict(left=left, right=right, label=value)
   model = searchable_lib.searchable(TwoHeads())

@@ -6,7 +6,7 @@ import pytest
 
 from fliqs_jax.intercept import carried_variables
 from fliqs_jax.intercept import scan_iterations
-from tests.layers.quant_layers_test import random
+from tests import helpers
 
 
 @pytest.mark.parametrize('step', [(3, 4), (1, 4), (3, 1, 2), (1, 1, 1)])
@@ -25,7 +25,7 @@ from tests.layers.quant_layers_test import random
 )
 def test_a_parameter_is_stacked_as_its_transforms_do(step, scans):
   # Each scan, from within, stacks so many steps along an axis.
-  expected = random((*(n for n, _ in reversed(scans)), *step))
+  expected = helpers.random((*(n for n, _ in reversed(scans)), *step))
   lead = np.zeros(carried_variables.PAD)
   for i, (n, axis) in enumerate(scans):
     # What is not stacked yet are the first axes.

@@ -13,15 +13,12 @@ from fliqs_jax.layers import channel_masks
 from fliqs_jax.layers import quant_layers
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import sizes
+from tests import helpers
 
 INPUTS = sizes.Channels('a/channels', (2, 4, 6), (2, 4, 6))
 OUTPUTS = sizes.Channels('b/channels', (3, 5, 8), (3, 5, 8))
 BRANCHES = sizes.Kernel('c/kernel', (3, 5), sizes.BRANCHES)
 MASKED = sizes.Kernel('c/kernel', (3, 5), sizes.MASKED)
-COMPILER = {
-  'xla_backend_optimization_level': 0,
-  'xla_llvm_disable_expensive_passes': True,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +142,7 @@ def compiled(layer, case):
       _, after = layer.apply(variables, x, mutable='quant_stats')
     return y, gradients, after
 
-  return jax.jit(run, compiler_options=COMPILER)
+  return jax.jit(run, compiler_options=helpers.COMPILER)
 
 
 def cut(params, case, inputs, outputs, kernel):

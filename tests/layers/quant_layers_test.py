@@ -1,9 +1,7 @@
 """Quantized layers: linen's parameters, real low-bit arithmetic, gradients."""
 
 from collections.abc import Callable
-import dataclasses
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,149 +17,8 @@ from fliqs_jax.numerics import clipping
 from fliqs_jax.numerics import formats
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import quant_spec
-
-QUANTIZED = {
-  nn.Conv: quant_layers.QuantConv,
-  nn.Dense: quant_layers.QuantDense,
-  nn.DenseGeneral: quant_layers.QuantDenseGeneral,
-  nn.Einsum: quant_layers.QuantEinsum,
-}
-INTEGERS = ('INT4', 'INT5', 'INT6', 'INT7', 'INT8')
-FLOATS = ('E2M1', 'E3M2', 'E4M3', 'E5M2', 'BF16')
-MENU = formats.menu(INTEGERS + FLOATS)
-SEPARATE = quant_spec.QuantSpec(MENU, mode='separate')
-EXCLUDED = quant_spec.QuantSpec(MENU, exclude=('*',))
-# Of the activations, as profiled. Against inputs of std 1 and the Laplacian
-# multiples, INT4 clips at 4.0 * 0.3 = 1.2 and INT8 not at all.
-ACT_STD = np.float32(0.3)
-
-
-def _drop(scale, axes):
-  return np.squeeze(scale, axes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """A layer, its input and how its weights meet its output.
-
-  Attributes:
-    linen: the linen class.
-    kwargs: of the class.
-    input_shape: of its input.
-    summed: axes of the kernel that the op sums over.
-    layout: lays the weights' scales (kernel's rank) out against the output;
-      None: the summed axes drop out, the rest are the last axes of the output.
-    kind: what the layer says that it is.
-  """
-
-  linen: type[nn.Module]
-  kwargs: dict[str, Any]
-  input_shape: tuple[int, ...]
-  summed: tuple[int, ...]
-  layout: Callable[[np.ndarray], np.ndarray] | None = None
-  kind: str = 'dense'
-
-  def plain(self, **kwargs):
-    return self.linen(**self.kwargs, **kwargs)
-
-  def quantized(self, spec=SEPARATE, **kwargs):
-    return QUANTIZED[self.linen](**self.kwargs, **kwargs, spec=spec)
-
-  def scale_of_output(self, scale):
-    scale = np.asarray(scale)
-    return self.layout(scale) if self.layout else _drop(scale, self.summed)
-
-
-def _conv(
-  shape=(2, 7, 6, 4), kernel_size=(3, 3), features=6, kind='conv', **kwargs
-):
-  kwargs = dict(features=features, kernel_size=kernel_size, **kwargs)
-  summed = tuple(range(len(kernel_size) + 1))
-  return Case(nn.Conv, kwargs, shape, summed, kind=kind)
-
-
-def _einsum(einsum_str, input_shape, shape, summed, layout=None, **kwargs):
-  kwargs = dict(shape=shape, einsum_str=einsum_str, **kwargs)
-  return Case(nn.Einsum, kwargs, input_shape, summed, layout, 'einsum')
-
-
-CASES = {
-  'conv': _conv(),
-  'conv_dilated': _conv(kernel_dilation=2, padding='VALID', use_bias=False),
-  'conv_strided_grouped': _conv(strides=(2, 1), feature_group_count=2),
-  'conv_depthwise': _conv(
-    feature_group_count=4, features=4, strides=2, kind='depthwise'
-  ),
-  'conv_multiplier': _conv(
-    feature_group_count=4, features=8, padding=1, kind='depthwise'
-  ),
-  'conv_input_dilated': _conv(input_dilation=2, padding=((2, 0), (0, 1))),
-  'conv_circular': _conv(padding='CIRCULAR'),
-  'conv_1x1_unbatched': _conv(
-    (7, 6, 4), (1, 1), strides=(2, 1), kind='pointwise'
-  ),
-  'conv_of_one_channel': _conv((2, 7, 6, 1)),
-  'conv_small_map': _conv((2, 2, 2, 4)),
-  'conv_1d_causal': _conv((2, 3, 9, 4), (3,), padding='CAUSAL'),
-  'dense': Case(nn.Dense, dict(features=5), (2, 3, 8), (0,)),
-  'dense_general': Case(
-    nn.DenseGeneral, dict(features=(3, 4), axis=(-3, -1)), (5, 2, 6, 4), (0, 1)
-  ),
-  'dense_general_batch': Case(
-    nn.DenseGeneral,
-    dict(features=(5,), axis=-1, batch_dims=(0,)),
-    (3, 4, 8),
-    (1,),
-    lambda scale: scale,  # Kernel [B, C, F] and output [B, N, F].
-  ),
-  'einsum_heads': _einsum('btd,dhk->bthk', (2, 3, 8), (8, 2, 3), (0,)),
-  'einsum_merge': _einsum('...hk,hkd->...d', (2, 2, 4), (2, 4, 5), (0, 1)),
-  'einsum_batch_label': _einsum(
-    'bge,gef->bgf', (4, 3, 8), (3, 8, 5), (1,), use_bias=False
-  ),
-  'einsum_permuted': _einsum(
-    'bc, dec -> ebd',
-    (4, 8),
-    (2, 3, 8),
-    (2,),
-    lambda scale: scale.transpose(1, 2, 0),  # d e 1 to e 1 d.
-  ),
-}
-# Written as other sums than linen's on a CPU (fliqs_jax/linear.py).
-REORDERED = ('conv_depthwise', 'conv_1x1_unbatched', 'conv_small_map')
-CASE = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
-
-
-def one_hot(name):
-  return np.asarray([f.name == name for f in MENU], np.float32)
-
-
-def stats(std=ACT_STD, menu=MENU, **kwargs):
-  """Returns the `quant_stats` of a layer that has seen activations."""
-  return dict(
-    mean=np.float32(0),
-    mean_square=np.float32(std**2),
-    count=np.int32(1),
-    active=np.bool_(True),
-    clip=np.asarray(clipping.multiples('laplacian', menu), np.float32),
-  ) | dict(kwargs)
-
-
-def with_formats(params, weights, activations):
-  arch = dict(weights=one_hot(weights), activations=one_hot(activations))
-  return dict(params=params, arch=arch, quant_stats=stats())
-
-
-def random(shape, seed=0):
-  x = np.random.default_rng(seed).standard_normal(shape)
-  return x.astype(np.float32)
-
-
-def random_params(case, seed):
-  shapes = jax.eval_shape(
-    case.plain().init, jax.random.key(0), random(case.input_shape)
-  )['params']
-  return {k: random(v.shape, seed + len(k)) for k, v in shapes.items()}
+from tests import helpers
+from tests.layers import cases
 
 
 @functools.cache
@@ -179,27 +36,9 @@ def forward_and_backward(layer):
   return compiled
 
 
-def init(layer, *args):
-  """Returns initial variables; compiles only what leads to them."""
-  return jax.jit(lambda key: layer.init(key, *args))(jax.random.key(0))
-
-
 def show_key(key, shape, dtype):
   """An initializer that shows which key it got, and compiles fast."""
   return jnp.full(shape, jax.random.key_data(key)[1], dtype)
-
-
-def on_grid(x, name, threshold):
-  """Returns values and scale, by numpy in float32."""
-  fmt = formats.parse(name)
-  if not fmt.scaled:
-    return x.astype(ml_dtypes.bfloat16).astype(np.float32), np.float32(1)
-  scale = threshold * np.float32(1 / fmt.max_value)
-  x = np.clip(x * (1 / scale), -fmt.max_value, fmt.max_value)
-  # frexp's fraction is in [.5, 1), so that its exponent is one too large.
-  exponent = np.maximum(np.frexp(x)[1] - 1, fmt.min_exponent)
-  step = exponent - fmt.mantissa_bits
-  return np.ldexp(np.rint(np.ldexp(x, -step)), step), scale
 
 
 def operands(case, params, x, weights, activations):
@@ -207,8 +46,8 @@ def operands(case, params, x, weights, activations):
   clip = clipping.multiples('laplacian', formats.menu([activations]))[0]
   peak = np.abs(params['kernel']).max(axis=case.summed, keepdims=True)
   return (
-    *on_grid(x, activations, np.float32(clip) * ACT_STD),
-    *on_grid(params['kernel'], weights, peak),
+    *cases.on_grid(x, activations, np.float32(clip) * cases.ACT_STD),
+    *cases.on_grid(params['kernel'], weights, peak),
   )
 
 
@@ -225,14 +64,14 @@ def integer_layer(case):
   return case.linen(**kwargs, **op, promote_dtype=lambda *a, dtype: a)
 
 
-@CASE
+@cases.CASE
 def test_parameters_are_those_of_the_linen_layer(case):
   kwargs = dict(kernel_init=show_key)
   if case.kwargs.get('use_bias', True):
     kwargs |= dict(bias_init=show_key)
-  x = random(case.input_shape)
+  x = helpers.random(case.input_shape)
   actual, expected = (
-    init(layer, x)['params']
+    helpers.init(layer, x)['params']
     for layer in (case.quantized(**kwargs), case.plain(**kwargs))
   )
   assert jax.tree.structure(actual) == jax.tree.structure(expected)
@@ -240,23 +79,24 @@ def test_parameters_are_those_of_the_linen_layer(case):
 
 
 def test_the_default_initializers_are_linens():
-  case = CASES['dense']
-  x = random(case.input_shape)
+  case = cases.CASES['dense']
+  x = helpers.random(case.input_shape)
   actual, expected = (
-    init(layer, x)['params'] for layer in (case.quantized(), case.plain())
+    helpers.init(layer, x)['params']
+    for layer in (case.quantized(), case.plain())
   )
   jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-@CASE
+@cases.CASE
 def test_an_excluded_layer_is_the_linen_layer(case):
-  x = random(case.input_shape)
-  params = random_params(case, seed=1)
+  x = helpers.random(case.input_shape)
+  params = cases.random_params(case, seed=1)
   actual, expected = (
     np.asarray(jax.jit(layer.apply)({'params': params}, x))
-    for layer in (case.quantized(EXCLUDED), case.plain())
+    for layer in (case.quantized(cases.EXCLUDED), case.plain())
   )
-  if case in [CASES[case_id] for case_id in REORDERED]:
+  if case in [cases.CASES[case_id] for case_id in cases.REORDERED]:
     # At most 36 products, each rounded to 2**-24.
     atol = 2e-6 * np.abs(expected).max()
     np.testing.assert_allclose(actual, expected, atol=atol)
@@ -264,15 +104,15 @@ def test_an_excluded_layer_is_the_linen_layer(case):
     np.testing.assert_array_equal(actual, expected)
 
 
-@CASE
+@cases.CASE
 def test_integer_formats_are_integer_arithmetic_bit_for_bit(case):
-  x = random(case.input_shape, seed=2)
-  params = random_params(case, seed=2)
+  x = helpers.random(case.input_shape, seed=2)
+  params = cases.random_params(case, seed=2)
   if 'bias' in params:
     params['bias'] *= 0
   compiled = forward_and_backward(case.quantized())
   integer = jax.jit(integer_layer(case).apply)
-  pairs = [(name, name) for name in INTEGERS]
+  pairs = [(name, name) for name in cases.INTEGERS]
   for weights, activations in [*pairs, ('INT4', 'INT8'), ('INT7', 'INT5')]:
     x_q, x_scale, w_q, w_scale = operands(case, params, x, weights, activations)
     accumulator = np.asarray(
@@ -283,7 +123,9 @@ def test_integer_formats_are_integer_arithmetic_bit_for_bit(case):
     expected = accumulator.astype(np.float32) * x_scale
     expected = expected * case.scale_of_output(w_scale)
     y, _ = compiled(
-      with_formats(params, weights, activations), x, np.ones_like(expected)
+      cases.with_formats(params, weights, activations),
+      x,
+      np.ones_like(expected),
     )
     np.testing.assert_array_equal(y, expected)
 
@@ -292,11 +134,14 @@ def test_integer_formats_are_integer_arithmetic_bit_for_bit(case):
   'case_id', ['conv', 'conv_depthwise', 'dense_general', 'einsum_permuted']
 )
 def test_float_formats_agree_with_float64(case_id):
-  case = CASES[case_id]
-  x = random(case.input_shape, seed=3)
-  params = random_params(case, seed=4)
+  case = cases.CASES[case_id]
+  x = helpers.random(case.input_shape, seed=3)
+  params = cases.random_params(case, seed=4)
   compiled = forward_and_backward(case.quantized())
-  for weights, activations in [*zip(FLOATS, FLOATS), ('E4M3', 'INT5')]:
+  for weights, activations in [
+    *zip(cases.FLOATS, cases.FLOATS),
+    ('E4M3', 'INT5'),
+  ]:
     x_q, x_scale, w_q, w_scale = operands(case, params, x, weights, activations)
     with jax.enable_x64(True):
       dequantized = params | {'kernel': w_q.astype(np.float64) * w_scale}
@@ -308,7 +153,7 @@ def test_float_formats_agree_with_float64(case_id):
       )
     assert expected.dtype == np.float64
     y, _ = compiled(
-      with_formats(params, weights, activations),
+      cases.with_formats(params, weights, activations),
       x,
       np.ones(expected.shape, np.float32),
     )
@@ -317,10 +162,10 @@ def test_float_formats_agree_with_float64(case_id):
     np.testing.assert_allclose(y, expected, atol=1e-6 * np.abs(expected).max())
 
 
-@CASE
+@cases.CASE
 def test_gradients_are_those_of_the_straight_through_estimator(case):
-  x = random(case.input_shape, seed=5)
-  params = random_params(case, seed=6)
+  x = helpers.random(case.input_shape, seed=5)
+  params = cases.random_params(case, seed=6)
   compiled = forward_and_backward(case.quantized())
   plain = case.plain()
 
@@ -338,15 +183,17 @@ def test_gradients_are_those_of_the_straight_through_estimator(case):
     return y, vjp(cotangent)
 
   shape = jax.eval_shape(plain.apply, {'params': params}, x).shape
-  cotangent = random(shape, seed=7)
+  cotangent = helpers.random(shape, seed=7)
   for weights, activations in [('INT4', 'INT4'), ('INT8', 'E2M1')]:
     x_q, x_scale, w_q, w_scale = operands(case, params, x, weights, activations)
     clip = clipping.multiples('laplacian', formats.menu([activations]))[0]
-    threshold = np.float32(clip) * ACT_STD
+    threshold = np.float32(clip) * cases.ACT_STD
     expected = reference(
       params, x, cotangent, threshold, x_q * x_scale, w_q * w_scale
     )
-    actual = compiled(with_formats(params, weights, activations), x, cotangent)
+    actual = compiled(
+      cases.with_formats(params, weights, activations), x, cotangent
+    )
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
       actual,
@@ -373,7 +220,7 @@ def test_int8_is_exact_up_to_1040_products_of_the_largest_values():
   variables = dict(
     params={'kernel': np.ones((1040, 3), np.float32)},
     arch={'format': np.ones(1, np.float32)},
-    quant_stats=stats(std=1.0, menu=formats.menu('int8'), clip=clip),
+    quant_stats=cases.stats(std=1.0, menu=formats.menu('int8'), clip=clip),
   )
   y = jax.jit(layer.apply)(variables, x)
   scale = np.float32(1 / 127)
@@ -384,14 +231,14 @@ def test_int8_is_exact_up_to_1040_products_of_the_largest_values():
 
 @pytest.mark.parametrize('case_id', ['dense', 'conv', 'einsum_permuted'])
 def test_a_bfloat16_layer_rounds_the_float32_result_once(case_id):
-  case = CASES[case_id]
-  x = random(case.input_shape, seed=8)
-  params = random_params(case, seed=9)
+  case = cases.CASES[case_id]
+  x = helpers.random(case.input_shape, seed=8)
+  params = cases.random_params(case, seed=9)
   in_bf16 = jax.jit(case.quantized(dtype=jnp.bfloat16).apply)
   in_f32 = jax.jit(case.quantized().apply)
   # With these formats the float32 sums are exact, whatever their order.
   for name in ('INT4', 'INT8', 'E2M1'):
-    variables = with_formats(params, name, name)
+    variables = cases.with_formats(params, name, name)
     y = in_bf16(variables, x)
     assert y.dtype == jnp.bfloat16
     expected = np.asarray(in_f32(variables, x)).astype(ml_dtypes.bfloat16)
@@ -407,19 +254,23 @@ def equations(jaxpr):
         yield from equations(parameter.jaxpr)
 
 
-@CASE
+@cases.CASE
 def test_a_bfloat16_layer_accumulates_in_float32(case):
   # XLA on a CPU keeps the excess precision whatever the type says, hence the
   # look at the program.
   layer = case.quantized(dtype=jnp.bfloat16)
-  variables = with_formats(random_params(case, seed=0), 'INT4', 'INT4')
-  program = jax.make_jaxpr(layer.apply)(variables, random(case.input_shape))
+  variables = cases.with_formats(
+    cases.random_params(case, seed=0), 'INT4', 'INT4'
+  )
+  program = jax.make_jaxpr(layer.apply)(
+    variables, helpers.random(case.input_shape)
+  )
   products = [
     equation
     for equation in equations(program.jaxpr)
     if equation.primitive.name in ('dot_general', 'conv_general_dilated')
   ]
-  if case is CASES['conv_depthwise']:
+  if case is cases.CASES['conv_depthwise']:
     # On a CPU: taps, by a product with 1, and shifted sums, in float32.
     operands = [o.aval.dtype for p in products for o in p.invars]
     assert set(operands) <= {jnp.dtype(jnp.float32)}
@@ -430,9 +281,9 @@ def test_a_bfloat16_layer_accumulates_in_float32(case):
     assert product.outvars[0].aval.dtype == jnp.float32
 
 
-@CASE
+@cases.CASE
 def test_the_output_has_the_dtype_of_the_linen_layer(case):
-  for spec in (SEPARATE, EXCLUDED):
+  for spec in (cases.SEPARATE, cases.EXCLUDED):
     for dtype, param_dtype, input_dtype in [
       (None, jnp.float32, jnp.bfloat16),
       (jnp.bfloat16, jnp.float32, jnp.float32),
@@ -498,17 +349,17 @@ def test_the_mode_decides_which_leaves_there_are(
 
 
 def test_an_excluded_layer_has_no_variables_but_its_parameters():
-  layer = quant_layers.QuantDense(4, spec=EXCLUDED)
+  layer = quant_layers.QuantDense(4, spec=cases.EXCLUDED)
   variables = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((1, 4)))
   assert sorted(variables) == ['cost', 'params']
 
 
 def test_a_fresh_model_runs_at_its_first_format():
-  layer = CASES['dense'].quantized()
-  x = random(CASES['dense'].input_shape)
-  arch = init(layer, x)['arch']
-  np.testing.assert_array_equal(arch['weights'], one_hot('INT4'))
-  np.testing.assert_array_equal(arch['activations'], one_hot('INT4'))
+  layer = cases.CASES['dense'].quantized()
+  x = helpers.random(cases.CASES['dense'].input_shape)
+  arch = helpers.init(layer, x)['arch']
+  np.testing.assert_array_equal(arch['weights'], cases.one_hot('INT4'))
+  np.testing.assert_array_equal(arch['activations'], cases.one_hot('INT4'))
 
 
 def _averages(values):
@@ -520,12 +371,12 @@ def _averages(values):
 
 
 def test_running_moments_are_those_of_the_batches():
-  layer = CASES['dense'].quantized()
+  layer = cases.CASES['dense'].quantized()
   rng = np.random.default_rng(0)
   batches = rng.normal(
     rng.normal(size=(130, 1, 1, 1)), 2.0, (130, 2, 3, 8)
   ).astype(np.float32)
-  variables = init(layer, batches[0])
+  variables = helpers.init(layer, batches[0])
   update = jax.jit(functools.partial(layer.apply, mutable=['quant_stats']))
   assert variables['quant_stats']['count'] == 0  # `init` is no batch.
   for n, batch in enumerate(batches, start=1):
@@ -552,7 +403,7 @@ def test_the_threshold_is_a_multiple_of_the_running_deviation():
     params={'kernel': 7 * np.eye(8, dtype=np.float32)},
     arch={'format': np.ones(1, np.float32)},
     # A variance of 13 - 3**2 = 2**2.
-    quant_stats=stats(
+    quant_stats=cases.stats(
       mean=np.float32(3), mean_square=np.float32(13), menu=menu
     ),
   )
@@ -569,7 +420,7 @@ def test_activations_ignore_the_clip_of_weights(weight_clip):
   )
   layer = quant_layers.QuantDense(8, use_bias=False, spec=spec)
   x = np.full((1, 8), 1e3, np.float32)
-  variables = init(layer, x)
+  variables = helpers.init(layer, x)
   seen = dict(mean_square=np.float32(4), count=np.int32(1))  # A deviation of 2.
   variables['quant_stats'] |= seen
   variables['params'] = {'kernel': np.eye(8, dtype=np.float32)}
@@ -580,10 +431,10 @@ def test_activations_ignore_the_clip_of_weights(weight_clip):
 
 
 def test_statistics_stand_still_unless_they_are_mutable():
-  layer = CASES['dense'].quantized()
-  x = random((2, 3, 8))
-  params = random_params(CASES['dense'], seed=0)
-  variables = with_formats(params, 'INT4', 'INT4')
+  layer = cases.CASES['dense'].quantized()
+  x = helpers.random((2, 3, 8))
+  params = cases.random_params(cases.CASES['dense'], seed=0)
+  variables = cases.with_formats(params, 'INT4', 'INT4')
   frozen = jax.jit(functools.partial(layer.apply, mutable=['cost']))
   y, mutated = frozen(variables, x)
   assert list(mutated) == ['cost']
@@ -595,17 +446,22 @@ def test_statistics_stand_still_unless_they_are_mutable():
 
 
 def test_activations_wait_for_their_phase_and_for_statistics():
-  case = CASES['dense']
-  x, params = random(case.input_shape), random_params(case, seed=0)
+  case = cases.CASES['dense']
+  x, params = (
+    helpers.random(case.input_shape),
+    cases.random_params(case, seed=0),
+  )
   both = jax.jit(
     functools.partial(case.quantized().apply, mutable=['quant_stats'])
   )
   frozen = jax.jit(case.quantized().apply)
-  weights_only = case.quantized(quant_spec.QuantSpec(MENU, mode='weights'))
-  expected = jax.jit(weights_only.apply)(
-    dict(params=params, arch=dict(weights=one_hot('INT4'))), x
+  weights_only = case.quantized(
+    quant_spec.QuantSpec(cases.MENU, mode='weights')
   )
-  variables = with_formats(params, 'INT4', 'INT4')
+  expected = jax.jit(weights_only.apply)(
+    dict(params=params, arch=dict(weights=cases.one_hot('INT4'))), x
+  )
+  variables = cases.with_formats(params, 'INT4', 'INT4')
   profiled = variables['quant_stats']
 
   inactive = operands_lib.set_activation_quantization(profiled, False)
@@ -626,7 +482,7 @@ def test_activations_wait_for_their_phase_and_for_statistics():
 
 
 def test_the_switch_reaches_every_layer_and_may_be_traced():
-  nested = {'a': stats(), 'b': {'c': stats()}}
+  nested = {'a': cases.stats(), 'b': {'c': cases.stats()}}
   switch = jax.jit(operands_lib.set_activation_quantization)
   for active in (False, True):
     switched = switch(nested, active)
@@ -637,11 +493,11 @@ def test_the_switch_reaches_every_layer_and_may_be_traced():
 
 def test_constant_activations_give_no_nan():
   # Their variance is 0, and BF16 has an infinite multiple of it.
-  layer = CASES['dense'].quantized()
+  layer = cases.CASES['dense'].quantized()
   x = np.zeros((2, 3, 8), np.float32)
-  params = random_params(CASES['dense'], seed=0)
+  params = cases.random_params(cases.CASES['dense'], seed=0)
   for name in ('INT4', 'BF16'):
-    variables = with_formats(params, name, name)
+    variables = cases.with_formats(params, name, name)
     variables['quant_stats']['mean_square'] = np.float32(0)
     y, (dparams, dx) = forward_and_backward(layer)(
       variables, x, np.ones((2, 3, 5), np.float32)
@@ -653,12 +509,14 @@ def test_constant_activations_give_no_nan():
 
 
 def test_a_channel_of_zero_weights_still_learns():
-  layer = CASES['dense'].quantized()
-  x = random((2, 3, 8))
-  params = dict(random_params(CASES['dense'], seed=0))
+  layer = cases.CASES['dense'].quantized()
+  x = helpers.random((2, 3, 8))
+  params = dict(cases.random_params(cases.CASES['dense'], seed=0))
   params['kernel'] = params['kernel'] * np.float32([1, 0, 1, 1, 1])
   _, (dparams, _) = forward_and_backward(layer)(
-    with_formats(params, 'INT4', 'INT8'), x, np.ones((2, 3, 5), np.float32)
+    cases.with_formats(params, 'INT4', 'INT8'),
+    x,
+    np.ones((2, 3, 5), np.float32),
   )
   # With a constant cotangent every channel has the same gradient.
   np.testing.assert_allclose(
@@ -668,14 +526,18 @@ def test_a_channel_of_zero_weights_still_learns():
 
 
 def test_a_gaussian_weight_clip_clips_and_masks_the_gradient():
-  spec = quant_spec.QuantSpec(MENU, mode='weights', weight_clip='gaussian')
+  spec = quant_spec.QuantSpec(
+    cases.MENU, mode='weights', weight_clip='gaussian'
+  )
   layer = quant_layers.QuantDense(4, use_bias=False, spec=spec)
   rng = np.random.default_rng(10)
   kernel = rng.uniform(-1, 1, (64, 4)).astype(np.float32)
   kernel[0] = [20, -20, 0.1, -20]  # Column 2 has no outlier.
   x = np.eye(64, dtype=np.float32)
   for name in ('INT4', 'E2M1', 'INT8', 'BF16'):
-    variables = dict(params={'kernel': kernel}, arch={'weights': one_hot(name)})
+    variables = dict(
+      params={'kernel': kernel}, arch={'weights': cases.one_hot(name)}
+    )
     y, (dparams, _) = forward_and_backward(layer)(
       variables, x, np.ones((64, 4), np.float32)
     )
@@ -707,28 +569,38 @@ class Twins(nn.Module):
 class Block(nn.Module):
   @nn.compact
   def __call__(self, x):
-    return nn.tanh(quant_layers.QuantDense(8, spec=SEPARATE, name='dense')(x))
+    return nn.tanh(
+      quant_layers.QuantDense(8, spec=cases.SEPARATE, name='dense')(x)
+    )
 
 
 @pytest.mark.parametrize('transform', [nn.jit, nn.remat])
 def test_twins_under_a_transform_have_formats_and_gradients_of_their_own(
   transform,
 ):
-  x = random((4, 8), seed=11)
+  x = helpers.random((4, 8), seed=11)
   params = {
-    name: {'dense': dict(kernel=random((8, 8), seed), bias=random((8,), seed))}
+    name: {
+      'dense': dict(
+        kernel=helpers.random((8, 8), seed), bias=helpers.random((8,), seed)
+      )
+    }
     for name, seed in (('a', 12), ('b', 13))
   }
   outputs = []
   for a, b in [('INT4', 'INT8'), ('INT8', 'INT4'), ('INT4', 'INT4')]:
     arch = {
-      name: {'dense': dict(weights=one_hot(fmt), activations=one_hot(fmt))}
+      name: {
+        'dense': dict(
+          weights=cases.one_hot(fmt), activations=cases.one_hot(fmt)
+        )
+      }
       for name, fmt in (('a', a), ('b', b))
     }
     at = dict(
       params=params,
       arch=arch,
-      quant_stats={name: {'dense': stats()} for name in 'ab'},
+      quant_stats={name: {'dense': cases.stats()} for name in 'ab'},
     )
     cotangent = np.ones((4, 8), np.float32)
     expected = forward_and_backward(Twins())(at, x, cotangent)
@@ -747,13 +619,13 @@ class Shared(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    dense = quant_layers.QuantDense(8, spec=SEPARATE, name='dense')
+    dense = quant_layers.QuantDense(8, spec=cases.SEPARATE, name='dense')
     return dense(nn.tanh(dense(x)))
 
 
 def test_a_shared_layer_costs_twice_and_has_one_decision():
-  x = random((4, 8), seed=12)
-  variables = init(Shared(), x)
+  x = helpers.random((4, 8), seed=12)
+  variables = helpers.init(Shared(), x)
   assert jax.tree.map(np.shape, variables['arch']) == {
     'dense': dict(weights=(10,), activations=(10,))
   }
@@ -772,7 +644,7 @@ def test_a_shared_layer_costs_twice_and_has_one_decision():
   )
 
 
-@CASE
+@cases.CASE
 def test_a_layer_records_its_macs_its_weights_and_its_channels(case):
   layer = case.quantized()
   x = jax.ShapeDtypeStruct(case.input_shape, jnp.float32)
@@ -786,24 +658,26 @@ def test_a_layer_records_its_macs_its_weights_and_its_channels(case):
     macs=y.size * summed,
     weights=np.prod(kernel),
     channels=np.prod(kernel) // summed,
-    weight_menu=MENU,
-    act_menu=MENU,
+    weight_menu=cases.MENU,
+    act_menu=cases.MENU,
     tied=False,
   )
 
 
 def test_inputs_are_there_to_profile_on_request():
-  case = CASES['dense']
-  x = random(case.input_shape)
-  variables = with_formats(random_params(case, seed=0), 'INT4', 'INT4')
+  case = cases.CASES['dense']
+  x = helpers.random(case.input_shape)
+  variables = cases.with_formats(
+    cases.random_params(case, seed=0), 'INT4', 'INT4'
+  )
   apply = functools.partial(case.quantized().apply, mutable=['act_inputs'])
   _, mutated = jax.jit(apply)(variables, x)
   (seen,) = mutated['act_inputs']['x']
   np.testing.assert_array_equal(seen, x)
-  variables = init(case.quantized(), x)
+  variables = helpers.init(case.quantized(), x)
   assert 'act_inputs' not in variables
 
 
 def test_the_spec_is_given_by_with_spec():
-  dense = quant_layers.with_spec(quant_layers.QuantDense, EXCLUDED)
-  assert dense(5).spec == EXCLUDED
+  dense = quant_layers.with_spec(quant_layers.QuantDense, cases.EXCLUDED)
+  assert dense(5).spec == cases.EXCLUDED

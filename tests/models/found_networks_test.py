@@ -16,12 +16,9 @@ from fliqs_jax import models
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import sizes
+from tests import helpers
 
 BATCH, CLASSES = 3, 3
-COMPILER = {
-  'xla_backend_optimization_level': 0,
-  'xla_llvm_disable_expensive_passes': True,
-}
 WIDTHS = (0.5, 1.0, 1.5)
 # Compiling their statistics of a batch takes as long again.
 TRAINED = ('mlp', 'resnet_cifar', 'recommender')
@@ -141,11 +138,7 @@ def sliced(variables, model, space, choices, x):
 
 
 def random_choices(space, seed):
-  rng = np.random.default_rng(seed)
-  choices = {
-    d.name: np.eye(len(d.labels), dtype=np.float32)[rng.integers(len(d.labels))]
-    for d in space.decisions
-  }
+  choices = helpers.random_choices(space, seed)
   if any(d.kind == 'kernel' for d in space.decisions):
     # Inverted bottlenecks: the first stage is by choice as wide as the stem,
     # and has a shortcut no more than else.
@@ -165,7 +158,9 @@ def searched(name):
   model, space = build(name, spec, NETWORKS[name][1])
   x = inputs(NETWORKS[name][2], BATCH)
   variables = random_variables(model, x)
-  run = compiled(name, model, space, variables, random_choices(space, 0), x)
+  run = compiled(
+    name, model, space, variables, helpers.random_choices(space, 0), x
+  )
   return model, space, variables, run
 
 
@@ -181,7 +176,7 @@ def compiled(name, model, space, variables, choices, x):
     return logits, state
 
   args = nested(variables), space.expand(choices), x
-  return jax.jit(run).lower(*args).compile(compiler_options=COMPILER)
+  return jax.jit(run).lower(*args).compile(compiler_options=helpers.COMPILER)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +188,7 @@ def test_the_found_network_is_the_searched_one_with_the_rest_cut_away(
 ):
   x = inputs(NETWORKS[name][2], BATCH)
   model, space, variables, run = searched(name)
-  choices = random_choices(space, seed)
+  choices = helpers.random_choices(space, seed)
   expected, expected_state = run(nested(variables), space.expand(choices), x)
 
   spec = quant_spec.QuantSpec(assignment=space.assignment(choices))

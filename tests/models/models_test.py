@@ -19,14 +19,11 @@ from fliqs_jax.models import inception_v3
 from fliqs_jax.models import mobilenet_v2
 from fliqs_jax.models import recommender
 from fliqs_jax.models import resnet
+from tests import helpers
 
 BATCH = 4
 CLASSES = 3
 # What the compiler does to go fast at run time takes longer than these runs.
-COMPILER = {
-  'xla_backend_optimization_level': 0,
-  'xla_llvm_disable_expensive_passes': True,
-}
 
 
 def images(size):
@@ -128,7 +125,11 @@ def compiled(name):
     return logits, new_state, gradients, evaluated
 
   variables = random_variables(model, x)
-  run = jax.jit(run, compiler_options=COMPILER).lower(variables, 0).compile()
+  run = (
+    jax.jit(run, compiler_options=helpers.COMPILER)
+    .lower(variables, 0)
+    .compile()
+  )
   return variables, run
 
 

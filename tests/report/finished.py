@@ -1,8 +1,10 @@
 """What a finished run leaves, made up: for the tests of its report."""
 
 import json
+import pathlib
 
 from fliqs_jax.numerics import formats
+from fliqs_jax.report import report
 
 MENU = ('INT4', 'INT8', 'BF16')
 FOUND = {  # Path: format of weights, of activations.
@@ -172,3 +174,9 @@ def write(directory, files):
     text = ''.join(json.dumps(row) + '\n' for row in rows)
     (directory / name).write_text(text)
   return str(directory)
+
+
+def page(directory, files):
+  """Writes a run's files and its report; returns the page."""
+  path = report.write_report(write(directory, files))
+  return pathlib.Path(path).read_text(encoding='utf-8')

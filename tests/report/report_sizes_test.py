@@ -3,7 +3,6 @@
 import html
 import json
 import math
-import pathlib
 import re
 
 from matplotlib import colors
@@ -16,20 +15,14 @@ from fliqs_jax.report import architecture_figure
 from fliqs_jax.report import figures
 from fliqs_jax.report import finished_run
 from fliqs_jax.report import policy_figure
-from fliqs_jax.report import report
 from tests.report import finished
-
-
-def _report(directory, files):
-  path = report.write_report(finished.write(directory, files))
-  return pathlib.Path(path).read_text(encoding='utf-8')
 
 
 @pytest.fixture(scope='module', name='sized')
 def _sized(tmp_path_factory):
   """The directory and the page of a run with sizes."""
   directory = tmp_path_factory.mktemp('sized')
-  return directory, _report(directory, finished.sized_files())
+  return directory, finished.page(directory, finished.sized_files())
 
 
 def _read(directory, files):
@@ -58,7 +51,7 @@ def test_a_search_of_sizes_has_two_pictures_more(sized):
 
 
 def test_a_search_of_formats_has_none_of_it(tmp_path):
-  page = _report(tmp_path, finished.files())
+  page = finished.page(tmp_path, finished.files())
   table = page[page.index('<h2>Layers') :]
   assert not (tmp_path / 'policy_of_sizes.png').exists()
   assert not (tmp_path / 'allocation.png').exists()
@@ -120,7 +113,7 @@ def test_a_probability_that_is_not_finite_is_a_dash(tmp_path):
   files = finished.sized_files()
   decisions = files['result.json']['decisions']
   decisions['first/channels']['probabilities'] = [0.1, math.nan, 0.1]
-  page = _report(tmp_path, files)
+  page = finished.page(tmp_path, files)
   assert '16 → 96 –' in _row(page, 'block/expand')
   assert 'nan' not in re.sub('base64,[^"]*', '', page).lower()
 
@@ -129,7 +122,7 @@ def test_sizes_of_an_unknown_decision_are_still_shown(tmp_path):
   files = finished.sized_files()
   for row in files['result.json']['layers']:
     row.pop('decided', None)
-  page = _report(tmp_path, files)
+  page = finished.page(tmp_path, files)
   assert '16 → 96' in _row(page, 'block/expand')
   # Nobody knows what there was to pick from.
   assert not (tmp_path / 'allocation.png').exists()
@@ -154,7 +147,7 @@ def test_the_names_of_sizes_are_escaped(tmp_path):
   text = json.dumps(finished.sized_files()).replace(
     'block/kernel', '<script>/kernel'
   )
-  page = _report(tmp_path, json.loads(text))
+  page = finished.page(tmp_path, json.loads(text))
   assert '<script' not in page
   assert html.escape('<script>/kernel') in page
 
@@ -168,7 +161,7 @@ def test_found_sizes_that_are_trained_again_are_no_search(tmp_path):
     decision |= {'options': [decision['options'][at]], 'probabilities': [1.0]}
     if name in sizes:
       assert decision['options'] == [sizes[name]]
-  page = _report(tmp_path, files)
+  page = finished.page(tmp_path, files)
   assert 'Training with fixed formats and sizes' in page
   assert 'every decision of this run has one option' in page
   assert '16 → 96' in _row(page, 'block/expand')
@@ -184,7 +177,7 @@ def test_a_search_of_sizes_alone_has_no_policy_of_formats(tmp_path):
         'options': [decision['options'][best]],
         'probabilities': [1.0],
       }
-  page = _report(tmp_path, files)
+  page = finished.page(tmp_path, files)
   assert 'over 3 decisions: 2 of channels, 1 of kernels' in page
   assert 'none of their sizes a probability' in page
   assert (tmp_path / 'policy_of_sizes.png').exists()
@@ -206,7 +199,7 @@ def test_every_mode_has_a_page(tmp_path, mode):
   assert {side for _, _, side in panes} == (
     {'weights', 'activations'} if mode == 'separate' else {mode}
   )
-  page = _report(tmp_path, files)
+  page = finished.page(tmp_path, files)
   assert '5×5 0.700' in _row(page, 'block/middle')
 
 

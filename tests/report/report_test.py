@@ -3,7 +3,6 @@
 import base64
 import html
 import math
-import pathlib
 import re
 import subprocess
 import sys
@@ -21,16 +20,11 @@ from tests.report import finished
 _FILES = ('config.json', 'arch.json', 'result.json', 'history.jsonl')
 
 
-def _report(directory, files):
-  path = report.write_report(finished.write(directory, files))
-  return pathlib.Path(path).read_text(encoding='utf-8')
-
-
 @pytest.fixture(scope='module', name='plain')
 def _plain(tmp_path_factory):
   """The directory and the page of a plain run."""
   directory = tmp_path_factory.mktemp('plain')
-  return directory, _report(directory, finished.files())
+  return directory, finished.page(directory, finished.files())
 
 
 def test_every_picture_is_beside_the_page_and_embedded_in_it(plain):
@@ -56,7 +50,7 @@ def test_layers_are_listed_in_model_order(tmp_path):
   # Not in the order of the alphabet, nor in that of result.json.
   files = finished.files()
   files['result.json']['layers'].reverse()
-  page = _report(tmp_path, files)
+  page = finished.page(tmp_path, files)
   table = page[page.index('<h2>Layers') :]
   paths = re.findall('<td class=left>([^<]*)</td>', table)
   assert paths[:5] == list(finished.FOUND)
@@ -77,7 +71,7 @@ def test_text_from_the_files_is_escaped(tmp_path):
   files['config.json']['model']['name'] = '<i>net</i>'
   files['arch.json']['cost']['unit'] = '<u>'
   files['result.json']['found']['unit'] = '<u>'
-  page = _report(tmp_path, files)
+  page = finished.page(tmp_path, files)
   for text in ('<script', '<b>', '<i>', '<u>'):
     assert text not in page
   assert html.escape(name) in page
@@ -104,21 +98,21 @@ def test_a_config_without_a_phase_is_refused(tmp_path):
   files = finished.files()
   del files['config.json']['search']['freeze']
   with pytest.raises(ValueError, match='config.json lacks search.freeze'):
-    _report(tmp_path, files)
+    finished.page(tmp_path, files)
 
 
 def test_a_decision_over_an_unknown_layer_is_refused(tmp_path):
   files = finished.files()
   files['result.json']['decisions']['stem']['layers'] = ['step']
   with pytest.raises(ValueError, match="'stem' governs layer 'step'"):
-    _report(tmp_path, files)
+    finished.page(tmp_path, files)
 
 
 def test_a_run_with_fixed_formats_says_so_and_has_no_policy(tmp_path):
   found = dict.fromkeys(finished.FOUND, ('INT8', 'INT8'))
   files = finished.files(found, menu=('INT8',))
   files['result.json']['references'] = {}
-  page = _report(tmp_path, files)
+  page = finished.page(tmp_path, files)
   assert 'Nothing was searched' in page
   assert 'unsettled' not in page
   assert not (tmp_path / 'policy.png').exists()
@@ -137,21 +131,21 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path):
   found |= {'loss': None, 'cost_target': None}
   references['INT4'] |= {'accuracy': math.nan, 'size_bits': None}
   files['result.json']['layers'][0]['macs'] = None
-  page = _report(tmp_path, files)
+  page = finished.page(tmp_path, files)
   assert 'no target' in page
   assert 'nan' not in re.sub('base64,[^"]*', '', page).lower()
 
 
 def test_a_history_of_nothing_still_makes_a_page(tmp_path):
   files = finished.files() | {'history.jsonl': []}
-  page = _report(tmp_path, files)
+  page = finished.page(tmp_path, files)
   assert 'too few policies' in page
 
 
 def test_unsettled_decisions_are_marked(tmp_path):
   files = finished.files()
   files['result.json']['decisions']['stem']['probabilities'] = [0.2, 0.7, 0.1]
-  page = _report(tmp_path, files)
+  page = finished.page(tmp_path, files)
   assert '1 of 4 decisions are unsettled' in page
   assert 'unsettled 0.700' in page
 
@@ -177,7 +171,7 @@ def test_separate_decisions_keep_their_sides(tmp_path):
   run = finished_run.read(finished.write(tmp_path, files))
   # The tallest of each decision: INT4 at 1, INT8 at 0.95.
   assert run.layers[0]['probabilities'] == {'weights': 1, 'activations': 0.95}
-  assert '1.000 / 0.950' in _report(tmp_path, files)
+  assert '1.000 / 0.950' in finished.page(tmp_path, files)
 
 
 def test_phases_are_marked_at_their_fraction_of_training(tmp_path):

@@ -18,6 +18,7 @@ from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import run_log
 from fliqs_jax.run import train
 from fliqs_jax.runtime import checkpoint
+from tests import helpers
 from tests import tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -36,15 +37,6 @@ def _final_state(workdir, config):
   abstract = jax.eval_shape(experiment.initial_state)
   with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
     return checkpoints.restore_latest(abstract)
-
-
-def _facts(workdir):
-  """Everything that must not depend on kills: all but clocks and reports."""
-  result = json.loads((workdir / 'result.json').read_text())
-  for clock in ('wall_seconds', 'compile_seconds', 'compilations'):
-    del result[clock]
-  read = [(workdir / name).read_bytes() for name in _FILES[:3]]
-  return result, read
 
 
 def _same_state(a, b):
@@ -81,9 +73,9 @@ def test_the_found_architecture_is_the_frozen_policy(finished):
 
 def test_starting_a_finished_run_again_changes_nothing(finished, capsys):
   workdir, _ = finished
-  before = _facts(workdir)
+  before = helpers.facts(workdir)
   result = train.train_and_evaluate(tiny.get_config(), workdir)
-  assert _facts(workdir) == before
+  assert helpers.facts(workdir) == before
   assert result['compilations'] == 0
 
 
@@ -282,7 +274,7 @@ def test_a_run_killed_at_any_moment_ends_bit_identical(tmp_path):
   process = _start(broken)
   assert process.communicate()[1]
   assert process.returncode == 0
-  assert _facts(broken) == _facts(whole)
+  assert helpers.facts(broken) == helpers.facts(whole)
   config = tiny.get_config()
   _same_state(
     _final_state(broken, config).state, _final_state(whole, config).state

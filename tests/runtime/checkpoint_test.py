@@ -19,6 +19,7 @@ import pytest
 
 from fliqs_jax.runtime import checkpoint
 from fliqs_jax.runtime import digests
+from tests import helpers
 
 
 @flax.struct.dataclass
@@ -283,7 +284,7 @@ def test_damaged_arrays_are_named_and_the_one_before_is_used(
 
 
 def test_of_damage_nothing_else_is_printed(tmp_path, capfd):
-  source = jax.device_put(large_state(0), sharding(8, 'data'))
+  source = jax.device_put(helpers.large_state(0), sharding(8, 'data'))
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, source, {})
     checkpoints.save(2, source, {})
@@ -448,21 +449,14 @@ _SAVES_UNTIL_KILLED = """
 import sys
 from fliqs_jax.runtime import checkpoint
 sys.path.append(sys.argv[1])
-from tests.runtime import checkpoint_test
+from tests import helpers
 with checkpoint.Checkpoints(sys.argv[2], keep=2) as checkpoints:
-  restored = checkpoints.restore_latest(checkpoint_test.large_state(0))
+  restored = checkpoints.restore_latest(helpers.large_state(0))
   step = restored.step if restored else 0
   while True:
     step += 1
-    checkpoints.save(step, checkpoint_test.large_state(step), {'step': step})
+    checkpoints.save(step, helpers.large_state(step), {'step': step})
 """
-
-
-def large_state(step):
-  return {
-    f'x{i}': jax.random.normal(jax.random.key(step + i), (1 << 20,))
-    for i in range(2)
-  }
 
 
 def test_a_killed_run_leaves_its_last_complete_checkpoint(tmp_path):
@@ -487,10 +481,10 @@ def test_a_killed_run_leaves_its_last_complete_checkpoint(tmp_path):
       process.wait()
     assert list(tmp_path.glob('*tmp*'))
     reached = max(steps_in(tmp_path))
-    restored = restore(tmp_path, large_state(0))
+    restored = restore(tmp_path, helpers.large_state(0))
     assert restored.step == reached
     assert restored.extra == {'step': reached}
-    assert_same_bits(restored.state, large_state(reached))
+    assert_same_bits(restored.state, helpers.large_state(reached))
     assert not list(tmp_path.glob('*tmp*'))
 
 

@@ -19,6 +19,7 @@ from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import train
 from fliqs_jax.runtime import checkpoint
 from fliqs_jax.runtime import processes
+from tests import helpers
 from tests import tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -78,14 +79,6 @@ class _Run:
 
   def wait(self):
     return [child.wait(timeout=240) for child in self.children]
-
-
-def _facts(workdir):
-  result = json.loads((workdir / 'result.json').read_text())
-  for clock in ('wall_seconds', 'compile_seconds', 'compilations'):
-    del result[clock]
-  names = ('arch.json', 'config.json', 'history.jsonl')
-  return result, [(workdir / name).read_bytes() for name in names]
 
 
 def _history(workdir):
@@ -163,7 +156,7 @@ def test_a_stopped_run_goes_on_and_ends_bit_identical(stopped, whole, tmp_path):
   for i in (0, 1):
     assert f'checkpoint of step {newest} in' in run.text(i)
     assert f'resumed at step {older}' in run.text(i)
-  assert _facts(workdir) == _facts(whole[0])
+  assert helpers.facts(workdir) == helpers.facts(whole[0])
 
 
 def test_a_stopped_run_goes_on_with_another_number_of_processes(
@@ -223,7 +216,7 @@ def test_the_launcher_starts_all_again_when_one_is_killed(whole, tmp_path):
   os.kill(json.loads(heartbeat.read_text())['pid'], signal.SIGKILL)
   assert launcher.wait(timeout=240) == 0, (tmp_path / 'log').read_text()
   assert '1 of 3 restarts; starting again' in (tmp_path / 'log').read_text()
-  assert _facts(workdir) == _facts(whole[0])
+  assert helpers.facts(workdir) == helpers.facts(whole[0])
 
 
 def test_processes_find_each_other_through_a_cluster(tmp_path):

@@ -17,12 +17,10 @@ from fliqs_jax.numerics import formats
 from fliqs_jax.serving import export_files
 from fliqs_jax.serving import loader
 from fliqs_jax.serving import stablehlo
-from tests.intercept import scanned_test
-from tests.intercept import searchable_test as intercept_test
-from tests.intercept.searchable_test import by_key
-from tests.layers.quant_layers_test import random
+from tests import helpers
+from tests.intercept import foreign_models
 
-X = random((2, 8))
+X = helpers.random((2, 8))
 
 
 class Run:
@@ -37,7 +35,7 @@ class Run:
       for i, d in enumerate(self.space.decisions)
     }
     arch = self.space.expand(self.choices)
-    variables = intercept_test.init(self.model, *args, **self.call)
+    variables = helpers.init(self.model, *args, **self.call)
     variables = {**variables, 'arch': arch}
     learn = jax.jit(
       functools.partial(self.model.apply, mutable=['quant_stats'], **self.call)
@@ -91,7 +89,7 @@ def test_every_format_of_every_space_is_stored_in_its_bits(tmp_path):
   names = [f.name for f in menu for _ in ('conv', 'dense')]
   run = Run(
     EveryFormat(len(menu)),
-    random((2, 6, 4)),
+    helpers.random((2, 6, 4)),
     names=names,
     spec=fliqs.QuantSpec(menu),
   )
@@ -108,8 +106,8 @@ def test_every_format_of_every_space_is_stored_in_its_bits(tmp_path):
 
 def test_every_kind_of_layer_is_served(tmp_path):
   run = Run(
-    intercept_test.Zoo(),
-    intercept_test.TOKENS,
+    foreign_models.Zoo(),
+    foreign_models.TOKENS,
     names=['INT4', 'INT8', 'E4M3', 'BF16'],
     call=dict(train=False),
     spec=fliqs.QuantSpec(('INT4', 'INT8', 'E4M3', 'BF16'), mode='separate'),
@@ -146,10 +144,10 @@ def test_every_kind_of_layer_is_served(tmp_path):
 @pytest.mark.parametrize(
   ('stack', 'names', 'arithmetic'),
   [
-    (scanned_test.Stack(), ['INT4', 'BF16', 'INT8'], 'float32'),
-    (scanned_test.Stack(axis=1, remat=True), ['INT4', 'INT8'], 'int8'),
-    (scanned_test.Stack(transform='vmap'), ['INT8', 'INT4'], 'int8'),
-    (scanned_test.Nested(), ['INT4', 'INT4', 'INT8', 'BF16'], 'float32'),
+    (foreign_models.Stack(), ['INT4', 'BF16', 'INT8'], 'float32'),
+    (foreign_models.Stack(axis=1, remat=True), ['INT4', 'INT8'], 'int8'),
+    (foreign_models.Stack(transform='vmap'), ['INT8', 'INT4'], 'int8'),
+    (foreign_models.Nested(), ['INT4', 'INT4', 'INT8', 'BF16'], 'float32'),
   ],
   ids=['scan', 'integers_along_axis_1', 'vmap', 'scans_of_scans'],
 )
@@ -190,7 +188,7 @@ class Transformer(nn.Module):
 def test_products_of_attention_in_a_stack(stacks, tmp_path):
   run = Run(
     Transformer(),
-    random((2, 4, 8)),
+    helpers.random((2, 4, 8)),
     names=['INT4', 'BF16', 'INT8'],
     attention=True,
     stacks=stacks,
@@ -203,17 +201,17 @@ def test_products_of_attention_in_a_stack(stacks, tmp_path):
 @pytest.mark.parametrize('mode', ['activations', 'weights'])
 def test_one_side_of_some_layers_of_a_stack(mode, tmp_path):
   spec = fliqs.QuantSpec(mode=mode, exclude=('body/down',))
-  run = Run(scanned_test.Stack(), X, names=['INT4'], spec=spec)
+  run = Run(foreign_models.Stack(), X, names=['INT4'], spec=spec)
   entries = run.check(tmp_path / 'out')['layers']
-  assert set(entries) == {f'body/up/@{i}' for i in range(scanned_test.LENGTH)}
+  assert set(entries) == {f'body/up/@{i}' for i in range(foreign_models.LENGTH)}
   other = 'weights' if mode == 'activations' else 'activations'
   assert {(e[mode], e[other]) for e in entries.values()} == {('INT4', None)}
 
 
 def test_a_recurrent_layer_is_served_from_low_bit_weights(tmp_path):
   run = Run(
-    scanned_test.Recurrent(),
-    random((2, 5, 8)),
+    foreign_models.Recurrent(),
+    helpers.random((2, 5, 8)),
     names=['INT4', 'BF16', 'INT8'],
     spec=fliqs.QuantSpec(mode='weights'),
   )
@@ -225,15 +223,15 @@ def test_a_recurrent_layer_is_served_from_low_bit_weights(tmp_path):
 @pytest.mark.parametrize('names', [['INT8', 'INT4'], ['INT8']])
 def test_equal_modules_keep_their_own_formats(transform, names, tmp_path):
   # One layer is called twice; two blocks are equal to `nn.jit`.
-  run = Run(intercept_test.Twins(transform), X, names=names)
+  run = Run(foreign_models.Twins(transform), X, names=names)
   run.check(tmp_path / 'out')
 
 
 def test_a_program_that_jit_keeps_is_not_used_for_another_export(tmp_path):
   for i, name in enumerate(('INT4', 'INT8', 'INT4')):
-    Run(intercept_test.Early(), X, names=[name]).check(tmp_path / str(i))
+    Run(foreign_models.Early(), X, names=[name]).check(tmp_path / str(i))
     # Once more, when all has been traced.
-    loader.load(tmp_path / str(i), model=intercept_test.Early())
+    loader.load(tmp_path / str(i), model=foreign_models.Early())
 
 
 class TwoTowers(nn.Module):
@@ -242,12 +240,12 @@ class TwoTowers(nn.Module):
   boxed: bool = False
 
   def setup(self):
-    init = by_key
+    init = helpers.by_key
     if self.boxed:
-      init = nn.with_partitioning(by_key, ('in', None))
+      init = nn.with_partitioning(helpers.by_key, ('in', None))
     self.embed = nn.Embed(5, 8)
     self.image = nn.Dense(8, kernel_init=init, dtype=jnp.bfloat16)
-    self.head = nn.Dense(3, kernel_init=by_key)
+    self.head = nn.Dense(3, kernel_init=helpers.by_key)
 
   def encode(self, inputs):
     return self.image(inputs['image']) + self.embed(inputs['token'])
@@ -258,7 +256,7 @@ class TwoTowers(nn.Module):
     return outputs if mode == 'both' else outputs['logits']
 
 
-INPUTS = dict(image=random((4, 8)), token=np.array([0, 4, 2, 2]))
+INPUTS = dict(image=helpers.random((4, 8)), token=np.array([0, 4, 2, 2]))
 MASK = np.arange(8) % 3 > 0
 
 
@@ -310,7 +308,7 @@ class FixedBatch(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    return nn.Dense(3, kernel_init=by_key)(x.reshape((len(x), -1)))
+    return nn.Dense(3, kernel_init=helpers.by_key)(x.reshape((len(x), -1)))
 
 
 def test_a_program_of_a_fixed_batch_size_says_so(tmp_path):
@@ -340,8 +338,8 @@ class OwnDense(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    kernel = self.param('kernel', by_key, (x.shape[-1], self.features))
-    bias = self.param('bias', by_key, (self.features,))
+    kernel = self.param('kernel', helpers.by_key, (x.shape[-1], self.features))
+    bias = self.param('bias', helpers.by_key, (self.features,))
     return x @ kernel + jnp.expand_dims(bias, 0)
 
 
@@ -394,7 +392,7 @@ def test_outputs_of_another_model_are_noticed(exported):
 
 def test_larger_batches_may_run_in_slices(exported, parts):
   served = loader.load(exported, at_once=2, model=parts.module)
-  x = random((5, 8), seed=2)
+  x = helpers.random((5, 8), seed=2)
   np.testing.assert_array_equal(served(x), parts.evaluate(x))
 
 
@@ -419,13 +417,13 @@ def test_wrong_calls_are_refused(parts, tmp_path):
   assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('stack', [nn.Dense(3), scanned_test.Stack()])
+@pytest.mark.parametrize('stack', [nn.Dense(3), foreign_models.Stack()])
 def test_activations_that_never_were_quantized_are_refused(stack, tmp_path):
   run = Run(stack, X, names=['INT8'])
   off = fliqs.set_activation_quantization(run.variables['quant_stats'], False)
   with pytest.raises(ValueError, match='never quantized'):
     run.export(tmp_path / 'out', quant_stats=off)
-  fresh = intercept_test.init(run.model, X)['quant_stats']
+  fresh = helpers.init(run.model, X)['quant_stats']
   with pytest.raises(ValueError, match='never quantized'):
     run.export(tmp_path / 'out', quant_stats=fresh)
 
@@ -435,7 +433,7 @@ class Tied(nn.Module):
 
   @nn.compact
   def __call__(self, tokens):
-    embed = nn.Embed(5, 8, embedding_init=by_key)
+    embed = nn.Embed(5, 8, embedding_init=helpers.by_key)
     return embed(tokens) @ embed.embedding.T
 
 

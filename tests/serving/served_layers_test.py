@@ -21,7 +21,8 @@ from fliqs_jax.serving import stablehlo
 from fliqs_jax.serving import stored_layers
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
-from tests.layers import quant_layers_test as layers_test
+from tests import helpers
+from tests.layers import cases
 
 SERVED = {
   quant_layers.QuantConv: served_layers.ServedConv,
@@ -49,7 +50,7 @@ def one_hot(name):
 class Searched:
   """A layer of the search, compiled once for all formats."""
 
-  case: layers_test.Case
+  case: cases.Case
 
   def __post_init__(self):
     self.layer = self.case.quantized(
@@ -57,15 +58,15 @@ class Searched:
     )
     self.apply = jax.jit(self.layer.apply)
     self.tell = stored_layers.teller(self.layer.apply)
-    self.params = layers_test.random_params(self.case, seed=2)
-    self.x = layers_test.random(self.case.input_shape, seed=3)
+    self.params = cases.random_params(self.case, seed=2)
+    self.x = helpers.random(self.case.input_shape, seed=3)
 
   def check(self, weights: str, activations: str) -> stored_layers.Layer:
     """Checks that every way of serving gives the search's output."""
     variables = dict(
       params=self.params,
       arch=dict(weights=one_hot(weights), activations=one_hot(activations)),
-      quant_stats=layers_test.stats(menu=MENU),
+      quant_stats=cases.stats(menu=MENU),
     )
     expected = self.apply(variables, self.x)
     assignment = {'': (weights, activations)}
@@ -87,12 +88,12 @@ class Searched:
   ['conv', 'conv_depthwise', 'dense', 'einsum_heads'],
 )
 def test_every_format_is_served_as_the_search_evaluates_it(case_id):
-  searched = Searched(layers_test.CASES[case_id])
+  searched = Searched(cases.CASES[case_id])
   for weights, activations in PAIRS:
     searched.check(weights, activations)
 
 
-@layers_test.CASE
+@cases.CASE
 def test_every_shape_of_op_is_served_in_integers(case):
   kept = Searched(case).check('INT8', 'INT8')
   assert kept.arithmetic == 'int8'
@@ -102,9 +103,7 @@ def test_every_shape_of_op_is_served_in_integers(case):
 @pytest.mark.parametrize('strides', [(2, 2), (1, 1), (3, 3)])
 def test_patches_strides_and_rows_of_a_kernel(strides):
   # 3x3 on 9x9: by rows of the kernel, by windows, by patches.
-  case = layers_test._conv(
-    (2, 9, 9, 5), features=7, strides=strides, padding='VALID'
-  )
+  case = cases.conv((2, 9, 9, 5), features=7, strides=strides, padding='VALID')
   Searched(case).check('INT8', 'INT8')
 
 
@@ -123,7 +122,7 @@ def test_integers_sum_exactly_where_float32_does_not():
   variables = dict(
     params=dict(kernel=w),
     arch=dict(format=clip),
-    quant_stats=layers_test.stats(std=1.0, menu=menu, clip=clip),
+    quant_stats=cases.stats(std=1.0, menu=menu, clip=clip),
   )
   layer = quant_layers.QuantDense(1, use_bias=False, spec=spec)
   flat, kept = stored_layers.tensors(
@@ -155,9 +154,7 @@ def test_the_largest_possible_sum_of_a_convolution_is_known_and_exact():
   variables = dict(
     params=dict(kernel=w),
     arch=dict(format=clip),
-    quant_stats=layers_test.stats(
-      std=1.0, menu=formats.menu('INT8'), clip=clip
-    ),
+    quant_stats=cases.stats(std=1.0, menu=formats.menu('INT8'), clip=clip),
   )
   how = dict(features=2, kernel_size=(3, 3), padding='VALID', use_bias=False)
   layer = quant_layers.QuantConv(**how, spec=quant_spec.QuantSpec('INT8'))
@@ -212,7 +209,7 @@ NETWORKS = {
 def test_a_network_of_mixed_formats_is_served_bit_for_bit(name):
   spec = quant_spec.QuantSpec(('INT8', 'INT4', 'E4M3', 'BF16'))
   model = models.build(NETWORKS[name], 10, spec)
-  x = jnp.asarray(layers_test.random((4, 8, 8, 3), seed=1))
+  x = jnp.asarray(helpers.random((4, 8, 8, 3), seed=1))
   space = discovery.find(model, x[:1], spec=spec, train=False)
   variables = dict(
     jax.jit(model.init, static_argnames='train')(

@@ -14,6 +14,7 @@ from fliqs_jax.layers import quant_layers
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
+from tests import helpers
 
 BITS = {'INT4': 4, 'INT5': 5, 'INT8': 8, 'E2M1': 4, 'E4M3': 8, 'BF16': 16}
 INPUT = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32)
@@ -79,31 +80,17 @@ def net_space(rules_id):
   return discovery.find(Net(spec), INPUT, spec=spec)
 
 
-def all_architectures(space):
-  """Yields {decision: index of a format} for every architecture."""
-  names = [decision.name for decision in space.decisions]
-  for indices in itertools.product(
-    *(range(len(d.labels)) for d in space.decisions)
-  ):
-    yield dict(zip(names, indices))
-
-
-def one_hots(space, indices):
-  return {
-    d.name: np.eye(len(d.labels), dtype=np.float32)[indices[d.name]]
-    for d in space.decisions
-  }
-
-
 @functools.cache
 def enumerated(rules_id, kind):
   """Returns all architectures' indices [A, D] and their costs by hand [A]."""
   space = net_space(rules_id)
   indices, costs = [], []
-  for architecture in all_architectures(space):
+  for architecture in helpers.architectures(space):
     indices.append(list(architecture.values()))
     costs.append(
-      cost_by_hand(kind, space.assignment(one_hots(space, architecture)))
+      cost_by_hand(
+        kind, space.assignment(helpers.one_hots(space, architecture))
+      )
     )
   return np.array(indices), np.array(costs)
 
@@ -121,7 +108,7 @@ def test_the_cost_of_an_architecture_is_the_count_by_hand(rules_id, kind):
   # 3 to 729 of them; a few dozen will do.
   for row in range(0, len(indices), max(1, len(indices) // 40)):
     chosen = dict(zip([d.name for d in space.decisions], indices[row]))
-    choices = one_hots(space, chosen)
+    choices = helpers.one_hots(space, chosen)
     assert cost(choices) == pytest.approx(by_hand[row], rel=1e-6)
     leaves = space.leaves(choices)
     parts = sum(cost.of_op(op, leaves) for op in cost.ops)

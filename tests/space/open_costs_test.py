@@ -1,7 +1,6 @@
 """What open sizes cost: by hand, in expectation, and once they are found."""
 
 import functools
-import itertools
 import math
 
 import flax.linen as nn
@@ -17,6 +16,7 @@ from fliqs_jax.space import cost_model
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import sizes
+from tests import helpers
 
 between = sizes.between
 IMAGE = jax.ShapeDtypeStruct((1, 5, 5, 3), jnp.float32)
@@ -83,21 +83,6 @@ def opened(kernel_weights):
   return find(sizes.Sizes((0.5, 1.0), (3, 5), kernel_weights))
 
 
-def architectures(space):
-  """Yields {decision: index} of every architecture."""
-  names = [d.name for d in space.decisions]
-  menus = [range(len(d.labels)) for d in space.decisions]
-  for indices in itertools.product(*menus):
-    yield dict(zip(names, indices))
-
-
-def one_hots(space, indices):
-  return {
-    d.name: np.eye(len(d.labels), dtype=np.float32)[indices[d.name]]
-    for d in space.decisions
-  }
-
-
 def by_hand(kind, first, last, kernel, outer, expand, square):
   """Returns the cost of an architecture, counted on paper.
 
@@ -151,7 +136,7 @@ def test_every_architecture_costs_what_it_does_by_hand(kernel_weights):
   for kind in ('bops', 'size'):
     cost = space.cost(kind)
     costs = []
-    for indices in architectures(space):
+    for indices in helpers.architectures(space):
       picked = {name: menus[name][i] for name, i in indices.items()}
       expected = by_hand(
         kind,
@@ -162,7 +147,7 @@ def test_every_architecture_costs_what_it_does_by_hand(kernel_weights):
         picked['expand'].bits,
         picked['square'].bits,
       )
-      costs.append(float(cost(one_hots(space, indices))))
+      costs.append(float(cost(helpers.one_hots(space, indices))))
       # Shares of what is allocated are float32.
       assert costs[-1] == pytest.approx(expected, rel=1e-6)
     assert len(costs) == 2**6
@@ -180,9 +165,9 @@ def test_the_expected_cost_is_the_sum_over_all_architectures(kind, seed):
     for d in space.decisions
   }
   expected = total = 0.0
-  for indices in architectures(space):
+  for indices in helpers.architectures(space):
     probability = math.prod(float(policy[n][i]) for n, i in indices.items())
-    expected += probability * float(cost(one_hots(space, indices)))
+    expected += probability * float(cost(helpers.one_hots(space, indices)))
     total += probability
   assert total == pytest.approx(1, rel=1e-6)
   # Two decisions in place of the one on both sides of a layer would cost less:
@@ -192,10 +177,10 @@ def test_the_expected_cost_is_the_sum_over_all_architectures(kind, seed):
 
 def test_the_found_network_costs_what_its_architecture_does():
   space = opened(sizes.BRANCHES)
-  for indices in architectures(space):
+  for indices in helpers.architectures(space):
     if any(indices[name] for name in ('outer', 'expand', 'square')):
       continue
-    choices = one_hots(space, indices)
+    choices = helpers.one_hots(space, indices)
     found = find(sizes.Sizes(found=space.sizes(choices)))
     assert found.params < space.params
     # Formats are open still: the first of each menu, and the last.

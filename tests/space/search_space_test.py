@@ -13,6 +13,7 @@ from fliqs_jax.layers import quant_layers
 from fliqs_jax.numerics import formats
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
+from tests import helpers
 
 INPUT = jax.ShapeDtypeStruct((1, 6, 6, 4), jnp.float32)
 
@@ -64,14 +65,6 @@ def names(space):
 
 def menus(space):
   return {d.name: [str(fmt) for fmt in d.menu] for d in space.decisions}
-
-
-def random_choices(space, seed=0):
-  rng = np.random.default_rng(seed)
-  return {
-    d.name: np.eye(len(d.labels), dtype=np.float32)[rng.integers(len(d.labels))]
-    for d in space.decisions
-  }
 
 
 def test_decisions_are_in_the_order_of_calls():
@@ -141,7 +134,7 @@ def test_a_group_is_one_decision_at_its_first_layer():
     ),
   }
   assert names(space) == ['ends', 'convs']
-  choices = random_choices(space)
+  choices = helpers.random_choices(space)
   arch = space.expand(choices)
   assert arch['stem']['format'] is choices['ends']
   assert arch['head']['format'] is choices['ends']
@@ -245,7 +238,7 @@ def test_a_spec_is_hashable_however_it_is_written():
 @pytest.mark.parametrize('mode', quant_spec.MODES)
 def test_an_assignment_survives_the_way_through_names(mode):
   space = find(mode=mode, exclude=('stem',), menus=(('head', 'fp_l'),))
-  choices = random_choices(space)
+  choices = helpers.random_choices(space)
   assignment = space.assignment(choices)
   assert list(assignment) == LAYERS
   assert assignment['stem'] == (None, None)
@@ -262,7 +255,7 @@ def test_an_assignment_survives_the_way_through_names(mode):
     chosen = int(np.argmax(choices[open_decision.name]))
     assert fixed_decision.menu == (open_decision.menu[chosen],)
     assert fixed_decision.leaves == open_decision.leaves
-  assert fixed.assignment(random_choices(fixed)) == assignment
+  assert fixed.assignment(helpers.random_choices(fixed)) == assignment
 
 
 def test_sides_apart_come_back_from_their_names():
@@ -371,7 +364,7 @@ def test_parameters_outside_quantized_layers_count():
 
 def test_a_layer_may_be_the_whole_model():
   space = discovery.find(quant_layers.QuantDense(3), INPUT)
-  assert list(space.expand(random_choices(space))) == ['format']
+  assert list(space.expand(helpers.random_choices(space))) == ['format']
 
 
 def test_a_model_without_quantizable_layers_is_an_error():
