@@ -65,7 +65,7 @@ def variants(config, size: int):
   state = settle(params, state, arch, dict(image=x), jax.random.key(2))
   fake = dict(params=params, arch=arch, **state)
   tensors, kept = stored_layers.tensors(
-    stored_layers.teller(search.apply, train=False),
+    stored_layers.operand_recorder(search.apply, train=False),
     fake,
     space.assignment(space.only()),
     x,

@@ -88,7 +88,7 @@ def export(
   batch = data.model_inputs(next(iter(experiment.streams.test())))
   inputs = jax.tree.map(lambda x: np.asarray(x)[:examples], batch)
   apply = experiment.model.apply
-  tell = stored_layers.teller(apply, train=False)
+  tell = stored_layers.operand_recorder(apply, train=False)
   tensors, layers = stored_layers.tensors(tell, variables, assignment, inputs)
   outputs = jax.jit(lambda v, x: apply(v, x, train=False))(variables, inputs)
   manifest = dict(

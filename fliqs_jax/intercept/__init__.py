@@ -1,1 +1,1 @@
-"""Makes linen models that were not written for this searchable."""
+"""Interception of linen layers: makes any linen model searchable."""

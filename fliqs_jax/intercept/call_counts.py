@@ -1,6 +1,7 @@
-"""How often transforms run each op of an intercepted model.
+"""Counts of how often linen transforms run each op of an intercepted model.
 
-`nn.scan` and `nn.vmap` trace a step once; its costs count as often as it runs.
+`nn.scan` and `nn.vmap` trace their body once and run it many times; the cost of
+an op counts every run.
 """
 
 from collections.abc import Mapping
@@ -11,26 +12,28 @@ import jax
 import jax.numpy as jnp
 
 from fliqs_jax.intercept import carried_variables
+from fliqs_jax.intercept import layer_calls
 from fliqs_jax.space import cost_model
 
 
 def calls(program) -> dict[str, list[float]]:
-  """Returns {layer: [times, ...]}: one entry for each place of a call.
+  """Returns {layer path: [number of runs, ...]}, an entry for each call site.
 
   Args:
-    program: jaxpr of the model's initialisation.
+    program: the closed jaxpr of the model's `init`, with the marks that
+      `carried_variables.LayerState.mark` leaves.
   """
-  found: dict[str, list[float]] = {}
+  runs: dict[str, list[float]] = {}
 
   def walk(jaxpr, times):
     for equation in jaxpr.eqns:
       name = str(equation.params.get('name', ''))
       if name.startswith(carried_variables.MARK):
         if not equation.invars:
-          continue  # What nn.scan's look for constants leaves behind.
+          continue  # nn.scan's own search for constants leaves these behind.
         size, _, path = name.removeprefix(carried_variables.MARK).partition(' ')
         slices = equation.invars[0].aval.size / max(int(size), 1)
-        found.setdefault(path, []).append(times * slices)
+        runs.setdefault(path, []).append(times * slices)
         continue
       if equation.primitive.name == 'scan':
         inside = times * equation.params['length']
@@ -43,7 +46,7 @@ def calls(program) -> dict[str, list[float]]:
           walk(getattr(value, 'jaxpr', value), inside)
 
   walk(program.jaxpr, 1)
-  return found
+  return runs
 
 
 def _is_program(value):
@@ -56,36 +59,41 @@ def costs(
   called: Mapping[str, list[float]],
   shared: bool,
 ) -> dict[str, Any]:
-  """Returns the `cost` collection with what transforms repeat.
+  """Returns the `cost` collection, in which transforms' repetitions count.
 
   Args:
-    variables: as `carried.split` returns them.
-    carried: what was carried.
-    called: as `calls` returns it.
-    shared: whether all steps of a stack share a decision.
+    variables: the first result of `carried_variables.split`.
+    carried: the second result of `carried_variables.split`: {layer path: the
+      collections that traveled in `params`}.
+    called: the result of `calls`.
+    shared: whether all iterations of a scanned layer share one decision.
 
   Raises:
-    ValueError: the repetitions of a layer cannot be known or not be quantized.
+    ValueError: the number of runs of a layer is unknown, or it rules out that
+      the layer's activations are quantized.
   """
   cost = variables.get('cost', {})
   cost = _stacked_natively(cost, variables, shared)
   for path, state in carried.items():
     for parts, shapes in _records(state.get('cost', {})):
       layer = '/'.join((*path, *parts))
-      steps = carried_variables.length(state)
-      if steps is None:  # Nothing is quantized.
-        steps = _ratio(variables['params'], path, shapes[0])
-      stacked = steps > 1 or carried_variables.is_stacked(state)
+      iterations = carried_variables.length(state)
+      if iterations is None:  # Nothing is quantized.
+        iterations = _ratio(variables['params'], path, shapes[0])
+      stacked = iterations > 1 or carried_variables.is_stacked(state)
       times = called.get(layer, [])
       if len(times) != len(shapes):
         raise ValueError(
-          f'{layer}: {len(shapes)} calls, of which {len(times)} show in the '
-          'traced program: nn.jit takes modules for equal and traces the first '
-          'alone; give them different fields, or leave nn.jit to the caller'
+          f'{layer}: the model calls it {len(shapes)} times, but {len(times)} '
+          'of these calls show in the traced program: nn.jit treats modules '
+          'with equal fields as one and traces only the first. Give the '
+          'modules different fields, or jit the whole model instead'
         )
-      repeated = [_repeat(layer, s, t / steps) for s, t in zip(shapes, times)]
+      repeated = [
+        _repeat(layer, s, t / iterations) for s, t in zip(shapes, times)
+      ]
       if stacked:
-        repeated = [cost_model.Stacked(s, steps, shared) for s in repeated]
+        repeated = [cost_model.Stacked(s, iterations, shared) for s in repeated]
       cost = carried_variables.with_entry(
         cost, (*path, *parts), 'ops', tuple(repeated)
       )
@@ -95,10 +103,11 @@ def costs(
 def _repeat(layer, shape, times):
   if times > 1 and shape.act_menu is not None:
     raise ValueError(
-      f'{layer} has the same weights in all {times:g} steps of a transform, '
-      'which therefore cannot keep statistics of its inputs: exclude it, use '
-      "mode='weights', or carry the collections arch and quant_stats through "
-      'the transform (variable_broadcast and variable_carry of nn.scan)'
+      f'{layer} has the same weights in all {times:g} iterations of a '
+      'transform, which therefore cannot keep statistics of its inputs: '
+      "exclude the layer, use mode='weights', or carry the collections arch "
+      'and quant_stats through the transform (variable_broadcast and '
+      'variable_carry of nn.scan)'
     )
   return shape.replace(macs=round(shape.macs * times))
 
@@ -112,26 +121,27 @@ def _records(tree, parts=()):
 
 
 def _ratio(params, path, shape):
-  """Returns how often the weights of one step fit into a parameter."""
+  """Returns how often the weights of one iteration fit into the parameter."""
   for key in path:
     params = params.get(key, {})
   sizes = [
     jnp.size(nn.meta.unbox(params[name]))
-    for name in ('kernel', 'embedding')
+    for name in layer_calls.WEIGHTS
     if name in params
   ]
   return sizes[0] // shape.weights if sizes and shape.weights else 1
 
 
 def _stacked_natively(cost, variables, shared):
-  """Marks what a transform that takes all collections along has stacked."""
+  """Marks the ops that a transform of all collections has stacked."""
   for parts, shapes in _records(cost):
     arch = variables.get('arch', {})
     for key in parts:
       arch = arch.get(key, {})
-    steps = sum(key.startswith('@') for key in arch)
-    steps = steps or _ratio(variables.get('params', {}), parts, shapes[0])
-    if steps > 1:
-      stacked = tuple(cost_model.Stacked(s, steps, shared) for s in shapes)
+    iterations = sum(key.startswith('@') for key in arch)
+    if not iterations:
+      iterations = _ratio(variables.get('params', {}), parts, shapes[0])
+    if iterations > 1:
+      stacked = tuple(cost_model.Stacked(s, iterations, shared) for s in shapes)
       cost = carried_variables.with_entry(cost, parts, 'ops', stacked)
   return cost

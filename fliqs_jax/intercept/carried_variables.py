@@ -1,13 +1,15 @@
-"""Where an intercepted layer keeps its variables, also inside `nn.scan`.
+"""Variables of an intercepted layer, also inside `nn.scan` and `nn.vmap`.
 
-A linen transform takes along the collections that the model's author named,
-`params` above all, and leaves ours outside. So a layer that finds no `arch`
-where it stands is *carried*: decision, statistics and costs travel in `params`,
-under one reserved name, and are taken out again before anybody sees them.
+A linen transform passes on the collections that the model's author named,
+`params` above all, and not ours. A layer to which `arch` is not passed on is
+*carried*: its decision, statistics and costs travel in `params` under one
+reserved name. `merge` puts them there before the model runs, and `split` takes
+them out afterwards, so that no caller sees them.
 
-Outside, the decision of step i of a scanned layer is `layer/@i/format`, and the
-statistics lie in `quant_stats` under `layer/carried`, as the transform stacks
-them.
+For the caller, the decision of iteration i of a scanned layer is
+`layer/@i/format`, and its statistics lie in `quant_stats` under
+`layer/carried`, stacked by the transform. README.md beside this file shows
+both trees.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,52 +22,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Under these names our variables, and what layers tell, travel in `params`.
+# The names under which our variables, and recorded operands, travel in
+# `params`.
 NAME = '_quant'
-TOLD = '_told'
+OPERANDS = '_operands'
 LAYOUT = 'layout'
 _OUTSIDE = 'carried'
-# Begins the names of what `LayerState.mark` leaves in a program.
+# First words of the names of the markers that `LayerState.mark` leaves.
 MARK = 'fliqs call '
-# A transform may stack `params` along any of these first axes.
+# Leading axes of each carried variable: a transform may stack `params` along
+# any of them.
 PAD = (1, 1, 1, 1)
-# Known sizes, to see which axis that was.
+# Sentinel sizes of the last two axes. nn.scan and nn.vmap insert their length
+# before them, so the shape shows at which axis.
 TAIL = (2, 3)
 _LAYOUT = np.zeros((*PAD, *TAIL), np.float32)
 
 
 class LayerState:
-  """The variables of one layer, or of a part of it, as `layers` wants them.
+  """Variables of one layer, or of a part of it, for the code in `layers`.
 
   Attributes:
-    module: the linen layer.
-    parts: names of the part within the layer.
-    telling: whether what is sown into `operands` is kept; see `stacks.told`.
-    path: the layer's, with the part's name after it.
+    module: the bound linen layer.
+    parts: names that lead from the layer to the part; empty for the layer.
+    recording: whether values sown into `operands` are kept; see
+      `scan_iterations.with_operands`.
+    path: path of the layer, followed by `parts`, joined by slashes.
   """
 
   def __init__(
     self,
     module: nn.Module,
     parts: tuple[str, ...] = (),
-    telling: bool = False,
+    recording: bool = False,
   ):
     self.module = module
     self.parts = parts
-    self.telling = telling
+    self.recording = recording
     self.path = '/'.join((*module.path, *parts))
 
   def at(self, part: str) -> 'LayerState':
     """Returns the variables of a part."""
-    return LayerState(self.module, (*self.parts, part), self.telling)
+    return LayerState(self.module, (*self.parts, part), self.recording)
 
   def is_mutable_collection(self, name: str) -> bool:
     """Returns whether the layer may change the collection."""
     module = self.module
     if module.is_mutable_collection(name):
       return True
-    # When layers tell, `params` may change for that alone.
-    is_learning = module.is_mutable_collection('params') and not self.telling
+    # While operands are recorded, `params` is mutable for that purpose only.
+    is_learning = module.is_mutable_collection('params') and not self.recording
     return is_learning and self._is_carried(name)
 
   def has_variable(self, collection: str, name: str) -> bool:
@@ -73,12 +79,12 @@ class LayerState:
     return self._find(collection, name) is not None
 
   def get_variable(self, collection: str, name: str) -> Any:
-    """Returns its value."""
+    """Returns the value of a variable, None if it does not exist."""
     value = self._find(collection, name)
     return unpad(value) if self._is_carried(collection) else value
 
   def put(self, collection: str, name: str, value: Any) -> None:
-    """Sets its value."""
+    """Sets the value of a variable."""
     *path, name = (*self.parts, name)
     if self._is_carried(collection):
       if collection != 'cost':
@@ -93,13 +99,13 @@ class LayerState:
     """Returns the variable, as linen's `variable` does.
 
     Raises:
-      ValueError: it is not there, and this is no initialisation.
+      ValueError: the variable does not exist, outside of `init`.
     """
     if not self.has_variable(collection, name):
       if not self.module.is_initializing():
         raise ValueError(
-          f'{self.path or "the layer"}: no {collection}/{name} among the '
-          "variables; pass all of the collections of the model's init, with "
+          f'{self.path or "the layer"}: the variables lack {collection}/{name}'
+          "; pass every collection of the model's init, with "
           'arch=space.expand(choices)'
         )
       self.put(collection, name, init(*args))
@@ -110,10 +116,10 @@ class LayerState:
   def sow(self, collection: str, name: str, value: Any) -> None:
     """Appends to the variable, if the collection may change."""
     if collection == 'act_inputs' and self.parts:
-      return  # Not the inputs of a layer.
+      return  # The operands of a part are not inputs of the layer.
     if collection == 'operands':
-      if self.telling:
-        self._tell(name, value)
+      if self.recording:
+        self._record(name, value)
       return
     if collection != 'cost' or self.module.is_mutable_collection('cost'):
       mutable = self.module.is_mutable_collection(collection)
@@ -124,25 +130,25 @@ class LayerState:
       self.put(collection, name, (*known, value))
 
   def mark(self, x: jax.Array) -> None:
-    """Leaves a sign in the traced program that the layer was called.
+    """Marks this call of the layer in the traced program.
 
-    How often a transform calls a layer, and for how many slices, shows in the
-    program alone; `repeats.calls` reads it there.
+    Only the program shows how often a transform calls a layer, and for how
+    many slices of its inputs; `call_counts.calls` reads the marks.
     """
     if self.module.is_initializing() and self._is_carried('cost'):
 
       def mark(x):
-        return jnp.not_equal(x, x)  # JAX drops what only hands on.
+        return jnp.not_equal(x, x)  # JAX would drop an identity function.
 
       mark.__name__ = f'{MARK}{x.size} {self.path}'
       jax.jit(mark)(x)
 
-  def _tell(self, name, value):
-    """Keeps what the layer multiplies; in each of its calls it is the same."""
-    told = {name: padded(value), LAYOUT: _LAYOUT}
+  def _record(self, name, value):
+    """Keeps an operand; it is the same in every call of the layer."""
+    operands = {name: padded(value), LAYOUT: _LAYOUT}
     for part in reversed(self.parts):
-      told = {part: told}
-    self.module.put_variable('params', TOLD, told)
+      operands = {part: operands}
+    self.module.put_variable('params', OPERANDS, operands)
 
   def _is_carried(self, collection: str) -> bool:
     module = self.module
@@ -163,37 +169,39 @@ class LayerState:
 
 
 class Reference:
-  """A variable with a `value`, as linen's."""
+  """A variable of a `LayerState`, with `value` as in linen's `Variable`."""
 
   def __init__(self, state: LayerState, collection: str, name: str):
-    self._of = (state, collection, name)
+    self._key = (state, collection, name)
 
   @property
-  def value(self):
-    state, collection, name = self._of
+  def value(self) -> Any:
+    """The current value; assignment replaces it."""
+    state, collection, name = self._key
     return state.get_variable(collection, name)
 
   @value.setter
   def value(self, value):
-    state, collection, name = self._of
+    state, collection, name = self._key
     state.put(collection, name, value)
 
 
 def padded(value: jax.Array) -> jax.Array:
-  """Returns a value as it travels."""
+  """Returns a value with the leading axes under which it travels."""
   return jnp.reshape(value, (*PAD, *jnp.shape(value)))
 
 
 def unpad(value: jax.Array) -> jax.Array:
-  """Returns a value that has travelled, of no stack."""
+  """Returns a value that traveled outside of any scan, without these axes."""
   return jnp.reshape(value, jnp.shape(value)[len(PAD) :])
 
 
 def merge(variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the variables as the intercepted model wants them.
+  """Returns the variables in the form that the intercepted model reads.
 
   Args:
-    variables: as outside: steps apart, `params` as the model's author has them.
+    variables: collections in the caller's form: iterations apart, `params`
+      with the model's own parameters only.
   """
   variables = dict(variables)
   stats, carried = without(variables.get('quant_stats', {}), _OUTSIDE)
@@ -203,7 +211,7 @@ def merge(variables: Mapping[str, Any]) -> dict[str, Any]:
     decisions = arch
     for key in path:
       decisions = decisions.get(key, {})
-    shape = lead(path, state[LAYOUT])
+    shape = leading_shape(path, state[LAYOUT])
     decisions = jax.tree.map(
       lambda leaf, shape=shape: jnp.reshape(leaf, (*shape, leaf.shape[-1])),
       decisions,
@@ -214,10 +222,13 @@ def merge(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split(variables: Mapping[str, Any]) -> tuple[dict[str, Any], dict]:
-  """Returns the variables as outside, but costs; and what was carried.
+  """Returns the variables in the caller's form, and what was carried.
+
+  Carried costs are in the second result only: {layer path: the collections
+  that traveled in `params`}.
 
   Args:
-    variables: all or some, as the intercepted model leaves them.
+    variables: all or some collections, in the intercepted model's form.
   """
   variables = dict(variables)
   params, carried = without(variables.get('params', {}), NAME)
@@ -232,7 +243,7 @@ def split(variables: Mapping[str, Any]) -> tuple[dict[str, Any], dict]:
         variables.get('quant_stats', {}), path, _OUTSIDE, outside
       )
       decisions = jax.tree.map(
-        functools.partial(_steps_first, state[LAYOUT], path),
+        functools.partial(_iterations_first, state[LAYOUT], path),
         state.get('arch', {}),
       )
       for key, value in _apart(decisions).items():
@@ -242,50 +253,53 @@ def split(variables: Mapping[str, Any]) -> tuple[dict[str, Any], dict]:
   return variables, carried
 
 
-def is_carrying(variables: Mapping[str, Any]) -> bool:
-  """Returns whether statistics of a layer are carried."""
+def has_carried(variables: Mapping[str, Any]) -> bool:
+  """Returns whether the statistics of any layer are carried."""
   return bool(without(variables.get('quant_stats', {}), _OUTSIDE)[1])
 
 
 def length(state: Mapping[str, Any]) -> int | None:
-  """Returns how many steps a carried layer has, None if nothing tells."""
+  """Returns the number of iterations of a carried layer, None if unknown."""
   if LAYOUT not in state:
     return None
   return math.prod(state[LAYOUT].shape[: -len(TAIL)])
 
 
 def is_stacked(state: Mapping[str, Any]) -> bool:
-  """Returns whether the steps of a carried layer have weights of their own."""
+  """Returns whether each iteration of a carried layer has its own weights."""
   return LAYOUT in state and state[LAYOUT].ndim > len(PAD + TAIL)
 
 
-def lead(path: tuple[str, ...], layout: jax.Array) -> tuple[int, ...]:
-  """Returns the shape that transforms have made of `PAD`.
+def leading_shape(path: tuple[str, ...], layout: jax.Array) -> tuple[int, ...]:
+  """Returns the leading shape of a layer's carried variables.
+
+  That is `PAD`, with the length of each transform at the axis where the
+  transform stacks.
 
   Args:
-    path: of the layer.
-    layout: has travelled with its variables.
+    path: names that lead to the layer.
+    layout: the variable `LAYOUT` that traveled with the layer's variables.
 
   Raises:
-    ValueError: an axis shows in no shape.
+    ValueError: a transform stacks behind the axes of `PAD`.
   """
   shape = layout.shape[: -len(TAIL)]
   if layout.shape[-len(TAIL) :] != TAIL or len(shape) > 2 * len(PAD):
     raise ValueError(
-      f'{"/".join(path)}: a transform stacks params along an axis that cannot '
-      f'be followed; use one of the axes 0 to {len(PAD)}'
+      f'{"/".join(path)}: a transform stacks params along an axis behind axis '
+      f'{len(PAD)}, which is not supported; use one of the axes 0 to {len(PAD)}'
     )
   return shape
 
 
-def _steps_first(layout, path, leaf):
-  """Returns [steps, K], or [K] if there are none, of a carried decision."""
-  stacked = len(lead(path, layout)) > len(PAD)
+def _iterations_first(layout, path, leaf):
+  """Returns a carried decision as [iterations, K]; as [K] if not scanned."""
+  stacked = len(leading_shape(path, layout)) > len(PAD)
   return jnp.reshape(leaf, (-1, leaf.shape[-1]) if stacked else (-1,))
 
 
 def _apart(tree):
-  """Splits leaves [steps, K] into `@0`, `@1`, ..."""
+  """Splits leaves [iterations, K] into `@0`, `@1`, ..."""
   if not isinstance(tree, Mapping):
     return tree
   stacked = {
@@ -300,25 +314,26 @@ def _apart(tree):
 
 
 def _stacked(tree, stats):
-  """The way back: leaves [steps, K] from `@0`, `@1`, ...
+  """Stacks `@0`, `@1`, ... to leaves [iterations, K]; inverts `_apart`.
 
-  Scans of scans, if they took `quant_stats` along, have left their shape there.
+  Nested scans that pass on `quant_stats` give leaves [..., K] of the shape of
+  the variable `active` there.
   """
   if not isinstance(tree, Mapping):
     return tree
-  steps = [tree[f'@{i}'] for i in range(len(tree)) if f'@{i}' in tree]
+  iterations = [tree[f'@{i}'] for i in range(len(tree)) if f'@{i}' in tree]
   result = {
     k: _stacked(v, stats.get(k, {}) if isinstance(stats, Mapping) else {})
     for k, v in tree.items()
     if not k.startswith('@')
   }
-  if steps:
-    lead = (len(steps),)
+  if iterations:
+    shape = (len(iterations),)
     for path, leaf in jax.tree_util.tree_leaves_with_path(stats):
       if path[-1].key == 'active':
-        lead = jnp.shape(leaf)
+        shape = jnp.shape(leaf)
     result |= jax.tree.map(
-      lambda *leaves: jnp.stack(leaves).reshape((*lead, -1)), *steps
+      lambda *leaves: jnp.stack(leaves).reshape((*shape, -1)), *iterations
     )
   return result
 
@@ -326,7 +341,7 @@ def _stacked(tree, stats):
 def without(
   tree: Mapping[str, Any], name: str, path: tuple[str, ...] = ()
 ) -> tuple[dict[str, Any], dict[tuple[str, ...], Any]]:
-  """Returns the tree without the entries of a name, and those by path."""
+  """Returns the tree without the entries of a name, and {path: such entry}."""
   found, rest = {}, {}
   for key, value in tree.items():
     if key == name:
@@ -335,7 +350,7 @@ def without(
       rest[key], below = without(value, name, (*path, key))
       found |= below
       if not rest[key] and value:
-        del rest[key]  # Nothing else was there.
+        del rest[key]  # It held nothing else.
     else:
       rest[key] = value
   return rest, found
@@ -344,7 +359,7 @@ def without(
 def with_entry(
   tree: Mapping[str, Any], path: Sequence[str], name: str, value: Any
 ) -> dict[str, Any]:
-  """Returns the tree with an entry more."""
+  """Returns the tree with `value` as entry `name` of the subtree at `path`."""
   if not path:
     return {**tree, name: value}
   head, *rest = path

@@ -1,4 +1,4 @@
-"""What of a model is searched, what is not, and why: nothing goes unsaid."""
+"""Coverage report: which layers and parameters are searched, and why not."""
 
 import dataclasses
 import fnmatch
@@ -8,6 +8,7 @@ from flax import traverse_util
 import flax.linen as nn
 import jax
 
+from fliqs_jax.intercept import layer_calls
 from fliqs_jax.intercept import searchable as searchable_lib
 from fliqs_jax.space import discovery
 
@@ -16,21 +17,22 @@ _NORMS = (nn.BatchNorm, nn.GroupNorm, nn.InstanceNorm, nn.LayerNorm, nn.RMSNorm)
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """One layer (or product of attention) that was found.
+  """One layer, or one product of attention.
 
   Attributes:
-    path: of the layer; patterns of a spec match it.
-    kind: its class.
-    steps: how many copies a scan or vmap stacks, 1 without.
-    macs: multiply-accumulates, all steps and calls.
-    weights: number of weights, all steps.
-    formats: names of what may be chosen, most among its sides; empty if none.
-    reason: why nothing may be chosen, or empty.
+    path: path of the layer; the patterns of a spec match it.
+    kind: name of its class, or `attention product`.
+    iterations: number of copies that a scan or vmap stacks; 1 without.
+    macs: multiply-accumulates of all iterations and calls.
+    weights: number of weights of all iterations.
+    formats: names of the formats that the layer may have, on the side with the
+      larger menu; empty if it stays unquantized.
+    reason: why the layer stays unquantized; empty if it has formats.
   """
 
   path: str
   kind: str
-  steps: int
+  iterations: int
   macs: int
   weights: int
   formats: tuple[str, ...]
@@ -39,12 +41,12 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Missed:
-  """A parameter of rank two or more that no quantized op touches.
+  """A parameter of rank two or more that no quantized op reads.
 
   Attributes:
-    path: of the parameter.
-    shape: as stored.
-    reason: why no op touches it.
+    path: path of the parameter.
+    shape: shape of the parameter.
+    reason: why no quantized op reads it.
   """
 
   path: str
@@ -54,12 +56,12 @@ class Missed:
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-  """What of a model is searched; `str` of it is a table.
+  """Coverage of a model; `str` makes a table of it.
 
   Attributes:
-    layers: in the order of calls.
-    missed: parameters of rank two or more without a quantized op.
-    products: paths of attentions whose products are not quantized.
+    layers: the layers in the order of their calls.
+    missed: parameters of rank two or more that no quantized op reads.
+    products: paths of the attention layers whose products stay unquantized.
     params: number of all parameters.
   """
 
@@ -70,17 +72,17 @@ class Coverage:
 
   @property
   def share(self) -> float:
-    """Share of the parameters that have a choice of formats."""
+    """Share of the parameters that have formats to choose from, 0 to 1."""
     searched = sum(layer.weights for layer in self.layers if layer.formats)
     return searched / max(self.params, 1)
 
   def __str__(self) -> str:
-    rows = [('layer', 'kind', 'steps', 'MACs', 'weights', 'formats')]
+    rows = [('layer', 'kind', 'iterations', 'MACs', 'weights', 'formats')]
     rows += [
       (
         layer.path or '(the model)',
         layer.kind,
-        str(layer.steps),
+        str(layer.iterations),
         f'{layer.macs:,}',
         f'{layer.weights:,}',
         ' '.join(layer.formats) or f'none: {layer.reason}',
@@ -89,17 +91,17 @@ class Coverage:
     ]
     lines = _table(rows)
     lines.append(
-      f'{self.share:.1%} of {self.params:,} parameters have a choice.'
+      f'{self.share:.1%} of {self.params:,} parameters are searched.'
     )
     if self.missed:
-      lines += ['', 'Parameters of rank two or more that stay as they are:']
+      lines += ['', 'Parameters of rank two or more that stay unquantized:']
       lines += _table(
         [(m.path, 'x'.join(map(str, m.shape)), m.reason) for m in self.missed]
       )
     if self.products:
-      lines += ['', 'Products of attention that stay as they are:']
+      lines += ['', 'Products of attention that stay unquantized:']
       lines += [
-        f'{path or "(the model)"}  quantized by choice: attention=True'
+        f'{path or "(the model)"}  attention=True quantizes them'
         for path in self.products
       ]
     return '\n'.join(lines)
@@ -116,15 +118,18 @@ def _table(rows):
 def coverage(
   model: searchable_lib.Searchable, *args: Any, **kwargs: Any
 ) -> Coverage:
-  """Finds what of a model is searched, by tracing it; allocates nothing.
+  """Reports which layers and parameters of a model are searched, and why not.
+
+  The model is traced; no parameter is allocated.
 
   Args:
-    model: made by `searchable`.
-    *args: what the model is called with, arrays or `jax.ShapeDtypeStruct`.
-    **kwargs: more of the call, static.
+    model: a model that `searchable` made.
+    *args: positional arguments of the model's call, arrays or
+      `jax.ShapeDtypeStruct`.
+    **kwargs: keyword arguments of the call, static.
 
   Raises:
-    ValueError: as `find_decisions`.
+    ValueError: `find_decisions` refuses the model or the call.
   """
   space = discovery.find(model, *args, **kwargs)
   variables, classes = _traced(model.model, *args, **kwargs)
@@ -132,15 +137,15 @@ def coverage(
   params = traverse_util.flatten_dict(
     nn.meta.unbox(variables.get('params', {})), sep='/'
   )
-  touched = {
+  read = {
     f'{layer.path}/{name}'.lstrip('/')
     for layer in layers
-    for name in ('kernel', 'bias', 'embedding')
+    for name in (*layer_calls.WEIGHTS, 'bias')
   }
   missed = tuple(
     Missed(path, tuple(p.shape), _reason(path, classes))
     for path, p in params.items()
-    if len(p.shape) > 1 and path not in touched
+    if len(p.shape) > 1 and path not in read
   )
   products = tuple(
     path
@@ -152,12 +157,12 @@ def coverage(
 
 
 def _traced(module: nn.Module, *args, **kwargs):
-  """Returns the shapes of a module's variables, and {path: class} of all."""
+  """Returns the shapes of a module's variables, and {path: submodule class}."""
   classes: dict[str, type[nn.Module]] = {}
 
   def note(call, call_args, call_kwargs, context):
-    # Of the nested calls of a transformed class the innermost is the author's;
-    # the transform itself shows as a lambda.
+    # A transformed class is called several times, nested; the innermost class
+    # is the original one, and the transform's own call is a lambda.
     if context.method_name != '<lambda>':
       classes['/'.join(context.module.path)] = type(context.module)
     return call(*call_args, **call_kwargs)
@@ -172,7 +177,7 @@ def _traced(module: nn.Module, *args, **kwargs):
     for path in traverse_util.flatten_dict(variables.get('params', {}))
   }
   if not owners <= set(classes):
-    # nn.jit has traced the first of several equal modules alone.
+    # nn.jit has traced only the first of several equal modules.
     with jax.disable_jit():
       jax.eval_shape(init, *args)
   return variables, classes
@@ -187,7 +192,7 @@ def _layers(model, space, classes) -> tuple[Layer, ...]:
     shape = same[0].shape
     menus = [m for m in (shape.weight_menu, shape.act_menu) if m is not None]
     formats = max(menus, key=len) if menus else ()
-    steps = {op.path: op for op in same}
+    iterations = {op.path: op for op in same}
     if shape.kind == 'attend':
       kind = 'attention product'
     else:
@@ -196,9 +201,9 @@ def _layers(model, space, classes) -> tuple[Layer, ...]:
       Layer(
         path=path,
         kind=kind,
-        steps=len(steps),
+        iterations=len(iterations),
         macs=sum(op.shape.macs for op in same),
-        weights=sum(op.shape.weights for op in steps.values()),
+        weights=sum(op.shape.weights for op in iterations.values()),
         formats=tuple(str(f) for f in formats),
         reason='' if formats else _why_not(model.spec, path),
       )
@@ -223,17 +228,17 @@ def _reason(path: str, classes: dict[str, type[nn.Module]]) -> str:
     if (where := '/'.join(owner[:i])) in classes
   ]
   if not known:
-    return 'of no module that was called'
+    return 'its module is never called'
   names = known[0].__name__
   if known[0].__module__.startswith('flax.') and len(known) > 1:
-    # It may hold parameters for another, as DenseParams does for an LSTM.
+    # It may hold parameters for another module: DenseParams does for an LSTM.
     names += f' of {known[1].__name__}'
   if issubclass(known[0], nn.Embed):
-    return 'Embed is quantized by choice: embed=True'
+    return 'embed=True quantizes nn.Embed'
   if issubclass(known[0], _NORMS):
-    return f'{name} of {known[0].__name__}, stacked: nothing is contracted'
+    return f'stacked {name} of {known[0].__name__}: no op contracts it'
   if any(c.__name__ == 'ToLinen' for k in known for c in k.__mro__):
-    return 'an NNX module, into which linen cannot see'
-  if issubclass(known[0], (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv)):
+    return 'its module is an NNX module, whose layers linen does not see'
+  if issubclass(known[0], tuple(layer_calls.LAYERS)):
     return f"{names} does not run its linen class's __call__ in real floats"
-  return f'{names} multiplies on its own, outside of any layer'
+  return f'{names} multiplies it outside of any linen layer'

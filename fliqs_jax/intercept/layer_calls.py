@@ -1,14 +1,15 @@
-"""Where a model calls one of linen's layers, and how it is called instead.
+"""Calls of linen's layers: which are intercepted, and what runs instead.
 
-What is searched and what is served share this: they differ in the operands
-alone.
+Search and serving share this module; they differ only in the operands that they
+give to `apply`.
 """
 
 from collections.abc import Callable
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 
 from fliqs_jax.layers import operands as operands_lib
 from fliqs_jax.layers import other_layers
@@ -20,38 +21,29 @@ _OURS = (
   quant_layers.QuantDenseGeneral,
   quant_layers.QuantEinsum,
 )
-_LAYERS = (
-  nn.Conv,
-  nn.ConvLocal,
-  nn.ConvTranspose,
-  nn.Dense,
-  nn.DenseGeneral,
-  nn.Einsum,
-  nn.Embed,
-  nn.MultiHeadDotProductAttention,
-)
 
 
 def interceptor(replace: Callable) -> Callable:
-  """Returns what `nn.intercept_methods` takes, for one call of a model.
+  """Returns an interceptor for `nn.intercept_methods`, for one model call.
 
   Args:
-    replace: `(linen_class, call, args, kwargs, context) -> outputs`, run where
-      a layer of that class is called; what it calls itself is let through.
+    replace: `(linen_class, call, args, kwargs, context) -> outputs`; it runs in
+      place of each call of a layer of that class. Calls that `replace` makes in
+      the layer's scope are not intercepted.
 
   Raises:
-    ValueError: when the model turns out to hold quantized layers.
+    ValueError: during the call, if the model holds quantized layers of ours.
   """
-  replaced: list[Any] = []  # Scopes in which a layer of ours is at work.
+  replaced: list[Any] = []  # Scopes of the layers that `replace` runs now.
 
   def intercept(call, args, kwargs, context):
     module = context.module
     if isinstance(module, _OURS):
       raise ValueError(
         f'{"/".join(module.path) or "the model"} is a '
-        f'{type(module).__name__}: the model was built with quantized '
-        'layers, which would be quantized twice; give find_decisions the '
-        'model itself'
+        f'{type(module).__name__}: the model is built with quantized layers, '
+        'and searchable would quantize them twice; pass the model itself to '
+        'find_decisions'
       )
     linen_class = _linen_class(context)
     if linen_class is None or any(module.scope is s for s in replaced):
@@ -66,7 +58,7 @@ def interceptor(replace: Callable) -> Callable:
 
 
 def check_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-  """Raises ValueError unless a module can be called in this way."""
+  """Raises ValueError unless a module can be called with these arguments."""
   method = kwargs.get('method') or type(model).__call__
   if isinstance(method, str):
     method = getattr(type(model), method)
@@ -82,13 +74,13 @@ def check_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
   except TypeError as error:
     name = type(model).__name__
     raise ValueError(
-      f'{name} is called as {name}{signature}: {error}; give what it is called '
-      'with to init, apply, find_decisions, create_state and export_model alike'
+      f'{name} is called as {name}{signature}: {error}; give the same '
+      'arguments to init, apply, find_decisions, create_state and export_model'
     ) from None
 
 
 def inputs_of(args: tuple, kwargs: dict[str, Any]) -> Any:
-  """Returns what a layer is called with, apart from its options."""
+  """Returns the input of a layer's call: its first argument."""
   return args[0] if args else kwargs['inputs']
 
 
@@ -99,48 +91,104 @@ def apply(
   kwargs: dict[str, Any],
   method: str,
 ) -> Any:
-  """Returns what the layer gives, of operands on their grids.
+  """Returns the outputs of a layer, computed from operands on their grids.
 
   Args:
-    operands: of the layer.
-    linen_class: the layer's; not that of attention.
-    args: of the call.
-    kwargs: of the call.
-    method: the name of what is called.
+    operands: the layer's operands.
+    linen_class: one of the intercepted classes, except attention.
+    args: positional arguments of the call.
+    kwargs: keyword arguments of the call.
+    method: name of the called method.
   """
-  inputs = inputs_of(args, kwargs)
-  if linen_class is nn.Embed:
-    return other_layers.embed(operands, inputs, method)
-  if linen_class is nn.ConvTranspose:
-    return other_layers.conv_transpose(operands, inputs)
-  if linen_class is nn.ConvLocal:
-    return other_layers.conv_local(operands, inputs)
-  if linen_class is nn.Einsum:
-    module = operands.module
-    given = args[1] if len(args) > 1 else kwargs.get('einsum_str')
-    einsum_str = nn.merge_param('einsum_str', module.einsum_str, given)
-    return quant_layers.apply_einsum(operands, einsum_str, inputs)
-  return quant_layers.with_op(operands, linen_class, inputs)
+  call = Call(operands, linen_class, args, kwargs, method)
+  return LAYERS[linen_class].op(call)
+
+
+class Call(NamedTuple):
+  """A call of a layer, with the operands that replace its own."""
+
+  operands: operands_lib.Operands
+  linen_class: type[nn.Module]
+  args: tuple
+  kwargs: dict[str, Any]
+  method: str
+
+  @property
+  def inputs(self) -> Any:
+    """The input of the call."""
+    return inputs_of(self.args, self.kwargs)
+
+
+def _hooked(call: Call) -> jax.Array:
+  return quant_layers.with_op(call.operands, call.linen_class, call.inputs)
+
+
+def _conv_local(call: Call) -> jax.Array:
+  return other_layers.conv_local(call.operands, call.inputs)
+
+
+def _conv_transpose(call: Call) -> jax.Array:
+  return other_layers.conv_transpose(call.operands, call.inputs)
+
+
+def _einsum(call: Call) -> jax.Array:
+  given = call.args[1] if len(call.args) > 1 else call.kwargs.get('einsum_str')
+  einsum_str = nn.merge_param(
+    'einsum_str', call.operands.module.einsum_str, given
+  )
+  return quant_layers.apply_einsum(call.operands, einsum_str, call.inputs)
+
+
+def _embed(call: Call) -> jax.Array:
+  return other_layers.embed(call.operands, call.inputs, call.method)
+
+
+class Layer(NamedTuple):
+  """An intercepted linen class.
+
+  Attributes:
+    weights: name of the parameter that holds its weights.
+    op: the quantized op that runs in place of the class's own.
+  """
+
+  weights: str
+  op: Callable[[Call], jax.Array]
+
+
+# Every intercepted class with weights, once: search, coverage, call counts and
+# serving all read this table. Attention is intercepted besides; its weights are
+# those of the layers inside it.
+LAYERS = {
+  nn.Conv: Layer('kernel', _hooked),
+  nn.ConvLocal: Layer('kernel', _conv_local),
+  nn.ConvTranspose: Layer('kernel', _conv_transpose),
+  nn.Dense: Layer('kernel', _hooked),
+  nn.DenseGeneral: Layer('kernel', _hooked),
+  nn.Einsum: Layer('kernel', _einsum),
+  nn.Embed: Layer('embedding', _embed),
+}
+# The names of the weights of all layers.
+WEIGHTS = tuple(dict.fromkeys(layer.weights for layer in LAYERS.values()))
 
 
 def _raw(method):
   return inspect.unwrap(method)
 
 
-# `Conv` and `ConvLocal` have one method.
-_METHODS = {_raw(c.__call__): c for c in _LAYERS} | {
-  _raw(nn.Embed.attend): nn.Embed
-}
+# `Conv` and `ConvLocal` share one method.
+_METHODS = {
+  _raw(c.__call__): c for c in (*LAYERS, nn.MultiHeadDotProductAttention)
+} | {_raw(nn.Embed.attend): nn.Embed}
 
 
 def _linen_class(context) -> type[nn.Module] | None:
   """Returns the linen layer whose own method is about to run.
 
-  A subclass that calls it by `super()` is seen at that call, so that what the
-  subclass does before and after is kept.
+  A subclass that calls this method by `super()` is intercepted at that call, so
+  what the subclass does before and after it is kept.
   """
   method = getattr(context.orig_method, 'func', None)
-  found = _METHODS.get(method)
-  if found in (nn.Conv, nn.ConvLocal):
+  linen_class = _METHODS.get(method)
+  if linen_class in (nn.Conv, nn.ConvLocal):
     return nn.ConvLocal if isinstance(context.module, nn.ConvLocal) else nn.Conv
-  return found
+  return linen_class

@@ -1,7 +1,7 @@
-"""The steps of scanned layers apart, as they are stored, and together again.
+"""Iterations of scanned layers: taken apart to be stored, stacked to be run.
 
-A layer tells what it multiplies, and finds what is stored of it, in `params`,
-which every transform takes along; see `carried`.
+A scanned layer records its operands in `params`, and reads its stored tensors
+there, because every transform passes `params` on; see `carried_variables`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,46 +17,50 @@ from fliqs_jax.intercept import carried_variables
 
 
 def told(variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the variables with what the layers told in `operands`.
+  """Returns the variables with the collection `operands`, out of `params`.
 
-  There each layer has tuples of one, as `sow` makes them; a stacked one has
-  them for each step, `@0`, `@1`, ..., and `lead`, an array of which only the
-  shape counts: `carried.PAD`, with the steps where the transform stacks them.
+  There each layer has tuples of one array, as `sow` makes them. A stacked layer
+  has them for each iteration, `@0`, `@1`, ..., and `leading_shape`: zeros of
+  the shape that `carried_variables.leading_shape` returns.
 
   Args:
-    variables: as the intercepted model leaves them, `params` among them.
+    variables: collections in the intercepted model's form, with `params`.
 
   Raises:
-    ValueError: a transform stacks along an axis that cannot be followed.
+    ValueError: a transform stacks behind the axes of `carried_variables.PAD`.
   """
-  params, found = carried_variables.without(
-    variables['params'], carried_variables.TOLD
+  params, recorded = carried_variables.without(
+    variables['params'], carried_variables.OPERANDS
   )
   operands: dict[str, Any] = {}
-  for owner, tree in found.items():
+  for owner, tree in recorded.items():
     for parts, layer in _layers(tree):
       path = (*owner, *parts)
-      lead = carried_variables.lead(path, layer.pop(carried_variables.LAYOUT))
-      if lead == carried_variables.PAD:
-        steps = {
-          (): {k: (carried_variables.unpad(x),) for k, x in layer.items()}
-        }
-      else:
-        rows = {
-          k: jnp.reshape(x, (-1, *x.shape[len(lead) :]))
-          for k, x in layer.items()
-        }
-        steps = {
-          (f'@{i}',): {k: (x[i],) for k, x in rows.items()}
-          for i in range(math.prod(lead))
-        }
-        steps[()] = dict(lead=(jnp.zeros(lead),))
-      for step, values in steps.items():
+      shape = carried_variables.leading_shape(
+        path, layer.pop(carried_variables.LAYOUT)
+      )
+      for name, values in _iterations(layer, shape).items():
         for key, value in values.items():
           operands = carried_variables.with_entry(
-            operands, (*path, *step), key, value
+            operands, (*path, *name), key, value
           )
   return {**variables, 'params': params, 'operands': operands}
+
+
+def _iterations(layer, leading_shape) -> dict[tuple[str, ...], dict[str, Any]]:
+  """Returns {('@i',): operands of iteration i}; {(): ...} if not stacked."""
+  if leading_shape == carried_variables.PAD:
+    return {(): {k: (carried_variables.unpad(x),) for k, x in layer.items()}}
+  rows = {
+    k: jnp.reshape(x, (-1, *x.shape[len(leading_shape) :]))
+    for k, x in layer.items()
+  }
+  iterations: dict[tuple[str, ...], dict[str, Any]] = {
+    (f'@{i}',): {k: (x[i],) for k, x in rows.items()}
+    for i in range(math.prod(leading_shape))
+  }
+  iterations[()] = dict(leading_shape=(jnp.zeros(leading_shape),))
+  return iterations
 
 
 def _layers(tree, parts=()) -> Iterator[tuple[tuple[str, ...], dict]]:
@@ -67,30 +71,38 @@ def _layers(tree, parts=()) -> Iterator[tuple[tuple[str, ...], dict]]:
       yield from _layers(value, (*parts, key))
 
 
-def together(steps: Sequence[jax.Array], lead: Sequence[int]) -> jax.Array:
-  """Returns one variable of all steps, as it travels in `params`."""
-  return jnp.reshape(jnp.stack(steps), (*lead, *jnp.shape(steps[0])))
+def together(
+  iterations: Sequence[jax.Array], leading_shape: Sequence[int]
+) -> jax.Array:
+  """Returns a carried variable of all iterations, [*leading_shape, ...]."""
+  shape = jnp.shape(iterations[0])
+  return jnp.reshape(jnp.stack(iterations), (*leading_shape, *shape))
 
 
 def parameter(
-  steps: Sequence[jax.Array], lead: Sequence[int], shape: Sequence[int]
+  iterations: Sequence[jax.Array],
+  leading_shape: Sequence[int],
+  shape: Sequence[int],
 ) -> jax.Array:
-  """Returns a parameter of the model's author, of all steps.
+  """Returns a parameter of the model itself, stacked from its iterations.
 
   Args:
-    steps: each in the shape of one step.
-    lead: where the transform stacks them.
-    shape: of the parameter.
+    iterations: the parameter in each iteration, arrays of one shape.
+    leading_shape: leading shape of the layer's carried variables, which shows
+      along which axes the transform stacks.
+    shape: shape of the stacked parameter.
   """
-  step = jnp.shape(steps[0])
-  axes = [i for i, n in enumerate(lead) if n > 1]
-  # Stacks of one step do not show in `lead`, but in the shape.
+  single = jnp.shape(iterations[0])
+  axes = [i for i, n in enumerate(leading_shape) if n > 1]
+  # A stack of one iteration shows in `shape` only.
   ones = [i for i, n in enumerate(shape) if n == 1]
-  number = len(shape) - len(step) - len(axes)
+  number = len(shape) - len(single) - len(axes)
   axes += next(
-    found
-    for found in itertools.combinations(ones, number)
-    if step == tuple(np.delete(shape, (*axes, *found)))
+    chosen
+    for chosen in itertools.combinations(ones, number)
+    if single == tuple(np.delete(shape, (*axes, *chosen)))
   )
-  stacked = jnp.reshape(jnp.stack(steps), (*(shape[i] for i in axes), *step))
+  stacked = jnp.reshape(
+    jnp.stack(iterations), (*(shape[i] for i in axes), *single)
+  )
   return jnp.moveaxis(stacked, range(len(axes)), axes)

@@ -1,9 +1,9 @@
-"""Search a linen model that was not written for it, without editing it.
+"""Search of any linen model, without a change to the model's code.
 
-Through linen's public `nn.intercept_methods` alone: where the model calls one
-of linen's layers, the same layer is run in the same scope with a quantized op.
-The parameters keep their names, shapes and values, so a checkpoint of the
-original loads.
+`nn.intercept_methods`, which is public in linen, intercepts each call of a
+linen layer; the same layer then runs in the same scope with a quantized op.
+Parameters keep their names, shapes and values, so a checkpoint of the original
+model loads. README.md beside this file shows the variables.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,8 @@ from fliqs_jax.space import quant_spec
 
 STACKS = ('separate', 'shared')
 
-# What a layer's field may hold only if it is linen's own.
+# Fields of linen's layers that quantization replaces: they must hold linen's
+# own default.
 _REPLACED = (
   'promote_dtype',
   'preferred_element_type',
@@ -51,29 +52,31 @@ def searchable(
   """Makes a linen model searchable.
 
   Args:
-    model: any linen module, not bound.
-    spec: which formats its layers may use; patterns match the paths of the
-      layers, as `coverage` lists them.
-    embed: whether `nn.Embed` is quantized, weights alone.
-    attention: whether attention's two products are; `qk` and `av` under its
-      path.
-    stacks: whether the steps of a scanned (or vmapped) layer have `separate`
-      decisions, or a `shared` one. Groups of the spec tie further.
+    model: any linen module that is not bound to variables.
+    spec: the formats that its layers may use; patterns match the paths of the
+      layers that `coverage` lists.
+    embed: whether the weights of `nn.Embed` layers are quantized.
+    attention: whether the two products of attention are quantized: parts `qk`
+      and `av` of an attention layer's path.
+    stacks: `separate`: each iteration of a scanned or vmapped layer has its own
+      decision; `shared`: all iterations share one. Groups of the spec join
+      decisions further.
 
   Returns:
-    What `find_decisions`, `create_state` and a training loop take for a model.
+    A model for `find_decisions`, `create_state` and a training loop.
 
   Raises:
-    ValueError: no linen module, one that is bound, or an unknown option.
+    ValueError: `model` is no linen module or is bound, or an option is unknown.
   """
   if not isinstance(model, nn.Module):
     raise ValueError(
-      f'{type(model).__name__} is not a linen module; the layers of an NNX '
-      'model cannot be intercepted, wrapped by nnx.bridge or not'
+      f'{type(model).__name__} is not a linen module; only the layers of linen '
+      'models can be intercepted, not those of NNX models, with or without '
+      'nnx.bridge'
     )
   if model.scope is not None:
     raise ValueError(
-      f'{type(model).__name__} is bound to variables; give the module itself'
+      f'{type(model).__name__} is bound to variables; pass the unbound module'
     )
   if stacks not in STACKS:
     raise ValueError(
@@ -82,8 +85,9 @@ def searchable(
   spec = spec or quant_spec.QuantSpec()
   if attention and spec.act_clip == 'profiled':
     raise ValueError(
-      "quant.act_clip='profiled' profiles the inputs of layers, and the "
-      'products of attention are none; use attention=False or a table'
+      "quant.act_clip='profiled' profiles the inputs of layers, and a product "
+      'of attention is not a layer; use attention=False, or for act_clip a '
+      'table or a number'
     )
   return Searchable(model, spec, embed, attention, stacks)
 
@@ -92,15 +96,15 @@ def searchable(
 class Searchable:
   """A linen model with decisions; `init` and `apply` are as linen's.
 
-  Collections besides the model's own: `arch`, `quant_stats` and, of `init`,
-  `cost`, as of the layers in `layers`.
+  Besides the model's own collections there are `arch` and `quant_stats`, and
+  after `init` also `cost`, as with the layers of `layers.quant_layers`.
 
   Attributes:
-    model: the module as its author wrote it.
-    spec: the rules of its layers.
-    embed: whether `nn.Embed` is quantized.
-    attention: whether the products of attention are.
-    stacks: `separate` or `shared` decisions of scanned layers.
+    model: the original, unbound module.
+    spec: the formats that its layers may use.
+    embed: whether the weights of `nn.Embed` layers are quantized.
+    attention: whether the two products of attention are quantized.
+    stacks: `separate` or `shared`: decisions of a scanned layer's iterations.
   """
 
   model: nn.Module
@@ -113,9 +117,9 @@ class Searchable:
     """Returns the variables; `params` are those of the model's own `init`.
 
     Args:
-      rngs: a key or a dict of keys.
-      *args: what the model is called with.
-      **kwargs: more of the call, and `method`.
+      rngs: a key, or a dict of keys.
+      *args: positional arguments of the model's call.
+      **kwargs: keyword arguments of the model's call, and `method`.
 
     Raises:
       ValueError: the call lacks arguments, or a layer cannot be quantized.
@@ -134,7 +138,7 @@ class Searchable:
 
     variables, carried = carried_variables.split(run())
     self._check_stacks(variables, carried)
-    # How often transforms call a layer shows in the program alone.
+    # Only the traced program shows how often transforms call a layer.
     traced = any('cost' in state for state in carried.values())
     called = call_counts.calls(jax.make_jaxpr(run)()) if traced else {}
     cost = call_counts.costs(
@@ -142,8 +146,8 @@ class Searchable:
     )
     if not cost and 'ToLinen' in seen:
       raise ValueError(
-        'the model is an NNX model in nnx.bridge.ToLinen: linen calls the '
-        'bridge and sees none of the layers within, so none can be quantized; '
+        'the model wraps an NNX model by nnx.bridge.ToLinen: linen does not '
+        'see the layers inside the bridge, so none of them can be quantized; '
         'write the layers in linen'
       )
     return {**variables, 'cost': cost} if cost else variables
@@ -160,45 +164,46 @@ class Searchable:
     Args:
       variables: `params` and the other collections of `init`; `arch` is
         `space.expand(choices)`.
-      *args: what the model is called with.
-      mutable: False, True, or the names of the collections that change. With
-        `quant_stats` among them the running statistics learn; with `operands`
-        the layers tell what they multiply.
-      **kwargs: more of the call, and `rngs` and `method`.
+      *args: positional arguments of the model's call.
+      mutable: False, True, or the names of the collections that may change.
+        With `quant_stats` among them, the running statistics are updated; with
+        `operands`, each layer records its operands there.
+      **kwargs: keyword arguments of the model's call, `rngs` and `method`.
 
     Returns:
-      What the model returns, and the changed collections if `mutable`.
+      The model's outputs; with `mutable`, also the changed collections.
 
     Raises:
-      ValueError: the call lacks arguments, or `arch` or `quant_stats` entries.
+      ValueError: the call lacks arguments, or the variables lack entries of
+        `arch` or `quant_stats`.
     """
     layer_calls.check_call(self.model, args, kwargs)
     wanted = _names(mutable, variables)
     inner = carried_variables.merge(core.unfreeze(variables))
     changing = {*wanted, self._token}
-    telling = 'operands' in wanted
-    if telling or (
-      'quant_stats' in wanted and carried_variables.is_carrying(variables)
+    recording = 'operands' in wanted
+    if recording or (
+      'quant_stats' in wanted and carried_variables.has_carried(variables)
     ):
       changing.add('params')
-    with nn.intercept_methods(self._interceptor([], telling)):
+    with nn.intercept_methods(self._interceptor([], recording)):
       outputs, changed = self.model.apply(
         inner, *args, mutable=sorted(changing), **kwargs
       )
     if mutable is False:
       return outputs
     changed = core.unfreeze(changed)
-    changed, _ = carried_variables.split(
-      scan_iterations.told(changed) if telling else changed
-    )
+    if recording:
+      changed = scan_iterations.with_operands(changed)
+    changed, _ = carried_variables.split(changed)
     return outputs, {k: v for k, v in changed.items() if k in wanted}
 
   @property
   def _token(self) -> str:
     """The name of a collection that no model has.
 
-    `nn.jit` keeps what it traced by the collections that may change; with this
-    one among them it keeps no program of other rules.
+    `nn.jit` caches traced programs by the collections that may change. With
+    this name among them, it never reuses a program that other rules made.
     """
     return f'fliqs {dataclasses.replace(self, model=None)!r}'
 
@@ -206,18 +211,19 @@ class Searchable:
     stacked = [p for p, s in carried.items() if carried_variables.is_stacked(s)]
     if stacked and self.spec.act_clip == 'profiled':
       raise ValueError(
-        f"quant.act_clip='profiled': the inputs of {'/'.join(stacked[0])}, "
-        'which is scanned, cannot be profiled; use a table or a number'
+        f"quant.act_clip='profiled': the inputs of {'/'.join(stacked[0])} "
+        'cannot be profiled, because the layer is scanned; use a table or a '
+        'number'
       )
 
-  def _interceptor(self, seen: list[str], telling: bool = False) -> Callable:
+  def _interceptor(self, seen: list[str], recording: bool = False) -> Callable:
     """Returns the interceptor of one call of the model.
 
     Args:
-      seen: gets the names of the classes of what is called.
-      telling: whether the layers leave what they multiply.
+      seen: list to which the class names of all called modules are appended.
+      recording: whether the layers record their operands.
     """
-    layer = layer_calls.interceptor(functools.partial(self._call, telling))
+    layer = layer_calls.interceptor(functools.partial(self._call, recording))
 
     def intercept(call, args, kwargs, context):
       seen.extend(c.__name__ for c in type(context.module).__mro__)
@@ -225,31 +231,17 @@ class Searchable:
 
     return intercept
 
-  def _call(self, telling, linen_class, call, args, kwargs, context):
-    """Calls a layer, quantized if the rules say so."""
+  def _call(self, recording, linen_class, call, args, kwargs, context):
+    """Calls a layer, quantized if the spec allows formats for it."""
     module = context.module
-    state = carried_variables.LayerState(module, telling=telling)
+    state = carried_variables.LayerState(module, recording=recording)
     if linen_class is nn.Embed and not self.embed:
       return call(*args, **kwargs)
-    if not _is_float(module):  # No layer to us; `coverage` says so.
+    if not _is_float(module):  # Complex or integer; `coverage` lists it.
       return call(*args, **kwargs)
     if linen_class is nn.MultiHeadDotProductAttention:
-      if not self.attention:
-        return call(*args, **kwargs)
-      parts = [state.at(name).path for name in other_layers.PRODUCTS.values()]
-      choices = [
-        other_layers.product_choices(self.spec, part) for part in parts
-      ]
-      if any(c.weights or c.activations for c in choices):
-        _refuse(module, linen_class, state.path)
-        twin = other_layers.attention(
-          module,
-          lambda name, inputs: other_layers.Product(
-            module, inputs, self.spec, state.at(name)
-          ),
-        )
-        return twin(*args, **kwargs)
-      return call(*args, **kwargs)
+      attend = self._quantized_attention(module, state) or call
+      return attend(*args, **kwargs)
     inputs = layer_calls.inputs_of(args, kwargs)
     operands = operands_lib.Operands(module, inputs, self.spec, state)
     excluded = not operands.is_quantized
@@ -264,6 +256,22 @@ class Searchable:
       operands, linen_class, args, kwargs, context.method_name
     )
 
+  def _quantized_attention(self, module, state) -> Callable | None:
+    """Returns attention with quantized products; None if none has formats."""
+    if not self.attention:
+      return None
+    parts = [state.at(name).path for name in other_layers.PRODUCTS.values()]
+    choices = [other_layers.product_choices(self.spec, part) for part in parts]
+    if not any(c.weights or c.activations for c in choices):
+      return None
+    _refuse(module, nn.MultiHeadDotProductAttention, state.path)
+    return other_layers.attention(
+      module,
+      lambda name, inputs: other_layers.Product(
+        module, inputs, self.spec, state.at(name)
+      ),
+    )
+
 
 def _refuse(module, linen_class, path) -> None:
   """Raises ValueError for a layer that cannot be quantized."""
@@ -271,13 +279,16 @@ def _refuse(module, linen_class, path) -> None:
   for name in _REPLACED:
     field = linen_class.__dataclass_fields__.get(name)
     if field is not None and getattr(module, name) is not field.default:
-      reason = f'it was given {name}, which is what quantization replaces'
+      reason = f'its field {name} is set, and quantization replaces that field'
   if linen_class is nn.MultiHeadDotProductAttention:
     taken = inspect.signature(module.attention_fn).parameters
     if 'qk_attn_weights_einsum' not in taken:
-      reason = 'its attention_fn takes no qk_attn_weights_einsum'
+      reason = 'its attention_fn has no argument qk_attn_weights_einsum'
     if module.precision is not None:
-      reason = 'its precision is given, which linen forbids beside an einsum'
+      reason = (
+        'its field precision is set, which linen does not allow together with '
+        'an einsum of ours'
+      )
   if reason:
     raise ValueError(
       f'{path or "the model"} ({type(module).__name__}) cannot be quantized: '
@@ -297,8 +308,8 @@ def _names(mutable, variables) -> tuple[str, ...]:
   """Returns the names of the collections that may change."""
   if isinstance(mutable, core.DenyList):
     raise ValueError(
-      'mutable: name the collections that change; a DenyList would let params '
-      'and arch change'
+      'mutable: name the collections that may change; a DenyList would also '
+      'let params and arch change'
     )
   if mutable is False:
     return ()

@@ -69,10 +69,10 @@ def test_metrics(
     sums = jax.device_get(step(state.served_params, model_state, arch, batch))
     for name, value in sums.items():
       totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
-  return results.measured(experiment, choices, totals)
+  return results.measurements(experiment, choices, totals)
 
 
-class Finished(NamedTuple):
+class RestoredRun(NamedTuple):
   """A finished run, read back.
 
   Attributes:
@@ -86,7 +86,7 @@ class Finished(NamedTuple):
   found: dict[str, np.ndarray]
 
 
-def restore(workdir: str) -> Finished:
+def restore(workdir: str) -> RestoredRun:
   """Returns a finished run.
 
   Raises:
@@ -109,11 +109,11 @@ def restore(workdir: str) -> Finished:
     )
   policy = restored.state.search_state.policy
   found = jax.device_get(policy_lib.argmax(policy))
-  return Finished(experiment, restored.state, found)
+  return RestoredRun(experiment, restored.state, found)
 
 
 def choose(
-  run: Finished, arch: str = '', numeric_format: str = ''
+  run: RestoredRun, arch: str = '', numeric_format: str = ''
 ) -> dict[str, np.ndarray]:
   """Returns the architecture that is asked for: the found one by default.
 

@@ -77,7 +77,7 @@ def run(
     first, result, seen = _start(experiment, devices, checkpoints)
     if first == experiment.phases.steps:
       return result
-    with run_log.Journal(experiment, workdir, first, seen) as journal:
+    with run_log.RunLog(experiment, workdir, first, seen) as journal:
       for done in _steps(first, result, experiment, devices, journal, trace):
         stopping = stop()
         ends = done == experiment.phases.steps
@@ -112,7 +112,7 @@ def save(
     checkpoints: of the run.
     state: after as many steps as it says.
     seconds: wall time until now.
-    unwritten: as of `Journal.unwritten`.
+    unwritten: as of `RunLog.unwritten`.
   """
   extra = dict(seconds=seconds, metrics=unwritten or {})
   checkpoints.save(int(state.step), state, extra)

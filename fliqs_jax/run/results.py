@@ -50,7 +50,7 @@ def arch(
   )
 
 
-def measured(
+def measurements(
   experiment: experiment_lib.Experiment,
   choices: Mapping[str, Any],
   sums: Mapping[str, np.ndarray],

@@ -24,7 +24,7 @@ class DivergedError(RuntimeError):
   """The loss is not finite any more, or above `train.max_loss`."""
 
 
-class Journal:
+class RunLog:
   """Averages of metrics, and where they are written; one per run.
 
   Between logging points nothing leaves the device. All processes log; the first
@@ -102,7 +102,7 @@ class Journal:
     _check_finite(metrics_lib.compute(self._sums), step, self._workdir)
     return metrics_lib.packed(self._sums)
 
-  def __enter__(self) -> 'Journal':
+  def __enter__(self) -> 'RunLog':
     return self
 
   def __exit__(self, *_) -> None:

@@ -20,8 +20,8 @@ from fliqs_jax.serving import export_files
 
 
 def sliced(
-  run: evaluation.Finished, choices: Mapping[str, Any], arch: str
-) -> evaluation.Finished:
+  run: evaluation.RestoredRun, choices: Mapping[str, Any], arch: str
+) -> evaluation.RestoredRun:
   """Returns the run of one architecture, as if it had trained by itself.
 
   Args:
@@ -59,7 +59,7 @@ def sliced(
     model_state=cut(run.state.model_state, target.model_state),
     search_state=experiment.controller.init(experiment.space.zeros()),
   )
-  return evaluation.Finished(experiment, state, experiment.space.only())
+  return evaluation.RestoredRun(experiment, state, experiment.space.only())
 
 
 def _path(keys: tuple[Any, ...]) -> tuple[str, ...]:

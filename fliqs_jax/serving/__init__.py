@@ -1,4 +1,4 @@
-"""Exports: packed weights written, checked, loaded and served."""
+"""Exports: packed weights, which are written, checked, loaded and served."""
 
 from fliqs_jax.serving.loader import Served
 from fliqs_jax.serving.loader import load

@@ -1,15 +1,16 @@
-"""The files of an export: how they are written whole, read and checked.
+"""Files of an export: written all or none, read and checked.
 
-  manifest.json          what is in the other files, and what each layer is
+  manifest.json          description of the layers, and of the other files
   weights.safetensors    every tensor of the served model
-  reference.safetensors  inputs, and the outputs of the search's evaluation
+  reference.safetensors  example inputs, and the outputs of the search's
+                         evaluation for them
   model.stablehlo        the served model as a program (`stablehlo`)
   qwix.json              the assignment as Qwix rules (`qwix_rules`)
 
 Invariants:
-  * A directory with a manifest.json is whole: everything is written beside it
-    and renamed at the end.
-  * Every byte of every file is under a checksum, the manifest's own included.
+  * A directory with a manifest.json is complete: all files are written to a
+    directory beside it, which is renamed at the end.
+  * A checksum covers every byte of every file, also of the manifest.
 """
 
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ MANIFEST = 'manifest.json'
 WEIGHTS = 'weights.safetensors'
 REFERENCE = 'reference.safetensors'
 
-# Of safetensors, as numpy calls them.
+# The types of safetensors, and numpy's names of them.
 _DTYPES = {
   'BOOL': 'bool',
   'F64': 'float64',
@@ -53,12 +54,12 @@ _DTYPES = {
 
 
 class Content(NamedTuple):
-  """What `read` found.
+  """Content of an export.
 
   Attributes:
-    manifest: as written.
-    layers: what is stored of each layer, by path.
-    tensors: of the served model, by name.
+    manifest: content of manifest.json.
+    layers: {layer path: description of the stored layer}.
+    tensors: {name: tensor} of the served model.
   """
 
   manifest: dict[str, Any]
@@ -70,7 +71,7 @@ def check_free(directory: str | os.PathLike[str]) -> pathlib.Path:
   """Returns the path of a directory that may be written.
 
   Raises:
-    ValueError: there is something in it, or it is no directory.
+    ValueError: the directory is not empty, or cannot be used.
   """
   path = pathlib.Path(directory)
   try:
@@ -97,12 +98,12 @@ def write(
   """Writes an export whole, or not at all.
 
   Args:
-    directory: empty or not there yet.
-    manifest: what the caller has to say; `layers`, `tensors`, `files`, `bytes`
-      and `checksum` are added.
-    layers: what is stored of each layer.
-    tensors: of the served model.
-    others: further files by name.
+    directory: path of a directory that is empty or does not exist.
+    manifest: the caller's entries of the manifest; `layers`, `tensors`,
+      `files`, `bytes` and `checksum` are added.
+    layers: {layer path: description of the stored layer}.
+    tensors: {name: tensor} of the served model.
+    others: {name: content} of further files.
 
   Returns:
     The manifest as written.
@@ -134,8 +135,8 @@ def write(
     },
   )
   manifest['checksum'] = checksum(manifest)
-  # A name of its own, so that what a kill leaves is no export; a fixed one, so
-  # that it is overwritten the next time.
+  # Another name than the export's, so that an interrupted write leaves no
+  # export; always the same name, so that the next write replaces it.
   partial = path.with_name(f'.{path.name}.partial')
   try:
     if partial.exists():
@@ -158,7 +159,7 @@ def packed_file(tensors: Mapping[str, np.ndarray]) -> bytes:
   """Returns the content of a safetensors file.
 
   Raises:
-    ValueError: a tensor has a type that such a file cannot hold.
+    ValueError: a tensor has a dtype that a safetensors file cannot hold.
   """
   for name, x in tensors.items():
     if x.dtype.name not in _DTYPES.values():
@@ -167,20 +168,20 @@ def packed_file(tensors: Mapping[str, np.ndarray]) -> bytes:
         f'{", ".join(_DTYPES.values())}'
       )
   return safetensors.numpy.save(
-    # What is not contiguous would be saved in the order of its memory.
+    # safetensors saves the memory as it is, also of a transposed array.
     {name: np.array(x, order='C') for name, x in tensors.items()}
   )
 
 
 def checksum(manifest: Mapping[str, Any]) -> str:
-  """Returns the sha256 of a manifest's content, its `checksum` aside."""
+  """Returns the sha256 of a manifest's content, without its `checksum`."""
   content = {k: v for k, v in manifest.items() if k != 'checksum'}
   text = json.dumps(content, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
-  """Returns the manifest, which is as it was written.
+  """Returns the manifest, after checking its checksum.
 
   Raises:
     ValueError: it is missing, damaged, edited or of another schema.
@@ -198,18 +199,17 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     raise ValueError(f'{path} is damaged, or not of schema {SCHEMA}')
   if manifest.get('checksum') != checksum(manifest):
     raise ValueError(
-      f'{path} is not as it was written (its checksum differs): it was edited '
-      'or damaged; export again'
+      f'{path} was edited or damaged: its checksum differs; export again'
     )
   return manifest
 
 
 def read(directory: str | os.PathLike[str]) -> Content:
-  """Returns what an export holds; checks everything but the outputs.
+  """Returns the content of an export; checks everything but the outputs.
 
   Raises:
-    ValueError: the message names the file, tensor or layer that is missing,
-      damaged, or not as the manifest has it.
+    ValueError: a file, tensor or layer is missing, is damaged or differs from
+      the manifest; the message names it.
   """
   manifest = read_manifest(directory)
   for name in manifest['files']:
@@ -237,10 +237,10 @@ _SIDES = ('weights', 'activations')
 def read_file(
   directory: str | os.PathLike[str], manifest: Mapping[str, Any], name: str
 ) -> bytes:
-  """Returns a file's bytes, which are those that were written.
+  """Returns a file's bytes, after checking their number and checksum.
 
   Raises:
-    ValueError: they are not.
+    ValueError: the file is missing, truncated or damaged.
   """
   path = pathlib.Path(directory) / name
   if name not in manifest['files']:
@@ -263,18 +263,18 @@ def read_file(
 def read_tensors(
   directory: str | os.PathLike[str], manifest: Mapping[str, Any], name: str
 ) -> dict[str, np.ndarray]:
-  """Returns the tensors of a safetensors file, after `read_file`.
+  """Returns the tensors of a safetensors file that `read_file` checks.
 
   Raises:
-    ValueError: it is not as it was written, or not readable here.
+    ValueError: the file is missing, damaged or no safetensors file.
   """
   try:
-    found = safetensors.deserialize(read_file(directory, manifest, name))
+    entries = safetensors.deserialize(read_file(directory, manifest, name))
     return {
       key: np.frombuffer(
         bytes(x['data']), np.dtype(_DTYPES[x['dtype']])
       ).reshape(x['shape'])
-      for key, x in found
+      for key, x in entries
     }
   except (safetensors.SafetensorError, KeyError, TypeError) as error:
     path = pathlib.Path(directory) / name
@@ -291,7 +291,7 @@ def _described(path, layer, tensors) -> dict[str, Any]:
     largest_sum=layer.largest_sum,
     exact=layer.exact,
     variable=layer.variable,
-    lead=list(layer.lead),
+    lead=list(layer.leading_shape),
     stacked=list(layer.stacked),
   )
   for name, quantized in stored_layers.quantized_names({path: layer}).items():
@@ -324,9 +324,9 @@ def _check_tensors(directory, manifest, tensors) -> None:
       f'{", ".join(missing)}'
     )
   for name, entry in expected.items():
-    if (found := _fingerprint(tensors[name])) != entry:
+    if (stored := _fingerprint(tensors[name])) != entry:
       raise ValueError(
-        f'{directory}: the tensor {name} is {found}, but the manifest has '
+        f'{directory}: the tensor {name} is {stored}, but the manifest has '
         f'{entry}'
       )
 
@@ -336,22 +336,22 @@ def _check_layers(directory, manifest, layers, tensors) -> None:
   for path, layer in layers.items():
     if manifest['layers'][path] != _described(path, layer, tensors):
       raise ValueError(
-        f"{directory}: the manifest's entry for layer {path} does not fit its "
-        'formats'
+        f"{directory}: the manifest's entry for the layer {path} contradicts "
+        'its formats or its tensors'
       )
   for name, layer in stored_layers.quantized_names(layers).items():
     how = packing.layout(layer.weights)
     expected = (how.dtype, packing.stored_shape(layer.weights, layer.shape))
-    found = (tensors[name].dtype.name, tensors[name].shape)
-    if found != expected:
+    stored = (tensors[name].dtype.name, tensors[name].shape)
+    if stored != expected:
       raise ValueError(
-        f'{directory}: {name} is stored as {found}, but {layer.weights} of '
-        f'shape {layer.shape} is {expected}'
+        f'{directory}: {name} is stored as {stored}, but {layer.weights} '
+        f'weights of shape {layer.shape} are stored as {expected}'
       )
 
 
 def _sync(directory: pathlib.Path) -> None:
-  """Brings a directory's names to the disk."""
+  """Writes a directory's entries to the disk."""
   descriptor = os.open(directory, os.O_RDONLY)
   try:
     os.fsync(descriptor)

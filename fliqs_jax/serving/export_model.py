@@ -1,9 +1,9 @@
-"""Writes a served model with what it must give; checks such an export.
+"""Export of a model: writes it with reference outputs, and verifies an export.
 
   fliqs.export_model(searchable, variables, choices, images, out=DIR)
   served = serving.load(DIR, model=MyModule())
 
-`artifact` lists the files. How the served model is built again is `serving`'s.
+`export_files` lists the files; `loader` builds the served model from them.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,9 @@ from fliqs_jax.serving import stablehlo
 from fliqs_jax.serving import stored_layers
 from fliqs_jax.space import discovery
 
-# Other hardware adds floats in another order, and a value at the edge of two
-# steps may then fall to the other one; relative to the largest output.
+# Largest difference of an output, relative to the largest output. Other
+# hardware adds floats in another order, which may round a value that lies
+# between two grid points to the other one.
 _TOLERANCE = 0.05
 
 
@@ -42,33 +43,35 @@ def export_model(
   out: str | os.PathLike[str],
   **kwargs: Any,
 ) -> dict[str, Any]:
-  """Writes a model that was made searchable in real low-bit form.
+  """Writes a searched model with packed low-bit weights.
 
   Args:
-    model: made by `searchable`.
-    variables: `params` and the other collections of its training, `quant_stats`
-      among them; not `arch`, which `choices` say.
-    choices: {decision: [K]}; of each the largest entry counts.
-    *args: example inputs, arrays [N, ...] or pytrees of them; stored with the
-      outputs that they must give.
-    out: a directory that is empty or does not exist.
-    **kwargs: more of the call, static.
+    model: a model that `searchable` made.
+    variables: `params`, `quant_stats` and the other collections after training,
+      without `arch`, which `choices` gives.
+    choices: {decision: [K]}; the largest entry selects the option.
+    *args: example inputs, arrays [N, ...] or pytrees of them; they are stored
+      with the outputs of the search's evaluation.
+    out: path of a directory that is empty or does not exist.
+    **kwargs: keyword arguments of the model's call, static.
 
   Returns:
     The manifest.
 
   Raises:
-    ValueError: a directory in use, a call that the model does not have or that
-      a manifest cannot keep, choices that are not the model's, activations that
-      never were quantized, or a model that cannot be served as it is stored.
+    ValueError: the directory is in use; the model cannot be called in this way,
+      or a manifest cannot hold the call; the choices are those of another
+      model; activations were never quantized in training; or a layer cannot be
+      served in its stored format: there is no fallback to float.
   """
   export_files.check_free(out)
   if not isinstance(model, searchable_lib.Searchable):
     raise ValueError(
-      f'{type(model).__name__} was not made by searchable; export that'
+      f'{type(model).__name__} was not made by searchable; pass the model that '
+      'searchable returned'
     )
-  call = _kept(kwargs)
-  # As JAX would take them: of 32 bits.
+  call = _checked_call(kwargs)
+  # JAX turns 64 bits into 32; the stored inputs must equal what the model gets.
   args = jax.tree.map(lambda x: np.asarray(jnp.asarray(x)), args)
   space = discovery.find(model, *args, **call)
   _check_choices(space, choices)
@@ -78,7 +81,10 @@ def export_model(
     'arch': space.expand(space.choices(assignment)),
   }
   tensors, layers = stored_layers.tensors(
-    stored_layers.teller(model.apply, **call), variables, assignment, *args
+    stored_layers.operand_recorder(model.apply, **call),
+    variables,
+    assignment,
+    *args,
   )
   outputs = jax.jit(lambda v, *args: model.apply(v, *args, **call))(
     variables, *args
@@ -107,34 +113,36 @@ def write(
   outputs: Any,
   model: nn.Module | None = None,
 ) -> dict[str, Any]:
-  """Writes an export, with what the served model makes of its inputs.
+  """Writes an export, after comparing the served model with the search's.
 
   Args:
-    out: a directory that is empty or does not exist.
-    manifest: what says how the model is built and, as `call`, called.
-    layers: what is stored of each layer.
-    tensors: of the served model.
+    out: path of a directory that is empty or does not exist.
+    manifest: entries that describe how the model is built and, in `call`, the
+      keyword arguments of its call.
+    layers: {layer path: description of the stored layer}.
+    tensors: {name: tensor} of the served model.
     args: example inputs.
-    outputs: what the search's evaluation gives for them.
-    model: the module, unless the manifest says how to build one.
+    outputs: outputs of the search's evaluation for the example inputs.
+    model: the module; None if the manifest describes how to build it.
 
   Returns:
     The manifest as written.
 
   Raises:
-    ValueError: the served model gives something else, or cannot be written.
+    ValueError: the served model's outputs differ from `outputs`, or the export
+      cannot be written.
   """
   served = loader.build(manifest, layers, model)
   variables = loader.variables(served, tensors, layers)
   expected = loader.named('outputs', outputs)
   given = loader.Served(served, variables, manifest)(*args)
-  found = _difference(args, loader.named('outputs', given), expected)
-  if not _is_close(found):
+  difference = _difference(args, loader.named('outputs', given), expected)
+  if not _is_close(difference):
     raise ValueError(
-      f'the served model differs from the search by {found["max_difference"]} '
-      f'in {found["output"]}, of which the largest is '
-      f'{found["largest_output"]}: perhaps the model reads the weights of a '
-      'layer without calling it; exclude such a layer'
+      f'{difference["output"]} of the served model differs from the search by '
+      f'up to {difference["max_difference"]}, with a largest output of '
+      f'{difference["largest_output"]}: perhaps the model reads the weights of '
+      'a layer without calling it; add such a layer to quant.exclude'
     )
   program, is_open = stablehlo.serialize(
     loader.program(served, layers, manifest['call']), tensors, args
@@ -152,8 +160,8 @@ def write(
     versions=versions.versions(),
     machine=f'{platform.machine()} {jax.default_backend()}',
     **manifest,
-    reference=found,
-    program=dict(batch='any' if is_open else found['examples']),
+    reference=difference,
+    program=dict(batch='any' if is_open else difference['examples']),
     qwix_cannot_express=missing,
   )
   return export_files.write(out, manifest, layers, tensors, others)
@@ -162,19 +170,22 @@ def write(
 def verify(
   directory: str | os.PathLike[str], model: nn.Module | None = None
 ) -> dict[str, Any]:
-  """Checks an export: files, tensors, layers, and the outputs they give.
+  """Checks an export: its files, tensors, layers, and the model's outputs.
 
   Args:
-    directory: of the export.
-    model: as of `serving.load`. Without the module of an export that needs one,
-      its StableHLO program is run.
+    directory: path of the export.
+    model: the module that `searchable` got, if the export was made by
+      `export_model`. Without it, the export's StableHLO program computes the
+      outputs.
 
   Returns:
-    How the outputs differ from the stored ones of the search: `bit_equal`,
-    `max_difference`, `largest_output`; and `through` what they were computed.
+    The difference between the outputs and the search's stored outputs:
+    `bit_equal`, `max_difference`, `largest_output`; and `through`: what
+    computed the outputs, `serving.load` or the program's file.
 
   Raises:
-    ValueError: the first thing that is not as the manifest has it.
+    ValueError: something differs from the manifest; the message names the
+      first such thing.
   """
   content = export_files.read(directory)
   manifest = content.manifest
@@ -188,24 +199,24 @@ def verify(
   else:
     through = 'serving.load'
     outputs = loader.load(directory, model=model)(*args)
-  found = _difference(args, loader.named('outputs', outputs), expected)
-  if not _is_close(found):
+  difference = _difference(args, loader.named('outputs', outputs), expected)
+  if not _is_close(difference):
     raise ValueError(
       f'{directory}: the outputs differ from the reference outputs by '
-      f'{found["max_difference"]:.3g} (largest output '
-      f'{found["largest_output"]:.3g}); exported with '
+      f'{difference["max_difference"]:.3g} (largest output '
+      f'{difference["largest_output"]:.3g}); exported with '
       f'{manifest["versions"]} on {manifest["machine"]}'
     )
-  return found | dict(through=through)
+  return difference | dict(through=through)
 
 
-def _kept(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the options of a call as a manifest has them."""
+def _checked_call(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the keyword arguments of a call, which a manifest must hold."""
   for name, value in kwargs.items():
     if name in ('mutable', 'rngs', 'capture_intermediates'):
       raise ValueError(
-        f'{name}={value!r}: a served model changes nothing and draws nothing; '
-        'export the call of its evaluation'
+        f'{name}={value!r}: a served model changes no variables and draws no '
+        'random numbers; give the keyword arguments of an evaluation'
       )
     try:
       kept = json.loads(json.dumps(value))
@@ -213,20 +224,20 @@ def _kept(kwargs: Mapping[str, Any]) -> dict[str, Any]:
       kept = None
     if kept != value or type(kept) is not type(value):
       raise ValueError(
-        f'{name}={value!r} cannot be kept in manifest.json, from which the '
-        'served model is called: give arrays as example inputs, by position, '
-        'and set other fields in the module'
+        f'{name}={value!r} cannot be stored in manifest.json, from which the '
+        'served model takes its keyword arguments: give arrays as positional '
+        'example inputs, and make other values fields of the module'
       )
   return dict(kwargs)
 
 
 def _plain(variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns collections of arrays alone."""
+  """Returns the collections without boxes; every leaf must be an array."""
   variables = core.unfreeze(nn.meta.unbox(variables))
   for path, value in traverse_util.flatten_dict(variables, sep='/').items():
     if not hasattr(value, 'dtype') and not path.startswith('cost/'):
       raise ValueError(
-        f'variables: {path} is a {type(value).__name__}, and no array'
+        f'variables: {path} is a {type(value).__name__}; it must be an array'
       )
   return variables
 
@@ -242,10 +253,10 @@ def _check_choices(space, choices) -> None:
 
 
 def _difference(args, served, expected) -> dict[str, Any]:
-  """Says how outputs, by name, differ: of several the one that does most."""
+  """Returns the largest difference among several outputs, by name."""
   each = []
-  for name, y in expected.items():
-    x, y = np.asarray(served[name]), np.asarray(y)
+  for name, reference in expected.items():
+    x, y = np.asarray(served[name]), np.asarray(reference)
     same = (x == y) | ((x != x) & (y != y))
     x, y = x.astype(np.float64), y.astype(np.float64)
     apart = np.abs(np.where(same, 0, x) - np.where(same, 0, y))
@@ -258,18 +269,18 @@ def _difference(args, served, expected) -> dict[str, Any]:
         largest_output=float(largest),
       )
     )
-  # What is no number is as far as can be.
-  worst = max(each, key=lambda found: np.nan_to_num(_share(found), nan=np.inf))
+  # NaN counts as the largest difference.
+  worst = max(each, key=lambda one: np.nan_to_num(_share(one), nan=np.inf))
   first = jax.tree.leaves(args)[0]
   return worst | dict(
     examples=len(first) if np.ndim(first) else 1,
-    bit_equal=all(found['bit_equal'] for found in each),
+    bit_equal=all(one['bit_equal'] for one in each),
   )
 
 
-def _share(found):
-  return found['max_difference'] / max(found['largest_output'], 1e-30)
+def _share(difference):
+  return difference['max_difference'] / max(difference['largest_output'], 1e-30)
 
 
-def _is_close(found) -> bool:
-  return _share(found) <= _TOLERANCE
+def _is_close(difference) -> bool:
+  return _share(difference) <= _TOLERANCE

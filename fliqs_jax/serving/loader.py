@@ -1,10 +1,11 @@
-"""Load an exported model and serve it.
+"""Loading of exports: builds the served model from the files.
 
   served = serving.load(DIR)
   logits = served(images)
 
-The networks are those of `models`, built with the layers of `served_layers`, or
-the one that `searchable` was given: `serving.load(DIR, model=MyModule())`.
+The export of a run holds a network of `models`, which is built with the layers
+of `served_layers`. The export of `export_model` needs the module that
+`searchable` got: `serving.load(DIR, model=MyModule())`.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,8 +30,8 @@ from fliqs_jax.serving import stored_layers
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import sizes as sizes_lib
 
-# A batch of 64 takes 1.1 (ResNet-20 of 64 channels) to 1.4 (DeiT-Ti) times as
-# long in one piece; benchmarks/serving.py.
+# On a CPU, a batch of 64 in one piece takes 1.1 (ResNet-20 of 64 channels) to
+# 1.4 (DeiT-Ti) times as long as in slices of 16; benchmarks/serving.py.
 _AT_ONCE = 16
 
 
@@ -38,13 +39,13 @@ class Served:
   """A model that runs in low-bit arithmetic.
 
   Attributes:
-    model: the network, of served layers, or a `served_model.ServedModel`.
-    variables: its collections.
-    manifest: of the export that it comes from; `call` are the options with
-      which the model is called.
-    at_once: examples that run together; larger batches run in slices, because
-      XLA on CPU is slower once a layer's results leave the cache. Then every
-      input and output has the examples on its first axis. None: all.
+    model: a network with served layers, or a `served_model.ServedModel`.
+    variables: the collections of the model, on the device.
+    manifest: the export's manifest; `call` holds the keyword arguments of the
+      model's call.
+    at_once: number of examples that run together; None: all. Larger batches run
+      in slices, because XLA on CPU is slower once a layer's results leave the
+      cache. Then every input and output has the examples on its first axis.
   """
 
   def __init__(
@@ -58,7 +59,7 @@ class Served:
     self.variables = jax.device_put(variables)
     self.manifest = manifest
     self.at_once = at_once
-    # The variables are arguments: constants would be reassociated.
+    # The variables are arguments: XLA would reassociate constant scales.
     self._apply = jax.jit(functools.partial(model.apply, **manifest['call']))
 
   def __call__(self, *inputs: Any) -> Any:
@@ -85,16 +86,16 @@ def load(
   """Returns the model that `export` wrote to a directory.
 
   Args:
-    directory: what `export` was given as `out`.
-    at_once: as of `Served`; by default 16 for this package's networks on a CPU,
-      elsewhere all. Integer layers do not notice; sums of floats may be rounded
-      in another order.
-    model: the module that `searchable` was given, of an export of
+    directory: path of the export, which `export` got as `out`.
+    at_once: number of examples that run together. None: 16 for a network of
+      this package on a CPU, all otherwise. The results of integer layers do not
+      depend on it; sums of floats may be rounded in another order.
+    model: the module that `searchable` got, if the export was made by
       `export_model`.
 
   Raises:
-    ValueError: files are missing, damaged or not as the manifest has them, or
-      the model is not that of the export.
+    ValueError: files are missing, damaged or differ from the manifest, or the
+      export was made from another model.
   """
   content = export_files.read(directory)
   manifest = content.manifest
@@ -102,14 +103,13 @@ def load(
   if needs_model and model is None:
     raise ValueError(
       f'{directory} holds {manifest["module"]}, which this package cannot '
-      'build: load it with model= that module, or run its '
+      'build: pass that module as model=, or run its program '
       f'{stablehlo.NAME}'
     )
   if not needs_model and model is not None:
     raise ValueError(
       f'model={type(model).__name__}: {directory} was exported from a workdir, '
-      f'which says that its network is {manifest["model"]["name"]}; leave '
-      'model= out'
+      f'and its network is {manifest["model"]["name"]}; leave model= out'
     )
   built = build(manifest, content.layers, model)
   unpacked = variables(built, content.tensors, content.layers)
@@ -124,12 +124,14 @@ def load(
 def reference(
   directory: str | os.PathLike[str], manifest: Mapping[str, Any]
 ) -> tuple[tuple, dict[str, np.ndarray]]:
-  """Returns example inputs, as the model takes them, and their outputs by name.
+  """Returns the example inputs of an export, and {name: output} for them.
 
   Raises:
-    ValueError: a file is not as it was written.
+    ValueError: a file is missing or damaged.
   """
-  found = export_files.read_tensors(directory, manifest, export_files.REFERENCE)
+  arrays = export_files.read_tensors(
+    directory, manifest, export_files.REFERENCE
+  )
   program = stablehlo.deserialize(
     export_files.read_file(directory, manifest, stablehlo.NAME)
   )
@@ -137,13 +139,13 @@ def reference(
   (_, *args), _ = jax.tree.unflatten(tree, range(tree.num_leaves))
   names = named('inputs', tuple(args))
   inputs = jax.tree.unflatten(
-    jax.tree.structure(tuple(args)), [found.pop(name) for name in names]
+    jax.tree.structure(tuple(args)), [arrays.pop(name) for name in names]
   )
-  return inputs, found
+  return inputs, arrays
 
 
 def named(name: str, tree: Any) -> dict[str, Any]:
-  """Returns {name: leaf} of a pytree, each name with the path of its leaf."""
+  """Returns {name/path of a leaf: leaf} of a pytree."""
   return {
     stored_layers.join(
       name, jax.tree_util.keystr(path, simple=True, separator='/')
@@ -155,7 +157,7 @@ def named(name: str, tree: Any) -> dict[str, Any]:
 def parameters(
   model: nn.Module, args: tuple, call: Mapping[str, Any]
 ) -> dict[str, list[int]]:
-  """Returns the shape of each parameter that a call of a model has."""
+  """Returns {name of a parameter: its shape}, for one call of a model."""
   made = jax.eval_shape(
     lambda *args: model.init(jax.random.key(0), *args, **call), *args
   )
@@ -166,28 +168,28 @@ def parameters(
 
 
 def _check_model(directory, manifest, model, variables, args) -> None:
-  """Checks that a model has the parameters and the layers of the export."""
+  """Raises ValueError unless a model has the export's parameters and layers."""
   name, call = type(model.model).__name__, manifest['call']
   if not isinstance(model.model, nn.Module) or model.model.scope is not None:
     raise ValueError(
-      f'model={name} is no linen module, or one that is bound; give the '
-      f'{manifest["module"]} that searchable was given'
+      f'model={name} must be an unbound linen module; pass the '
+      f'{manifest["module"]} that searchable got'
     )
   layer_calls.check_call(model.model, args, call)
-  found = parameters(model.model, args, call)
+  given = parameters(model.model, args, call)
   expected = manifest['parameters']
-  for path in sorted(found | expected):
-    if found.get(path) != expected.get(path):
+  for path in sorted(given | expected):
+    if given.get(path) != expected.get(path):
       raise ValueError(
-        f'model={name}: {path} is of shape {found.get(path, "(not there)")}, '
-        f'but in {directory} of {expected.get(path, "(not there)")}; give the '
-        f'{manifest["module"]} that was exported, with its fields'
+        f'model={name}: the shape of {path} is {given.get(path, "missing")}, '
+        f'but in {directory} it is {expected.get(path, "missing")}; pass the '
+        f'{manifest["module"]} that was exported, with the same fields'
       )
   missed = set(model.choices) - model.called(variables, *args, **call)
   if missed:
     raise ValueError(
-      f'model={name} calls no layer of linen at {", ".join(sorted(missed))}, '
-      f'of which {directory} has the weights in low bits; give the '
+      f'model={name} calls no linen layer at {", ".join(sorted(missed))}, '
+      f'for which {directory} has low-bit weights; pass the '
       f'{manifest["module"]} that was exported'
     )
 
@@ -197,7 +199,7 @@ def variables(
   tensors: Mapping[str, np.ndarray],
   layers: Mapping[str, stored_layers.Layer],
 ) -> dict[str, Any]:
-  """Returns the served model's collections, in the form fast on this host."""
+  """Returns the served model's collections, in this host's fastest form."""
   unpacked = stored_layers.variables(tensors, layers)
   if int8_ops.prefers_unsigned():
     unpacked |= with_shifts(unpacked, layers)
@@ -211,7 +213,7 @@ def program(
   layers: Mapping[str, stored_layers.Layer],
   call: Mapping[str, Any],
 ) -> Callable:
-  """Returns `(tensors, *args) -> outputs`, in the form of every platform."""
+  """Returns `(tensors, *args) -> outputs`, in a form for every platform."""
 
   def run(tensors, *args):
     unpacked = stored_layers.variables(tensors, layers)
@@ -227,7 +229,7 @@ def build(
   layers: Mapping[str, stored_layers.Layer],
   model: nn.Module | None = None,
 ) -> nn.Module | served_model.ServedModel:
-  """Returns the network that a manifest describes, or a model, served."""
+  """Returns the served form of a model, or of the network in a manifest."""
   if model is not None:
     return served_model.ServedModel(model, layers)
   sizes = sizes_lib.Sizes(found=manifest['arch']['sizes'], is_served=True)
@@ -240,7 +242,7 @@ def build(
 
 
 def constructors(layers: Mapping[str, stored_layers.Layer]) -> dict[str, Any]:
-  """Returns the `conv` and `dense` constructors of served layers."""
+  """Returns constructors of served layers: {'conv': ..., 'dense': ...}."""
   assignment = {
     path: tuple(f and f.name for f in (layer.weights, layer.activations))
     for path, layer in layers.items()
@@ -255,17 +257,17 @@ def constructors(layers: Mapping[str, stored_layers.Layer]) -> dict[str, Any]:
 def with_shifts(
   variables: Mapping[str, Any], layers: Mapping[str, stored_layers.Layer]
 ) -> dict[str, Any]:
-  """Returns the collection `shifts`, with which the unsigned form is served."""
+  """Returns the collection `shifts`, which the unsigned int8 op reads."""
   shifts: dict[str, Any] = {}
   for path, layer in layers.items():
     if layer.arithmetic != 'int8':
       continue
     parts = [part for part in path.split('/') if part]
-    kernel, scale, leaf = variables['params'], variables['scales'], shifts
+    params, scales, leaf = variables['params'], variables['scales'], shifts
     for part in parts:
-      kernel, scale = kernel[part], scale[part]
+      params, scales = params[part], scales[part]
       leaf = leaf.setdefault(part, {})
-    kernel, scale = kernel['kernel'], scale['weights']
+    kernel, scale = params['kernel'], scales['weights']
     summed = [i for i, n in enumerate(scale.shape) if n < kernel.shape[i]]
     leaf['kernel'] = np.asarray(int8_ops.offset(jnp.asarray(kernel), summed))
   return dict(shifts=shifts) if shifts else {}

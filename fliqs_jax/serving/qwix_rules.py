@@ -1,8 +1,8 @@
-"""The found assignment as rules for Qwix, as far as its types go.
+"""Rules for Qwix that express an assignment, as far as Qwix has the types.
 
-A rule is what `qwix.QuantizationRule` takes, as JSON: a regular expression of
-the module's path and Qwix's names of the types. Qwix finds its own scales, so
-its numbers are not this project's; what carries over is the assignment.
+A rule holds the arguments of `qwix.QuantizationRule` as JSON: a regular
+expression for the module's path, and Qwix's names of the types. Qwix computes
+its own scales, so only the assignment carries over and not the numbers.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from typing import Any
 from fliqs_jax.numerics import formats
 from fliqs_jax.serving import stored_layers
 
-# Of these Qwix has the very grid. Its float8 types end at 448 and 57344, where
-# E4M3 and E5M2 go to 480 and 114688.
+# The formats of which Qwix has the same grid. Its float8 types end at 448 and
+# 57344, while E4M3 and E5M2 end at 480 and 114688.
 _TYPES = {
   **{f'INT{bits}': f'int{bits}' for bits in range(2, 9)},
   'E2M1': 'float4_e2m1fn',
@@ -25,11 +25,11 @@ def rules(
 ) -> tuple[list[dict[str, Any]], list[str]]:
   """Returns the rules, and a line for each side that they cannot express.
 
-  BF16 and unquantized sides get no type: there Qwix leaves the model's own.
+  BF16 and unquantized sides get no type: there Qwix keeps the model's dtype.
   """
-  found, missing = [], []
-  for path, steps in stored_layers.by_module(layers).items():
-    layer, *others = steps
+  expressed, missing = [], []
+  for path, iterations in stored_layers.by_module(layers).items():
+    layer, *others = iterations
     if not layer.variable:
       missing.append(f'{path}: a product of attention')
       continue
@@ -50,9 +50,9 @@ def rules(
         types[key] = _TYPES[numeric_format.name]
       else:
         missing.append(f'{path}: {side} {numeric_format}')
-    # Qwix quantizes no activations without weights.
+    # Qwix does not quantize activations alone.
     if 'act_qtype' in types and 'weight_qtype' not in types:
       missing.append(f'{path}: activations {layer.activations} alone')
     elif types:
-      found.append(dict(module_path=re.escape(path), **types))
-  return found, missing
+      expressed.append(dict(module_path=re.escape(path), **types))
+  return expressed, missing

@@ -1,16 +1,17 @@
-"""Linen's own layers over stored low-bit weights: the search's layers, served.
+"""Linen layers that run over stored low-bit weights.
 
-Same parameters by name, but `kernel` is int8 (integer formats) or bfloat16
-(floats; it holds every grid value). Where weights and activations are both
-integers the op runs in int8 with int32 accumulators, else on grid values in
-float32 as in the search. Everything around the op is `layers`'.
+Their parameters have the same names as in the search, but `kernel` is int8 for
+integer formats and bfloat16, which holds every grid value, for float formats.
+If weights and activations are both integers, the op runs in int8 with int32
+accumulators; otherwise it runs on grid values in float32, as in the search.
+`layers.quant_layers` does the rest.
 
-Collections, per layer:
-  params: `kernel`, in the linen layer's shape; `bias`.
-  scales: `weights`, the shape that the kernel has without the summed axes'
-    extent; `activations` [].
-  shifts: `kernel`, int32 of the shape of `scales`' `weights`; only where the
-    layer is served in the unsigned form of `integer`.
+Collections of a layer:
+  params: `kernel` in the linen layer's shape, and `bias`.
+  scales: `weights`, float32 in the kernel's shape with 1 for each summed axis,
+    and `activations` [], float32.
+  shifts: `kernel`, int32 in the shape of the weights' scales; only if the layer
+    runs in the unsigned form of `int8_ops`.
 """
 
 from typing import Any
@@ -28,10 +29,10 @@ from fliqs_jax.space import quant_spec
 
 
 class ServedConv(nn.Conv):
-  """`layers.QuantConv`, served.
+  """`quant_layers.QuantConv` over stored weights.
 
   Attributes:
-    spec: an assignment; matched against the layer's path.
+    spec: spec with an assignment, in which the layer's path is looked up.
   """
 
   spec: quant_spec.QuantSpec = quant_spec.QuantSpec(assignment={})
@@ -43,10 +44,10 @@ class ServedConv(nn.Conv):
 
 
 class ServedDense(nn.Dense):
-  """`layers.QuantDense`, served.
+  """`quant_layers.QuantDense` over stored weights.
 
   Attributes:
-    spec: an assignment; matched against the layer's path.
+    spec: spec with an assignment, in which the layer's path is looked up.
   """
 
   spec: quant_spec.QuantSpec = quant_spec.QuantSpec(assignment={})
@@ -58,10 +59,10 @@ class ServedDense(nn.Dense):
 
 
 class ServedDenseGeneral(nn.DenseGeneral):
-  """`layers.QuantDenseGeneral`, served.
+  """`quant_layers.QuantDenseGeneral` over stored weights.
 
   Attributes:
-    spec: an assignment; matched against the layer's path.
+    spec: spec with an assignment, in which the layer's path is looked up.
   """
 
   spec: quant_spec.QuantSpec = quant_spec.QuantSpec(assignment={})
@@ -73,10 +74,10 @@ class ServedDenseGeneral(nn.DenseGeneral):
 
 
 class ServedEinsum(nn.Einsum):
-  """`layers.QuantEinsum`, served.
+  """`quant_layers.QuantEinsum` over stored weights.
 
   Attributes:
-    spec: an assignment; matched against the layer's path.
+    spec: spec with an assignment, in which the layer's path is looked up.
   """
 
   spec: quant_spec.QuantSpec = quant_spec.QuantSpec(assignment={})
@@ -91,7 +92,7 @@ class ServedEinsum(nn.Einsum):
 
 
 class Stored(operands_lib.Operands):
-  """The operands of a served layer: weights as stored, activations rounded."""
+  """Operands of a served layer: stored weights, and rounded activations."""
 
   def __init__(
     self,
@@ -100,15 +101,15 @@ class Stored(operands_lib.Operands):
     choices: quant_spec.Choices | None = None,
     state: Any = None,
   ):
-    """Keeps what decides how the layer is served.
+    """Initializes the operands of one call.
 
     Args:
-      module: the layer.
-      inputs: of the layer.
-      choices: the formats it has, unless `module.spec` says so; several on a
-        side are those of the steps of a scanned layer, of which the collection
-        `arch` has the step's own.
-      state: as of `operands.Operands`.
+      module: the bound linen layer.
+      inputs: input of the layer's call.
+      choices: formats of the layer; None: those of `module.spec`. Several
+        formats on a side are those of a scanned layer's iterations; the
+        collection `arch` selects the iteration's own.
+      state: variables of the layer; None: those of `module` itself.
     """
     spec = None if choices is None else quant_spec.QuantSpec()
     super().__init__(module, inputs, spec, state)
@@ -116,7 +117,7 @@ class Stored(operands_lib.Operands):
 
   @property
   def in_integers(self) -> bool:
-    """Whether the layer is served in integers."""
+    """Whether the op runs in int8 with int32 accumulators."""
     sides = (self.choices.weights, self.choices.activations)
     return self.has_integer_op and all(
       menu and all(f.is_integer for f in menu) for menu in sides
@@ -124,11 +125,11 @@ class Stored(operands_lib.Operands):
 
   @property
   def accumulator(self) -> Any:
-    """Type of the op's sums."""
+    """Dtype of the op's sums."""
     return jnp.int32 if self.in_integers else jnp.float32
 
   def __call__(self, x, w, contracted):
-    del contracted  # It shows in the scale.
+    del contracted  # The shape of the stored scale shows it.
     w = quantize.unquantized(w)
     if self.choices.weights is not None:
       scale = self.state.get_variable('scales', 'weights')
@@ -139,18 +140,21 @@ class Stored(operands_lib.Operands):
     return self._compute_dtype(x), self._compute_dtype(w)
 
   def record(self, *cost) -> None:
-    del cost  # What is served has been paid for.
+    """Does nothing: a served model has no cost to search with."""
+    del cost
 
   def conv(self, x, w, window_strides, padding, **kwargs):
+    """Returns the convolution of both operands, float32."""
     if not self.in_integers:
       return super().conv(x, w, window_strides, padding, **kwargs)
-    del kwargs['precision']  # Integers have but one.
+    del kwargs['precision']  # Integer products have one precision only.
     y = int8_ops.conv_general_dilated(
       x.values, w.values, window_strides, padding, **kwargs, shift=self._shift()
     )
     return y.astype(jnp.float32)
 
   def dot_general(self, x, w, dimension_numbers, precision):
+    """Returns the product of both operands, float32."""
     if not self.in_integers:
       return super().dot_general(x, w, dimension_numbers, precision)
     y = int8_ops.dot_general(
@@ -159,13 +163,15 @@ class Stored(operands_lib.Operands):
     return y.astype(jnp.float32)
 
   def keep(self, *arrays, dtype):
+    """Returns input, kernel and bias; only the input's dtype changes."""
     del dtype
     inputs, kernel, bias = arrays
     return inputs.astype(jnp.float32), kernel, bias
 
   def rounded(self, x: jax.Array, side: str) -> quantize.Quantized:
     """Returns activations [...] on the grid of a side, float32."""
-    menu, x = getattr(self.choices, side), x.astype(jnp.float32)
+    menu = getattr(self.choices, side)
+    x = x.astype(jnp.float32)
     if menu is None:
       return quantize.unquantized(x)
     scale = self.state.get_variable('scales', side)
@@ -175,7 +181,7 @@ class Stored(operands_lib.Operands):
       grid = quantize.select(menu, self.state.get_variable('arch', side))
     x = x * (1.0 / scale)
     if self.in_integers:
-      # What `round_to_grid` comes to where all steps are 1.
+      # Equals `round_to_grid`, since all steps of the grid are 1.
       x = jnp.clip(x, -grid.max_value, grid.max_value)
       x = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
     else:

@@ -1,7 +1,7 @@
-"""A linen model that was not written for this, over stored low-bit weights.
+"""Serving of any linen model, over stored low-bit weights.
 
-As in the search, linen's layers are intercepted where the model calls them;
-their operands are those of `served_layers`.
+As in the search, the calls of linen's layers are intercepted; here their
+operands are those of `served_layers`.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from fliqs_jax.serving import served_layers
 from fliqs_jax.serving import stored_layers
 from fliqs_jax.space import quant_spec
 
-# What a layer reads beside its weights.
+# The variables that a layer reads besides its weights.
 _READ = (
   ('scales', 'weights'),
   ('scales', 'activations'),
@@ -33,11 +33,12 @@ _READ = (
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-  """A model whose layers are served as they are stored.
+  """A linen model that runs over its stored layers.
 
   Attributes:
-    model: the module as its author wrote it.
-    layers: what is stored of each layer; others run as they are.
+    model: the original, unbound module.
+    layers: {layer path: description of the stored layer}; layers that are not
+      in it run unchanged.
   """
 
   model: nn.Module
@@ -45,43 +46,43 @@ class ServedModel:
 
   @functools.cached_property
   def choices(self) -> dict[str, quant_spec.Choices]:
-    """Per module the formats of its steps, which differ where it is scanned."""
+    """{module path: formats}; a scanned layer has those of all iterations."""
     return {
       path: quant_spec.Choices(
-        _menu(steps, 'weights'), _menu(steps, 'activations'), False
+        _menu(iterations, 'weights'), _menu(iterations, 'activations'), False
       )
-      for path, steps in stored_layers.by_module(self.layers).items()
+      for path, iterations in stored_layers.by_module(self.layers).items()
     }
 
   def variables(self, unpacked: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what `apply` takes: all that transforms must hand on in `params`.
+    """Returns the variables for `apply`, all that layers read in `params`.
 
     Args:
-      unpacked: collections as of `stored.variables`, steps apart; `shifts`
-        where layers are served in the unsigned form.
+      unpacked: the result of `stored_layers.variables`, iterations apart; with
+        `shifts` if layers run in the unsigned form.
     """
     flat = traverse_util.flatten_dict(unpacked, sep='/')
-    for module, steps in stored_layers.by_module(self.layers).items():
+    for module, iterations in stored_layers.by_module(self.layers).items():
       paths = [module]
-      if steps[0].lead:
-        paths = [f'{module}/@{i}' for i in range(len(steps))]
-        _stack_weights(flat, module, steps, paths)
-      self._carry(flat, module, steps, paths)
+      if iterations[0].leading_shape:
+        paths = [f'{module}/@{i}' for i in range(len(iterations))]
+        _stack_weights(flat, module, iterations, paths)
+      self._carry(flat, module, iterations, paths)
     return traverse_util.unflatten_dict(flat, sep='/')
 
-  def _carry(self, flat, module, steps, paths) -> None:
-    """Moves what a layer reads beside its weights to where it looks for it."""
-    lead = steps[0].lead or carried_variables.PAD
+  def _carry(self, flat, module, iterations, paths) -> None:
+    """Moves the variables of `_READ` to `params`, where the layer looks."""
+    leading_shape = iterations[0].leading_shape or carried_variables.PAD
     # A product of attention is a part of the module that is called.
     owner, part = module, ''
-    if not steps[0].variable:
+    if not iterations[0].variable:
       owner, _, part = module.rpartition('/')
 
     def put(collection, name, values):
       key = stored_layers.join(
         'params', owner, carried_variables.NAME, collection, part, name
       )
-      flat[key] = scan_iterations.together(values, lead)
+      flat[key] = scan_iterations.together(values, leading_shape)
 
     for collection, name in _READ:
       names = [stored_layers.join(collection, path, name) for path in paths]
@@ -92,35 +93,36 @@ class ServedModel:
       menu = getattr(self.choices[module], side) or ()
       menus.append(','.join(map(str, menu)))
       if len(menu) > 1:
-        chosen = [getattr(step, side) for step in steps]
+        chosen = [getattr(layer, side) for layer in iterations]
         put('arch', side, [np.float32([f == c for f in menu]) for c in chosen])
-    # `nn.jit` takes modules for equal whose variables have the same names.
-    put('formats', ' '.join(menus), [np.zeros((), np.bool_)] * len(steps))
+    # `nn.jit` treats modules as equal if their variables have the same names:
+    # a variable named for the formats keeps layers of other formats apart.
+    put('formats', ' '.join(menus), [np.zeros((), np.bool_)] * len(iterations))
 
   def apply(self, variables: Mapping[str, Any], *args, **kwargs) -> Any:
     """Applies the model.
 
     Args:
-      variables: as the method of that name returns them.
-      *args: what the model is called with.
-      **kwargs: more of the call, and `method`.
+      variables: the result of the method `variables`.
+      *args: positional arguments of the model's call.
+      **kwargs: keyword arguments of the model's call, and `method`.
     """
     return self._apply(set(), variables, *args, **kwargs)
 
   def called(self, variables: Mapping[str, Any], *args, **kwargs) -> set[str]:
-    """Returns the modules among `layers` that a call of the model reaches."""
+    """Returns the modules of `choices` that one call of the model reaches."""
     called: set[str] = set()
     apply = functools.partial(self._apply, called, **kwargs)
     jax.eval_shape(apply, variables, *args)
     if called != set(self.choices):
-      # `nn.jit` has repeated what it traced of equal modules, or before.
+      # `nn.jit` has reused a trace of equal modules, or of an earlier call.
       with jax.disable_jit():
         jax.eval_shape(apply, variables, *args)
     return called
 
   def _apply(self, called, variables, *args, **kwargs):
-    # `nn.jit` keeps what it traced by the collections that may change; no model
-    # has this one.
+    # `nn.jit` caches traced programs by the collections that may change. With
+    # this name, of no model's collection, it reuses no program of other layers.
     token = f'fliqs served {sorted(self.choices.items())!r}'
     replace = functools.partial(self._call, called)
     with nn.intercept_methods(layer_calls.interceptor(replace)):
@@ -128,7 +130,7 @@ class ServedModel:
     return outputs
 
   def _call(self, called, linen_class, call, args, kwargs, context):
-    """Calls a layer over what is stored of it."""
+    """Calls a layer over its stored weights, if they are stored."""
     module = context.module
     state = carried_variables.LayerState(module)
     if linen_class is nn.MultiHeadDotProductAttention:
@@ -161,7 +163,7 @@ class ServedModel:
 
 
 class _Product(served_layers.Stored):
-  """The operands of a product of attention, rounded."""
+  """Operands of a product of attention, both rounded."""
 
   has_integer_op = False
 
@@ -173,22 +175,22 @@ class _Product(served_layers.Stored):
     return self.rounded(lhs, 'activations'), self.rounded(rhs, 'weights')
 
 
-def _menu(steps, side):
-  formats = dict.fromkeys(getattr(step, side) for step in steps)
+def _menu(iterations, side):
+  formats = dict.fromkeys(getattr(layer, side) for layer in iterations)
   return None if None in formats else tuple(formats)
 
 
-def _stack_weights(flat, module, steps, paths) -> None:
-  """Puts the steps' weights together, as the model's author has them."""
-  first = steps[0]
+def _stack_weights(flat, module, iterations, paths) -> None:
+  """Stacks the iterations' weights to the model's own parameter."""
+  first = iterations[0]
   if first.weights is None or not first.variable:
     return
   weights = [
     flat.pop(stored_layers.join('params', path, first.variable))
     for path in paths
   ]
-  if len({w.dtype for w in weights}) > 1:  # One that holds every grid value.
+  if len({w.dtype for w in weights}) > 1:  # bfloat16 holds every grid value.
     weights = [w.astype(jnp.bfloat16) for w in weights]
   flat[stored_layers.join('params', module, first.variable)] = (
-    scan_iterations.parameter(weights, first.lead, first.stacked)
+    scan_iterations.parameter(weights, first.leading_shape, first.stacked)
   )

@@ -1,4 +1,4 @@
-"""The served model as a StableHLO program, for machines without this package.
+"""StableHLO program of a served model, for machines without this package.
 
   import jax, safetensors
   program = jax.export.deserialize(open('model.stablehlo', 'rb').read())
@@ -6,11 +6,11 @@
     tensors = {name: file.get_tensor(name) for name in file.keys()}
   logits = program.call(tensors, images)
 
-The weights are arguments, exactly as stored: the program unpacks them itself.
-So they are not stored twice, and scales are no constants, which XLA would
-reassociate. The batch size is open where the model allows. Products are
-int8 x int8 -> int32, which every platform has; a convolution is one of its own
-on TPU only.
+The stored tensors are arguments, and the program unpacks them itself. So they
+are not stored twice, and scales are not constants, which XLA would reassociate.
+The batch size is symbolic if the model allows it. Products are int8 x int8 ->
+int32, which every platform has; convolutions become such products, except on
+TPU, which has an int8 convolution.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,16 +29,16 @@ def serialize(
   tensors: Mapping[str, np.ndarray],
   args: Sequence[Any],
 ) -> tuple[bytes, bool]:
-  """Returns a program, serialized, and whether its batch size is open.
+  """Returns a serialized program, and whether it takes any batch size.
 
   Args:
     program: `(tensors, *args) -> outputs`.
-    tensors: by name; only their shapes and types matter.
-    args: examples of what the model takes, pytrees of arrays [N, ...]; arrays
-      of another first axis have their shape.
+    tensors: {name: tensor}; only shapes and dtypes are used.
+    args: example inputs, pytrees of arrays [N, ...]; an array with another
+      first axis keeps its shape.
 
   Raises:
-    ValueError: there is no such program.
+    ValueError: the model cannot be lowered to StableHLO.
   """
   fixed = jax.tree.map(_shape, (dict(tensors), *args))
   batch = np.shape(jax.tree.leaves(args)[0])[:1]
@@ -53,7 +53,7 @@ def serialize(
   try:
     exported = export(fixed[0], *jax.tree.map(opened, fixed[1:]))
     return bytes(exported.serialize()), bool(batch)
-  # Code that wants the batch size as a number raises what it likes.
+  # A model that needs the batch size as a number may raise any error.
   except Exception:
     try:
       return bytes(export(*fixed).serialize()), False

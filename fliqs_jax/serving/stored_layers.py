@@ -1,10 +1,11 @@
-"""What is stored of a network: its tensors by name, and back to variables.
+"""Stored tensors of a network: made from its variables, and turned back.
 
-A name is a variable's path, collection first: `params/head/kernel` holds the
-weights of the layer `head` in the layout of `packing`, `scales/head/weights`
-their scales. Each step of a scanned layer is a layer, `head/@3`, with a format
-of its own. Whatever is not the weights of a quantized layer is as it was, and
-of those nothing else is kept.
+The name of a tensor is a variable's path, collection first:
+`params/head/kernel` holds the weights of the layer `head`, packed by
+`numerics.packing`, and `scales/head/weights` their scales. Each iteration of a
+scanned layer is stored as a layer with its own format, such as `head/@3`. The
+weights of a quantized layer are stored in packed form only; all other variables
+are stored unchanged.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,13 +16,13 @@ from flax import traverse_util
 import jax
 import numpy as np
 
+from fliqs_jax.intercept import layer_calls
 from fliqs_jax.numerics import formats
 from fliqs_jax.numerics import packing
 
 # Collections that only the search reads.
 _SEARCH = ('arch', 'quant_stats', 'cost', 'operands')
-_WEIGHTS = ('kernel', 'embedding')
-# Up to here float32 holds every integer, so that the search's sums are exact.
+# Below this bound float32 holds every integer, so the search's sums are exact.
 _EXACT = 2**24
 
 Assignment = Mapping[str, tuple[str | None, str | None]]
@@ -29,19 +30,21 @@ Assignment = Mapping[str, tuple[str | None, str | None]]
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """What is stored of one layer.
+  """Description of one stored layer.
 
   Attributes:
-    weights: format of the weights; None where not quantized.
-    activations: format of the input activations, or None.
-    shape: of the weights.
-    largest_sum: bound on the magnitude of the op's partial sums in units of the
-      grids, for any input; None where the layer is not served in integers.
-    variable: what the layer calls its weights, `kernel` or `embedding`; empty
-      for a product of attention, whose `weights` are keys and values.
-    lead: of the step of a scanned layer, how the transform stacks the steps;
-      see `stacks.told`. Else empty.
-    stacked: likewise the shape of the parameter with all of the steps.
+    weights: format of the weights; None if they are not quantized.
+    activations: format of the input activations; None if not quantized.
+    shape: shape of the weights.
+    largest_sum: bound on the magnitude of the op's partial sums for any input,
+      in units of the grids' steps; None if the layer is not served in integers.
+    variable: name of the parameter that holds the weights, `kernel` or
+      `embedding`; empty for a product of attention, whose `weights` are keys
+      and values.
+    leading_shape: for an iteration of a scanned layer, the leading shape of its
+      carried variables (`carried_variables.leading_shape`); empty otherwise.
+    stacked: for an iteration of a scanned layer, the shape of the parameter
+      with all iterations; empty otherwise.
   """
 
   weights: formats.NumericFormat | None
@@ -49,33 +52,33 @@ class Layer:
   shape: tuple[int, ...]
   largest_sum: int | None = None
   variable: str = 'kernel'
-  lead: tuple[int, ...] = ()
+  leading_shape: tuple[int, ...] = ()
   stacked: tuple[int, ...] = ()
 
   @property
   def arithmetic(self) -> str:
-    """`int8`, or `float32` on grid values."""
+    """Arithmetic of the served op: `int8`, or `float32` on grid values."""
     return 'float32' if self.largest_sum is None else 'int8'
 
   @property
   def exact(self) -> bool:
-    """Whether the op's sums have no rounding in the search either.
+    """Whether the search, too, computes the op's sums without rounding.
 
-    Then serving in integers gives the search's bits for every input. Sums of
+    If so, serving in integers gives bit-equal results for every input. Sums of
     floats are rounded, and equal only if they are added in the same order.
     """
     return self.largest_sum is not None and self.largest_sum < _EXACT
 
 
-def teller(apply: Callable, **kwargs: Any) -> Callable:
-  """Returns the jitted `(variables, *args) -> what the layers multiply`.
+def operand_recorder(apply: Callable, **kwargs: Any) -> Callable:
+  """Returns a jitted `(variables, *args) -> {'operands': ...}`.
 
   Args:
-    apply: the search model's `apply`.
-    **kwargs: of the call, static.
+    apply: the `apply` method of the search's model.
+    **kwargs: keyword arguments of the model's call, static.
   """
-  # The layers themselves tell: there is no second formula, and within jit the
-  # scales are rounded as they are in the search.
+  # The layers record the operands themselves, so there is no second formula for
+  # a scale; inside jit, scales are rounded exactly as in the search.
   return jax.jit(
     lambda variables, *args: apply(
       variables, *args, **kwargs, mutable=['operands']
@@ -84,56 +87,69 @@ def teller(apply: Callable, **kwargs: Any) -> Callable:
 
 
 def tensors(
-  tell: Callable,
+  record: Callable,
   variables: Mapping[str, Any],
   assignment: Assignment,
   *args,
 ) -> tuple[dict[str, np.ndarray], dict[str, Layer]]:
-  """Returns what to store of the search's model, at one architecture.
+  """Returns the tensors and layers of a model to store, at one architecture.
 
   Args:
-    tell: `teller` of the model.
-    variables: its collections, `arch` with the architecture, settled.
-    assignment: the same architecture in names.
-    *args: an input.
+    record: the model's `operand_recorder`.
+    variables: collections of the model; `arch` holds the architecture, and the
+      running statistics are settled for it.
+    assignment: the same architecture as {layer: (weights, activations)}, names
+      of formats or None.
+    *args: example inputs of the model.
 
   Raises:
-    ValueError: activations that are to be quantized never were, or a layer was
-      not called.
+    ValueError: a layer's activations have a format but were never quantized in
+      training, or a layer with a format is not called.
   """
-  told = _flat(jax.device_get(tell(dict(variables), *args)).get('operands', {}))
-  flat = _flat(
-    {k: v for k, v in variables.items() if k not in _SEARCH},
-  )
-  flat = {name: np.asarray(jax.device_get(x)) for name, x in flat.items()}
+  recorded = jax.device_get(record(dict(variables), *args))
+  operands = _flat(recorded.get('operands', {}))
+  flat = {
+    name: np.asarray(jax.device_get(x))
+    for name, x in _flat(
+      {k: v for k, v in variables.items() if k not in _SEARCH}
+    ).items()
+  }
   stats = _flat(variables.get('quant_stats', {}))
   layers: dict[str, Layer] = {}
   replaced = set()
   for path, names in assignment.items():
-    if join(path, 'activations') not in told:
+    if join(path, 'activations') not in operands:
       if any(names):
         raise ValueError(
-          f'{path or "the model"} has the formats {names}, but multiplies '
-          'nothing in this call; call the model as find_decisions did'
+          f'{path or "the model"} has the formats {names}, but this call of '
+          'the model does not run it; use the arguments that find_decisions got'
         )
-      continue  # An excluded layer of a model that was not written for us.
+      continue  # An intercepted layer that the spec excludes.
     module = _module(path)
     if names[1] is not None:
       _check_seen(module, stats)
-    says = {k: told[join(path, k)][0] for k in _TOLD if join(path, k) in told}
-    variable = _variable(flat, module) if 'values' in says else ''
-    layer = _layer(names, says, variable)
+    own = {
+      name: operands[join(path, name)][0]
+      for name in _OPERANDS
+      if join(path, name) in operands
+    }
+    variable = _variable(flat, module) if 'values' in own else ''
+    layer = _layer(names, own, variable)
     if path != module:
-      lead = told[join(module, 'lead')][0].shape
-      whole = flat[join('params', module, variable)].shape if variable else ()
-      layer = dataclasses.replace(layer, lead=lead, stacked=whole)
+      layer = dataclasses.replace(
+        layer,
+        leading_shape=operands[join(module, 'leading_shape')][0].shape,
+        stacked=flat[join('params', module, variable)].shape
+        if variable
+        else (),
+      )
     for side in ('weights', 'activations'):
       if getattr(layer, side) is not None:
-        flat[join('scales', path, side)] = says[side]
+        flat[join('scales', path, side)] = own[side]
     if layer.weights is not None and variable:
       replaced.add(join('params', module, variable))
       flat[join('params', path, variable)] = packing.encode(
-        says['values'], layer.weights
+        own['values'], layer.weights
       )
     layers[path] = layer
   kept = {k: v for k, v in flat.items() if k not in replaced}
@@ -141,49 +157,52 @@ def tensors(
   return kept | stored, _in_one_arithmetic(layers)
 
 
-# What a layer, or a step of it, tells.
-_TOLD = ('values', 'weights', 'activations', 'integer_op')
-# Statistics that are zero as long as nothing is quantized.
+# The operands that a layer, or an iteration of it, records.
+_OPERANDS = ('values', 'weights', 'activations', 'integer_op')
+# Statistics that are zero until activations are quantized for the first time.
 _SEEN = ('active', 'count')
 
 
-def _layer(names, says, variable: str) -> Layer:
+def _layer(names, operands, variable: str) -> Layer:
   weights, activations = (f and formats.parse(f) for f in names)
-  shape = says['values'].shape if variable else ()
+  shape = operands['values'].shape if variable else ()
   largest = None
   in_integers = all(f and f.is_integer for f in (weights, activations))
-  if in_integers and says.get('integer_op'):
-    scale = says['weights']
+  if in_integers and operands.get('integer_op'):
+    scale = operands['weights']
     summed = [i for i, n in enumerate(scale.shape) if n < shape[i]]
-    sums = np.abs(says['values']).sum(tuple(summed), dtype=np.float64)
+    sums = np.abs(operands['values']).sum(tuple(summed), dtype=np.float64)
     largest = int(sums.max() * activations.max_value)
   return Layer(weights, activations, shape, largest, variable)
 
 
 def _variable(flat, path: str) -> str:
-  return next(name for name in _WEIGHTS if join('params', path, name) in flat)
+  names = layer_calls.WEIGHTS
+  return next(name for name in names if join('params', path, name) in flat)
 
 
 def _check_seen(path: str, stats: Mapping[str, Any]) -> None:
-  """Raises ValueError where activations have no scale yet."""
+  """Raises ValueError if the activations of a layer have no scale yet."""
   for name, value in stats.items():
     own = name.startswith(f'{path}/' if path else '')
     if own and name.endswith(_SEEN) and not np.all(value):
       raise ValueError(
         f'the activations of {path or "the model"} were never quantized in '
-        'this run (quant.act_start); there is nothing to export for them'
+        'this run, so they have no scale to export; train beyond '
+        'quant.act_start'
       )
 
 
 def _in_one_arithmetic(layers: dict[str, Layer]) -> dict[str, Layer]:
-  """Returns the layers; a program runs all steps of a stack in one arithmetic.
+  """Returns the layers, each scanned layer with one arithmetic.
 
-  So steps of integers are served in integers where all of them are.
+  One program runs all iterations of a scanned layer. It runs in integers only
+  if every iteration can.
   """
   floats = {
     module
-    for module, steps in by_module(layers).items()
-    if any(step.largest_sum is None for step in steps)
+    for module, iterations in by_module(layers).items()
+    if any(layer.largest_sum is None for layer in iterations)
   }
   return {
     path: dataclasses.replace(layer, largest_sum=None)
@@ -194,13 +213,14 @@ def _in_one_arithmetic(layers: dict[str, Layer]) -> dict[str, Layer]:
 
 
 def by_module(layers: Mapping[str, Layer]) -> dict[str, list[Layer]]:
-  """Returns {path of a module: its steps}; one where nothing is scanned."""
+  """Returns {path of a module: its iterations}; one if it is not scanned."""
   modules: dict[str, dict[int, Layer]] = {}
   for path, layer in layers.items():
-    step = int(path.partition('/@')[2] or 0)
-    modules.setdefault(_module(path), {})[step] = layer
+    iteration = int(path.partition('/@')[2] or 0)
+    modules.setdefault(_module(path), {})[iteration] = layer
   return {
-    path: [steps[i] for i in sorted(steps)] for path, steps in modules.items()
+    path: [iterations[i] for i in sorted(iterations)]
+    for path, iterations in modules.items()
   }
 
 
@@ -214,8 +234,8 @@ def variables(
   """Returns the served model's collections from stored tensors.
 
   Args:
-    flat: {name: tensor}; numpy, or traced.
-    layers: {layer path: what is stored of it}.
+    flat: {name: tensor}, numpy arrays or traced arrays.
+    layers: {layer path: description of the stored layer}.
   """
   flat = dict(flat)
   for name, layer in quantized_names(layers).items():
@@ -233,7 +253,7 @@ def quantized_names(layers: Mapping[str, Layer]) -> dict[str, Layer]:
 
 
 def join(*parts: str) -> str:
-  """Returns a name of its parts, of which some may be empty."""
+  """Returns the parts of a name joined by slashes; empty parts are left out."""
   return '/'.join(part for part in parts if part)
 
 

@@ -68,8 +68,8 @@ def test_nothing_is_missed_silently():
   }
   for gate in gates:
     assert reasons[gate].startswith('DenseParams of OptimizedLSTMCell')
-  assert reasons['raw'].startswith('Patchwork multiplies on its own')
-  assert reasons['embed/embedding'].endswith('embed=True')
+  assert reasons['raw'].startswith('Patchwork multiplies it')
+  assert reasons['embed/embedding'].startswith('embed=True')
   assert reasons['complex/kernel'].endswith('in real floats')
   assert reasons['own/kernel'].startswith('Own does not run')
   by_path = {layer.path: layer for layer in covered.layers}
@@ -96,7 +96,7 @@ def test_coverage_prints_as_a_table():
   assert lines[0].split() == [
     'layer',
     'kind',
-    'steps',
+    'iterations',
     'MACs',
     'weights',
     'formats',
@@ -177,20 +177,23 @@ def _attention(query, key, value):
 @pytest.mark.parametrize(
   ('layer', 'reason'),
   [
-    (nn.Dense(3, dot_general=_custom_op), 'given dot_general'),
-    (nn.Dense(3, dot_general_cls=lambda: _custom_op), 'given dot_general_cls'),
-    (nn.Conv(3, (1,), promote_dtype=_promote), 'given promote_dtype'),
+    (nn.Dense(3, dot_general=_custom_op), 'field dot_general is set'),
+    (
+      nn.Dense(3, dot_general_cls=lambda: _custom_op),
+      'field dot_general_cls is set',
+    ),
+    (nn.Conv(3, (1,), promote_dtype=_promote), 'field promote_dtype is set'),
     (
       nn.ConvTranspose(3, (1,), preferred_element_type=jnp.float32),
-      'given preferred_element_type',
+      'field preferred_element_type is set',
     ),
     (
       nn.MultiHeadDotProductAttention(2, attention_fn=_attention),
-      'attention_fn takes no',
+      'attention_fn has no argument',
     ),
     (
       nn.MultiHeadDotProductAttention(2, precision='highest'),
-      'precision is given',
+      'precision is set',
     ),
   ],
 )
@@ -262,7 +265,7 @@ def test_an_nnx_model_is_refused_with_a_reason():
   with pytest.raises(ValueError, match='NNX'):
     searchable_lib.searchable(nnx.Linear(8, 3, rngs=nnx.Rngs(0)))
   bridged = nnx.bridge.to_linen(nnx.Linear, 8, 3)
-  with pytest.raises(ValueError, match='NNX model in nnx.bridge.ToLinen'):
+  with pytest.raises(ValueError, match='wraps an NNX model by nnx.bridge'):
     discovery.find(searchable_lib.searchable(bridged), X)
 
 
@@ -277,7 +280,7 @@ def test_what_an_nnx_part_holds_is_reported():
   covered = coverage.coverage(searchable_lib.searchable(Mixed()), X)
   (missed,) = covered.missed
   assert missed.path == 'nnx/kernel'
-  assert missed.reason.startswith('an NNX module')
+  assert missed.reason.startswith('its module is an NNX module')
 
 
 class TwoHeads(nn.Module):

@@ -222,7 +222,9 @@ def test_a_recurrent_layer_costs_each_of_its_steps():
 
 
 def test_statistics_that_a_transform_cannot_keep_are_an_error():
-  with pytest.raises(ValueError, match='same weights in all 5 steps.*exclude'):
+  with pytest.raises(
+    ValueError, match='same weights in all 5 iterations.*exclude'
+  ):
     discovery.find(
       searchable_lib.searchable(foreign_models.Recurrent()),
       helpers.random((2, 5, 8)),
@@ -231,7 +233,9 @@ def test_statistics_that_a_transform_cannot_keep_are_an_error():
 
 def test_a_stack_along_a_last_axis_is_an_error():
   model = searchable_lib.searchable(foreign_models.Stack(axis=-1))
-  with pytest.raises(ValueError, match='axis that cannot be followed'):
+  with pytest.raises(
+    ValueError, match='stacks params along an axis behind axis 4'
+  ):
     discovery.find(model, X)
 
 
@@ -253,7 +257,9 @@ class Twice(nn.Module):
 
 
 def test_stacks_that_jit_hides_from_the_count_are_an_error():
-  with pytest.raises(ValueError, match=r'nn\.jit takes modules for equal'):
+  with pytest.raises(
+    ValueError, match=r'nn\.jit treats modules with equal fields as one'
+  ):
     discovery.find(searchable_lib.searchable(Twice()), X)
 
 
@@ -261,7 +267,7 @@ def test_arch_must_be_given():
   model = searchable_lib.searchable(foreign_models.Stack())
   variables = dict(helpers.init(model, X))
   with pytest.raises(
-    ValueError, match=r'body/up: no arch/format.*space.expand'
+    ValueError, match=r'body/up: the variables lack arch/format.*space.expand'
   ):
     model.apply({k: v for k, v in variables.items() if k != 'arch'}, X)
 

@@ -223,12 +223,12 @@ def test_an_edited_manifest_is_noticed(copy):
   manifest = export_files.read_manifest(copy)
   manifest['layers']['head']['weights'] = 'INT8'
   (copy / 'manifest.json').write_text(json.dumps(manifest))
-  with pytest.raises(ValueError, match='not as it was written'):
+  with pytest.raises(ValueError, match='was edited or damaged'):
     export.verify(copy)
   # With a new checksum the layer does not fit what is stored of it.
   manifest['checksum'] = export_files.checksum(manifest)
   (copy / 'manifest.json').write_text(json.dumps(manifest))
-  with pytest.raises(ValueError, match='layer head does not fit its formats'):
+  with pytest.raises(ValueError, match='layer head contradicts its formats'):
     export.verify(copy)
 
 
@@ -267,7 +267,7 @@ def test_activations_that_never_were_quantized_are_refused(workdir):
     stats['active'] = np.bool_(False)
   with pytest.raises(ValueError, match='hidden0 were never quantized'):
     stored_layers.tensors(
-      stored_layers.teller(run.experiment.model.apply, train=False),
+      stored_layers.operand_recorder(run.experiment.model.apply, train=False),
       variables,
       run.experiment.space.assignment(run.found),
       np.zeros((1, 8, 8, 1), np.float32),
@@ -299,7 +299,9 @@ def test_qwix_rules_say_the_assignment_and_what_they_cannot():
 
 def test_qwix_rules_of_scanned_layers_and_of_attention():
   def step(name):
-    return dataclasses.replace(_layer(name, name), lead=(2, 1, 1, 1, 1))
+    return dataclasses.replace(
+      _layer(name, name), leading_shape=(2, 1, 1, 1, 1)
+    )
 
   rules, missing = qwix_rules.rules(
     {

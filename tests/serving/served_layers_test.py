@@ -57,7 +57,7 @@ class Searched:
       quant_spec.QuantSpec(MENU, mode='separate')
     )
     self.apply = jax.jit(self.layer.apply)
-    self.tell = stored_layers.teller(self.layer.apply)
+    self.tell = stored_layers.operand_recorder(self.layer.apply)
     self.params = cases.random_params(self.case, seed=2)
     self.x = helpers.random(self.case.input_shape, seed=3)
 
@@ -126,7 +126,10 @@ def test_integers_sum_exactly_where_float32_does_not():
   )
   layer = quant_layers.QuantDense(1, use_bias=False, spec=spec)
   flat, kept = stored_layers.tensors(
-    stored_layers.teller(layer.apply), variables, {'': ('INT8', 'INT8')}, x
+    stored_layers.operand_recorder(layer.apply),
+    variables,
+    {'': ('INT8', 'INT8')},
+    x,
   )
   assert kept[''].largest_sum == 127 * 127 * size
   assert not kept[''].exact
@@ -227,7 +230,7 @@ def test_a_network_of_mixed_formats_is_served_bit_for_bit(name):
   settle = jax.jit(train_step.settle_step(model.apply))
   state = settle(params, state, arch, dict(image=x), jax.random.key(1))
   variables = dict(params=params, arch=arch, **state)
-  tell = stored_layers.teller(model.apply, train=False)
+  tell = stored_layers.operand_recorder(model.apply, train=False)
   flat, kept = stored_layers.tensors(
     tell, variables, space.assignment(choices), x
   )
