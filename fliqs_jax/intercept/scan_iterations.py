@@ -16,7 +16,7 @@ import numpy as np
 from fliqs_jax.intercept import carried_variables
 
 
-def told(variables: Mapping[str, Any]) -> dict[str, Any]:
+def with_operands(variables: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the variables with the collection `operands`, out of `params`.
 
   There each layer has tuples of one array, as `sow` makes them. A stacked layer

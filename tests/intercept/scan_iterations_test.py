@@ -46,13 +46,15 @@ STACKED = (12, *carried_variables.PAD)
 
 
 def test_what_twelve_iterations_multiply_comes_apart_in_their_order():
-  told = {
+  recorded = {
     'values': np.broadcast_to(TWELVE[:, None, None, None, None], STACKED),
     carried_variables.LAYOUT: np.zeros((*STACKED, *carried_variables.TAIL)),
   }
-  variables = {'params': {'body': {'up': {carried_variables.TOLD: told}}}}
-  layer = scan_iterations.told(variables)['operands']['body']['up']
-  assert layer.pop('lead')[0].shape == STACKED
+  variables = {
+    'params': {'body': {'up': {carried_variables.OPERANDS: recorded}}}
+  }
+  layer = scan_iterations.with_operands(variables)['operands']['body']['up']
+  assert layer.pop('leading_shape')[0].shape == STACKED
   values = {name: float(one['values'][0].item()) for name, one in layer.items()}
   assert values == {f'@{i}': i for i in range(12)}
 

@@ -163,7 +163,7 @@ def test_the_largest_possible_sum_of_a_convolution_is_known_and_exact():
   layer = quant_layers.QuantConv(**how, spec=quant_spec.QuantSpec('INT8'))
   assigned = {'': ('INT8', 'INT8')}
   flat, kept = stored_layers.tensors(
-    stored_layers.teller(layer.apply), variables, assigned, x
+    stored_layers.operand_recorder(layer.apply), variables, assigned, x
   )
   assert kept[''].largest_sum == 127 * 127 * 4608 == 74_322_432
   assert not kept[''].exact  # Above 2**24 = 16 777 216.
