@@ -79,7 +79,7 @@ def _exists(name):
   owners += [
     getattr(importlib.import_module(m), first) for m in _CLASSES[first]
   ]
-  keys = config._SCHEMA.get(first)
+  keys = config.SCHEMA.get(first)
   if owners or isinstance(keys, dict):
     is_key = isinstance(keys, dict) and rest[0] in keys
     return is_key or any(_has(owner, rest) for owner in owners)

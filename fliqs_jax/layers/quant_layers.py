@@ -39,11 +39,11 @@ class QuantConv(nn.Conv):
   """`nn.Conv` (any stride, dilation, groups) with a searchable format.
 
   Attributes:
-    spec: which formats the layer may use; matched against the layer's path.
-    input_channels: which of the input's channels are live; None: all.
-    output_channels: which of the output's channels will be.
-    kernel: how large the kernel is; `kernel_size` is the largest. `SAME`
-      padding only.
+    spec: the formats that the layer may use, by rules on the layer's path.
+    input_channels: the active channels of the input; None: all.
+    output_channels: the active channels of the output; None: all.
+    kernel: the sizes of the kernel that are open, of which `kernel_size` is the
+      largest; needs `SAME` padding. None: `kernel_size` alone.
   """
 
   spec: quant_spec.QuantSpec = quant_spec.QuantSpec()
@@ -69,9 +69,9 @@ class QuantDense(nn.Dense):
   """`nn.Dense` with a searchable format.
 
   Attributes:
-    spec: which formats the layer may use; matched against the layer's path.
-    input_channels: which of the input's channels are live; None: all.
-    output_channels: which of the output's channels will be.
+    spec: the formats that the layer may use, by rules on the layer's path.
+    input_channels: the active channels of the input; None: all.
+    output_channels: the active channels of the output; None: all.
   """
 
   spec: quant_spec.QuantSpec = quant_spec.QuantSpec()
@@ -88,7 +88,7 @@ class QuantDenseGeneral(nn.DenseGeneral):
   """`nn.DenseGeneral` with a searchable format.
 
   Attributes:
-    spec: which formats the layer may use; matched against the layer's path.
+    spec: the formats that the layer may use, by rules on the layer's path.
   """
 
   spec: quant_spec.QuantSpec = quant_spec.QuantSpec()
@@ -103,7 +103,7 @@ class QuantEinsum(nn.Einsum):
   """`nn.Einsum` with a searchable format.
 
   Attributes:
-    spec: which formats the layer may use; matched against the layer's path.
+    spec: the formats that the layer may use, by rules on the layer's path.
   """
 
   spec: quant_spec.QuantSpec = quant_spec.QuantSpec()

@@ -89,7 +89,7 @@ _LIST = _of_type(tuple, list)
 
 # Every key of a config; those of `model` are the fields of its network, those
 # of `data` depend on the data set; both are checked where they are used.
-_SCHEMA: dict[str, Any] = {
+SCHEMA: dict[str, Any] = {
   'seed': _count(0),
   'task': _of_type(str),
   'model': None,
@@ -161,7 +161,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   Raises:
     ValueError: naming every unknown key, missing key or impossible value.
   """
-  problems = _problems(config.to_dict(), _SCHEMA, '')
+  problems = _problems(config.to_dict(), SCHEMA, '')
   if not problems:
     every, log_every = config.train.checkpoint_every, config.train.log_every
     if every % log_every:

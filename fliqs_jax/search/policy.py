@@ -30,7 +30,11 @@ def sample(policy: Any, key: jax.Array, n: int) -> Any:
 
 
 def argmax(policy: Any) -> Any:
-  """Returns the likeliest architecture, leaves [K] one-hot."""
+  """Returns the likeliest architecture, a tree of one-hot [K].
+
+  Args:
+    policy: tree of [K] logits.
+  """
   return jax.tree.map(
     lambda logits: jax.nn.one_hot(jnp.argmax(logits), logits.shape[-1]), policy
   )

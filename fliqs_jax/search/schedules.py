@@ -58,8 +58,15 @@ def phases(
 ) -> Phases:
   """Returns the phases of a run from fractions of training.
 
+  Args:
+    steps: length of training.
+    act_start: when activation quantization begins, in [0, 1].
+    search_start: when the policy begins to learn, in [0, 1].
+    freeze: when the policy is replaced by its argmax, in [0, 1]; 1: never.
+
   Raises:
-    ValueError: fractions out of [0, 1] or in an order that makes no sense.
+    ValueError: a fraction outside of [0, 1], `search_start` before `act_start`,
+      or no step between `search_start` and `freeze`.
   """
   if steps < 1:
     raise ValueError(f'train.steps={steps} must be at least 1')

@@ -55,14 +55,14 @@ def create(
   """Returns the state before the first step.
 
   Args:
-    model: the network.
-    space: its decisions.
-    optimizer: of the weights.
-    controller: of the policy.
+    model: the network, of our layers or made searchable.
+    space: the decisions of the model, by `find_decisions`.
+    optimizer: the optimizer of the weights.
+    controller: the controller of the policy.
     key: typed PRNG key [].
-    *args: what the model is called with.
+    *args: positional arguments of the model's call.
     keep_average: whether a running mean of the parameters is kept.
-    **kwargs: more of the call.
+    **kwargs: keyword arguments of the model's call.
   """
   init_key, run_key = jax.random.split(key)
   variables = dict(model.init(init_key, *args, **kwargs))

@@ -48,15 +48,17 @@ def search_step(
     space: the model's decisions.
     controller: proposes architectures and learns; its `samples` must divide the
       validation batch. A space with nothing open is not judged at all.
-    optimizer: of the weights.
-    phases: when activation quantization starts.
-    mix: (key, training batch) -> training batch, as of `augment.mixing`.
-    ema_decay: of the running mean of the parameters; 0 keeps none, and must do
-      so if the state was made without.
-    accumulate: parts into which the training batch is cut, one after another,
-      to save memory; must divide it. Running statistics see each part.
-    replicas: of this step, if it runs inside `jax.shard_map`; those of the
-      controller.
+    optimizer: the optimizer of the weights.
+    phases: the steps at which activation quantization and the search start.
+    mix: (key, training batch) -> training batch, made by `augment.mixing`; None
+      does not mix.
+    ema_decay: decay of the running mean of the parameters; 0 keeps no mean. It
+      must be 0 if the state was created without `keep_average`.
+    accumulate: number of parts of the training batch, which are taken one after
+      another to save memory; must divide the batch. Running statistics see each
+      part.
+    replicas: the copies of this step, if it runs inside `jax.shard_map`; the
+      same as the controller's.
 
   Returns:
     A pure function of a `TrainState` and two batches (dicts of inputs, which

@@ -25,12 +25,12 @@ def find(
   """Finds a model's decisions by tracing its `init`; allocates nothing.
 
   Args:
-    model: built with this project's layers, or made searchable by `intercept`.
-    *args: what the model is called with, arrays or `jax.ShapeDtypeStruct`. MACs
+    model: a model of this project's layers, or one that `searchable` made.
+    *args: inputs of the model's call, arrays or `jax.ShapeDtypeStruct`. MACs
       are counted for exactly this input, so its batch size should be 1.
     spec: the spec that the layers were given; its patterns are checked and its
-      groups tied. The model's own `spec`, if it has one, unless given.
-    **kwargs: more of the call, static.
+      groups joined. None: the model's own `spec`, if it has one.
+    **kwargs: keyword arguments of the model's call, static.
 
   Raises:
     ValueError: the model has no quantizable layer, or `spec` does not fit it.

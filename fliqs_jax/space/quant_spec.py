@@ -47,7 +47,7 @@ class QuantSpec:
       their standard deviation as in `clipping.multiples`.
     act_clip: per-tensor threshold of activations, a multiple of their profiled
       standard deviation: a table's or a number, as in `clipping.multiples`, or
-      `profiled`: the layer's own, to be filled in by `profile.profiled_clips`.
+      `profiled`: the layer's own, which `calibration.profiled_clips` fills in.
     assignment: {layer path: (weights, activations)} in names of formats, None
       where unquantized: every layer fixed, as an arch.json has it.
   """

@@ -174,7 +174,7 @@ def test_every_key_of_the_schema_is_read():
         read.add(node.attr)
       elif isinstance(node, ast.Constant):
         read.add(node.value)  # The data floor goes by names of keys.
-  for section, keys in config_lib._SCHEMA.items():
+  for section, keys in config_lib.SCHEMA.items():
     assert section in read
     for key in keys if isinstance(keys, dict) else ():
       assert key in read, f'{section}.{key} is never read'
