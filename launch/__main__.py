@@ -16,19 +16,19 @@ from launch import local
 from launch import slurm
 from launch import tpu_vm
 
-_PLATFORMS = dict(local=local, slurm=slurm, tpu_vm=tpu_vm, gke=gke)
+PLATFORMS = dict(local=local, slurm=slurm, tpu_vm=tpu_vm, gke=gke)
 
 
 def main(argv: Sequence[str]) -> int:
   """Launches; a mistake of the user's ends in one line, status 2."""
   try:
-    if not argv or argv[0] not in _PLATFORMS:
+    if not argv or argv[0] not in PLATFORMS:
       given = repr(argv[0]) if argv else 'nothing'
       raise ValueError(
-        f'the first argument must be a platform, {", ".join(_PLATFORMS)}, not '
+        f'the first argument must be a platform, {", ".join(PLATFORMS)}, not '
         f'{given}'
       )
-    platform = _PLATFORMS[argv[0]]
+    platform = PLATFORMS[argv[0]]
     parser = common.Parser(
       prog=f'python -m launch {argv[0]}',
       description=platform.__doc__.split('\n')[0],

@@ -52,6 +52,7 @@ class Parser(argparse.ArgumentParser):
   """A parser whose errors are one line, as all errors here."""
 
   def error(self, message):
+    """Raises ValueError with argparse's message."""
     raise ValueError(message)
 
 

@@ -53,22 +53,28 @@ def _synthetic_criteo(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Known:
-  """A data set that a config can name, and the keys that only it takes."""
+class Known:
+  """A data set that a config can name.
+
+  Attributes:
+    make: `config.data` -> the data set.
+    keys: {key of `config.data` that only this data set takes: its type}.
+  """
 
   make: Callable[[ml_collections.ConfigDict], dataset_lib.Dataset]
   keys: Mapping[str, type] = dataclasses.field(default_factory=dict)
 
 
-_DATASETS = {
-  'digits': _Known(_digits),
-  'cifar10': _Known(_cifar10, dict(augment=str)),
-  'imagenet2012': _Known(
+# The names of `data.name`. Another data set is another row.
+DATASETS = {
+  'digits': Known(_digits),
+  'cifar10': Known(_cifar10, dict(augment=str)),
+  'imagenet2012': Known(
     _imagenet2012, dict(image_size=int, augment=str, random_erasing=float)
   ),
-  'criteo': _Known(_criteo, dict(buckets=int, max_bad_lines=int)),
-  'synthetic': _Known(_synthetic, dict(image_size=int, num_classes=int)),
-  'synthetic_criteo': _Known(_synthetic_criteo, dict(buckets=int)),
+  'criteo': Known(_criteo, dict(buckets=int, max_bad_lines=int)),
+  'synthetic': Known(_synthetic, dict(image_size=int, num_classes=int)),
+  'synthetic_criteo': Known(_synthetic_criteo, dict(buckets=int)),
 }
 
 _SPLIT_KEYS = {
@@ -141,7 +147,7 @@ def make_streams(
   """Opens the data set that a config names, preparing it on first use.
 
   Args:
-    config: `config.data`, with exactly the keys `name` (one of _DATASETS),
+    config: `config.data`, with exactly the keys `name` (one of DATASETS),
       `data_dir` ('' for the usual place), `train_split`, `valid_split`,
       `test_split` (TFDS split strings), `batch_size`, `valid_batch_size`,
       `test_batch_size` (of all processes together), and those that the data
@@ -204,12 +210,12 @@ def _check_keys(
 ) -> None:
   types = dict(_KEY_TYPES)
   if dataset is None and isinstance(config.to_dict().get('name'), str):
-    if config.name not in _DATASETS:
+    if config.name not in DATASETS:
       raise ValueError(
         f'config.data.name={config.name!r} is no known data set; known: '
-        f'{", ".join(_DATASETS)}; or pass one of your own as `dataset`'
+        f'{", ".join(DATASETS)}; or pass one of your own as `dataset`'
       )
-    types |= _DATASETS[config.name].keys
+    types |= DATASETS[config.name].keys
   if set(config) != set(types):
     missing = ', '.join(sorted(set(types) - set(config))) or 'none'
     unknown = ', '.join(sorted(set(config) - set(types))) or 'none'
@@ -230,7 +236,7 @@ def _find_dataset(
   config: ml_collections.ConfigDict, dataset: dataset_lib.Dataset | None
 ) -> dataset_lib.Dataset:
   if dataset is None:
-    return _DATASETS[config.name].make(config)
+    return DATASETS[config.name].make(config)
   if config.name != dataset.name:
     raise ValueError(
       f'config.data.name={config.name!r} must be the name of the data set '

@@ -167,6 +167,7 @@ class Stop:
     self._signalled = True
 
   def __call__(self) -> bool:
+    """Returns whether to stop after this step."""
     if jax.distributed.is_initialized():
       # By calls, not by steps: a run may be followed by that of a reference.
       return multihost_utils.reached_preemption_sync_point(next(self._calls))

@@ -42,21 +42,23 @@ def profiled_clips(
     ValueError: a layer's activations are all zero or not finite.
   """
 
-  def forward(variables, images):
+  def sampled(variables: Mapping[str, Any], images: Any) -> Any:
     _, sown = apply(variables, images, train=False, mutable=['act_inputs'])
     return jax.tree.map(_some, sown)
 
-  forward = jax.jit(forward, out_shardings=everywhere)
+  forward = jax.jit(sampled, out_shardings=everywhere)
   seen: dict[str, list[np.ndarray]] = {}
   for batch in images:
-    sown = traverse_util.flatten_dict(
+    sown: dict[str, Any] = traverse_util.flatten_dict(
       forward(variables, batch)['act_inputs'], sep='/'
     )
     for path, values in sown.items():
       layer = path.removesuffix('x').rstrip('/')
       seen.setdefault(layer, []).extend(np.ravel(v) for v in values)
-  stats = traverse_util.flatten_dict(variables['quant_stats'], sep='/')
-  menus = {op.path: op.shape.act_menu for op in space.ops}
+  stats: dict[str, Any] = traverse_util.flatten_dict(
+    variables['quant_stats'], sep='/'
+  )
+  menus = {op.path: op.shape.act_menu or () for op in space.ops}
   for layer, parts in seen.items():
     prefix = f'{layer}/' if layer else ''
     values = np.concatenate(parts)

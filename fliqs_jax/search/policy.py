@@ -4,6 +4,7 @@ A policy is any tree of [K] logits, an architecture the same tree of [K]
 one-hots: a dict of decisions or a model's `arch` collection alike.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ def sample(policy: Any, key: jax.Array, n: int) -> Any:
   # program.
   uniform = jax.random.uniform(key, (len(leaves), n, 1))
 
-  def draw(logits, u):  # [K], [n, 1]
+  def draw(logits: jax.Array, u: jax.Array) -> jax.Array:  # [K], [n, 1]
     below = jnp.cumsum(jax.nn.softmax(logits))[None, :-1] <= u
     return jax.nn.one_hot(jnp.sum(below, axis=-1), logits.shape[-1])
 
@@ -45,7 +46,7 @@ def log_prob(policy: Any, arch: Any) -> jax.Array:
   terms = jax.tree.map(
     lambda logits, a: jnp.sum(jax.nn.log_softmax(logits) * a), policy, arch
   )
-  return sum(jax.tree.leaves(terms))
+  return functools.reduce(jnp.add, jax.tree.leaves(terms))
 
 
 def entropy(policy: Any) -> jax.Array:
@@ -56,4 +57,4 @@ def entropy(policy: Any) -> jax.Array:
     ),
     policy,
   )
-  return sum(jax.tree.leaves(terms))
+  return functools.reduce(jnp.add, jax.tree.leaves(terms))

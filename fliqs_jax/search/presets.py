@@ -112,7 +112,7 @@ def make(
       f'unknown search keys {", ".join(unknown)}; allowed: {", ".join(allowed)}'
     )
   keys = search_keys(preset, phases.steps) | overrides
-  baseline = {}
+  baseline: dict[str, bool] = {}
   if leave_one_out:
     if not _preset(preset).has_leave_one_out:
       raise ValueError(

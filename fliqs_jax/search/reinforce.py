@@ -10,6 +10,7 @@ Signs: the paper writes ascent with r_bar - r; here a loss is descended,
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any
 
@@ -98,12 +99,13 @@ def paper(
       updates,
       entropy_gradient,
     )
-    state = _learn_if(
+    updated = _learn_if(
       phases.searching(step),
       state,
-      state.replace(policy=learnt, opt_state=opt_state),
-    ).replace(average=average, count=count)
-    return state, dict(reward=reward, sampled_cost=cost)
+      dataclasses.replace(state, policy=learnt, opt_state=opt_state),
+    )
+    updated = dataclasses.replace(updated, average=average, count=count)
+    return updated, dict(reward=reward, sampled_cost=cost)
 
   return _controller(adam, update, relative_cost, phases, samples=1)
 
@@ -179,15 +181,20 @@ def default(
     )
     rate = learning_rate * _RAMP**p
     learnt = jax.tree.map(lambda t, u: t - rate * u, state.policy, updates)
-    state = _learn_if(
-      searching, state, state.replace(policy=learnt, opt_state=opt_state)
-    ).replace(average=average, count=count, peak=peak)
+    updated = _learn_if(
+      searching,
+      state,
+      dataclasses.replace(state, policy=learnt, opt_state=opt_state),
+    )
+    updated = dataclasses.replace(
+      updated, average=average, count=count, peak=peak
+    )
     cost = jax.vmap(relative_cost)(archs)
     # Without the ramp, so that rewards of different steps compare.
     rewards = controller_lib.reward(
       qualities, controller_lib.absolute_error(cost), gamma
     )
-    return state, dict(reward=rewards.mean(), sampled_cost=cost.mean())
+    return updated, dict(reward=rewards.mean(), sampled_cost=cost.mean())
 
   return _controller(adam, update, relative_cost, phases, samples=_SAMPLES)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ def phases(
   return Phases(steps, round(act_start * steps), start, end)
 
 
-def entropy_weight(kind: str, beta: float) -> Callable:
+def entropy_weight(kind: str, beta: float) -> Callable[[Any], jax.Array]:
   """Returns beta_H as a function of progress in [0, 1] (Eq. 9).
 
   Args:
@@ -142,9 +143,9 @@ def learning_rate(
   if kind == 'cosine':
     decay = optax.cosine_decay_schedule(base, max(steps - warmup_steps, 1))
   elif kind == 'exponential':
-    decay = optax.exponential_decay(
-      base, steps / _STAIRS, _STAIR, staircase=True
-    )
+    # optax types the length of a stair as whole; a fraction works.
+    stair: Any = steps / _STAIRS
+    decay = optax.exponential_decay(base, stair, _STAIR, staircase=True)
   elif kind == 'constant':
     decay = optax.constant_schedule(base)
   else:

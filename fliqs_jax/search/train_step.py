@@ -7,6 +7,8 @@ never the test split.
 """
 
 from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
 
 import jax
 from jax import lax
@@ -23,22 +25,32 @@ from fliqs_jax.search import train_state
 from fliqs_jax.space import search_space
 
 Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+ModelState = Mapping[str, Any]
+# A model's `apply`; linen types it as loosely.
+Apply = Callable[..., Any]
+Loss = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
+Quality = Callable[[Any, Batch], jax.Array]
+Step = Callable[
+  [train_state.TrainState, Batch, Batch],
+  tuple[train_state.TrainState, Metrics],
+]
 
 
 def search_step(
-  apply: Callable,
-  loss: Callable,
-  quality: Callable,
+  apply: Apply,
+  loss: Loss,
+  quality: Quality,
   space: search_space.SearchSpace,
   controller: controller_lib.Controller,
   optimizer: optax.GradientTransformation,
   phases: schedules.Phases,
   *,
-  mix: Callable | None = None,
+  mix: Callable[[jax.Array, Batch], Batch] | None = None,
   ema_decay: float = 0.0,
   accumulate: int = 1,
   replicas: replicas_lib.Replicas = replicas_lib.ONE,
-) -> Callable:
+) -> Step:
   """Returns the step `(state, train_batch, valid_batch) -> (state, metrics)`.
 
   Args:
@@ -112,7 +124,8 @@ def search_step(
         search_state, proposed, qualities, state.step
       )
       metrics |= replicas.mean(search_metrics)
-    state = state.replace(
+    state = dataclasses.replace(
+      state,
       step=state.step + 1,
       params=params,
       average=average,
@@ -125,11 +138,22 @@ def search_step(
   return step
 
 
-def _gradients(apply, loss, params, arch, model_state, batch, key, accumulate):
+def _gradients(
+  apply: Apply,
+  loss: Loss,
+  params: Any,
+  arch: Any,
+  model_state: ModelState,
+  batch: Batch,
+  key: jax.Array,
+  accumulate: int,
+) -> tuple[Any, ModelState, Metrics]:
   """Returns gradients, the collections that changed, and metrics."""
 
-  def of(model_state, batch, key):
-    def train_loss(params):
+  def of(
+    model_state: ModelState, batch: Batch, key: jax.Array
+  ) -> tuple[ModelState, tuple[Any, Metrics]]:
+    def train_loss(params: Any) -> tuple[jax.Array, Any]:
       outputs, changed = apply(
         {'params': params, 'arch': arch, **model_state},
         data.model_inputs(batch),
@@ -147,7 +171,7 @@ def _gradients(apply, loss, params, arch, model_state, batch, key, accumulate):
     changed, (gradients, metrics) = of(model_state, batch, key)
     return gradients, changed, metrics
 
-  def add(carry, part):
+  def add(carry: Any, part: Any) -> tuple[Any, None]:
     changed, sums = carry
     changed, values = of(changed, *part)
     return (changed, jax.tree.map(jnp.add, sums, values)), None
@@ -170,7 +194,7 @@ def _every(x: jax.Array, n: int) -> jax.Array:
   return jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0)
 
 
-def _in_phase(model_state, active):
+def _in_phase(model_state: ModelState, active: jax.Array) -> ModelState:
   if 'quant_stats' not in model_state:
     return model_state
   stats = operands_lib.set_activation_quantization(
@@ -179,28 +203,37 @@ def _in_phase(model_state, active):
   return {**model_state, 'quant_stats': stats}
 
 
-def _judge(apply, quality, space, variables, proposed, batch):
+def _judge(
+  apply: Apply,
+  quality: Quality,
+  space: search_space.SearchSpace,
+  variables: Mapping[str, Any],
+  proposed: Any,
+  batch: Batch,
+) -> jax.Array:
   """Returns the quality of every proposed architecture [M].
 
   All see the same images, an M-th of the batch, so that the noise of the images
   cancels between them.
   """
   samples = len(jax.tree.leaves(proposed)[0])
-  batch = jax.tree.map(lambda x: _every(x, samples)[0], batch)
+  images = jax.tree.map(lambda x: _every(x, samples)[0], batch)
 
-  def judge(i):
+  def judge(i: int) -> jax.Array:
     arch = space.expand(jax.tree.map(lambda a: a[i], proposed))
     outputs = apply(
-      {**variables, 'arch': arch}, data.model_inputs(batch), train=False
+      {**variables, 'arch': arch}, data.model_inputs(images), train=False
     )
-    return quality(outputs, batch)
+    return quality(outputs, images)
 
   # Unrolled: XLA runs convolutions inside a loop on one thread on CPU, and a
   # vmap over weights would turn them into grouped ones.
   return jnp.stack([judge(i) for i in range(samples)])
 
 
-def eval_step(apply: Callable, measure: Callable) -> Callable:
+def eval_step(
+  apply: Apply, measure: Callable[[Any, Batch], Metrics]
+) -> Callable[[Any, ModelState, Any, Batch], Metrics]:
   """Returns the step `(params, model_state, arch, batch) -> metrics`.
 
   Args:
@@ -208,7 +241,9 @@ def eval_step(apply: Callable, measure: Callable) -> Callable:
     measure: (outputs, batch) -> dict of sums over the batch's real examples.
   """
 
-  def step(params, model_state, arch, batch):
+  def step(
+    params: Any, model_state: ModelState, arch: Any, batch: Batch
+  ) -> Metrics:
     variables = {'params': params, 'arch': arch, **model_state}
     return measure(
       apply(variables, data.model_inputs(batch), train=False), batch
@@ -217,21 +252,29 @@ def eval_step(apply: Callable, measure: Callable) -> Callable:
   return step
 
 
-def settle_step(apply: Callable) -> Callable:
+def settle_step(
+  apply: Apply,
+) -> Callable[[Any, ModelState, Any, Batch, jax.Array], ModelState]:
   """Returns the step `(params, model_state, arch, batch) -> model_state`.
 
   It moves the running statistics, batch norm's and the activations', towards
   those of one architecture; weights stay.
   """
 
-  def step(params, model_state, arch, batch, key):
-    _, model_state = apply(
+  def step(
+    params: Any,
+    model_state: ModelState,
+    arch: Any,
+    batch: Batch,
+    key: jax.Array,
+  ) -> ModelState:
+    _, settled = apply(
       {'params': params, 'arch': arch, **model_state},
       data.model_inputs(batch),
       train=True,
       mutable=list(model_state),
       rngs={'dropout': key},
     )
-    return model_state
+    return settled
 
   return step

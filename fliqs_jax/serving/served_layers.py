@@ -129,6 +129,7 @@ class Stored(operands_lib.Operands):
     return jnp.int32 if self.in_integers else jnp.float32
 
   def __call__(self, x, w, contracted):
+    """Returns activations and stored weights on their grids."""
     del contracted  # The shape of the stored scale shows it.
     w = quantize.unquantized(w)
     if self.choices.weights is not None:

@@ -21,7 +21,8 @@ UNQUANTIZED_BITS = 16
 _SCALE_BITS = 32
 _OTHER_BITS = 32
 
-Leaves = Mapping[str, Any]  # {decision leaf's path: [K] one-hot or probability}
+Leaves = Mapping[str, Any]  # {leaf's path: [K] one-hot or probability}
+FormatValue = Callable[[formats.NumericFormat], int]
 
 
 @flax.struct.dataclass
@@ -66,7 +67,7 @@ class OpShape:
 
   def format_leaves(self) -> dict[str, tuple[formats.NumericFormat, ...]]:
     """Returns {name of an arch leaf of a format: its menu}."""
-    if self.tied:
+    if self.tied and self.weight_menu is not None:
       return {'format': self.weight_menu}
     menus = {'weights': self.weight_menu, 'activations': self.act_menu}
     return {name: menu for name, menu in menus.items() if menu is not None}
@@ -133,7 +134,7 @@ class Op:
     return f'{self.path}/{name}' if self.path else name
 
   def expected(
-    self, leaves: Leaves, weight_value: Callable, act_value: Callable
+    self, leaves: Leaves, weight_value: FormatValue, act_value: FormatValue
   ) -> Any:
     """Returns E[weight_value(format) * act_value(format)] under `leaves`.
 
@@ -141,7 +142,7 @@ class Op:
     decisions are independent, so their expectations multiply.
     """
     shape = self.shape
-    if shape.tied:
+    if shape.tied and shape.weight_menu is not None:
       return _dot(
         leaves[self.leaf('format')],
         [weight_value(f) * act_value(f) for f in shape.weight_menu],

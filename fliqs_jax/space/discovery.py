@@ -1,6 +1,6 @@
 """Finds a model's decisions by tracing it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import fnmatch
 import math
@@ -41,11 +41,13 @@ def find(
     spec = own
   calls: list[str] = []
 
-  def note_order(call, call_args, call_kwargs, context):
+  def note_order(
+    call: Callable[..., Any], call_args: Any, call_kwargs: Any, context: Any
+  ) -> Any:
     calls.append('/'.join(context.module.path))
     return call(*call_args, **call_kwargs)
 
-  def init(*args):
+  def init(*args: Any) -> Any:
     with nn.intercept_methods(note_order):
       return model.init(jax.random.key(0), *args, **kwargs)
 
@@ -88,11 +90,11 @@ def find(
   )
 
 
-def _flat(tree: Mapping) -> dict[str, Any]:
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
   return traverse_util.flatten_dict(tree, sep='/')
 
 
-def _sown_ops(cost: Mapping) -> Iterator[tuple[str, tuple]]:
+def _sown_ops(cost: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
   """Yields the path of every op's layer, and the shapes of its calls."""
   for path, sown in _flat(cost).items():
     layer, _, name = path.rpartition('/')
@@ -100,16 +102,18 @@ def _sown_ops(cost: Mapping) -> Iterator[tuple[str, tuple]]:
       yield layer, sown
 
 
-def _caller(path: str, sown: tuple) -> str:
+def _caller(path: str, sown: tuple[Any, ...]) -> str:
   """Returns the path of the module whose call has sown an op's cost."""
   # The products of an attention are named after it.
   shape = getattr(sown[0], 'shape', sown[0])
   return path.rpartition('/')[0] if shape.kind == 'attend' else path
 
 
-def _ops(cost: Mapping, calls: list[str]) -> tuple[cost_model.Op, ...]:
+def _ops(
+  cost: Mapping[str, Any], calls: list[str]
+) -> tuple[cost_model.Op, ...]:
   order = {path: i for i, path in reversed(list(enumerate(calls)))}
-  ops = []
+  ops: list[tuple[int, cost_model.Op]] = []
   for path, sown in _sown_ops(cost):
     place = order[_caller(path, sown)]
     for shape in sown:  # A shared layer is counted once per call.
@@ -161,7 +165,7 @@ def _format_decisions(
   return tuple(decisions.values())
 
 
-def _others(cost: Mapping) -> dict[str, cost_model.PerChannel]:
+def _others(cost: Mapping[str, Any]) -> dict[str, cost_model.PerChannel]:
   """Returns {path of a leaf: parameters that follow it}."""
   return {
     '/'.join((path.rpartition('/')[0], other.leaf)): other
@@ -171,7 +175,7 @@ def _others(cost: Mapping) -> dict[str, cost_model.PerChannel]:
 
 
 def _picked(
-  recorded: Mapping, calls: list[str]
+  recorded: Mapping[str, Any], calls: list[str]
 ) -> dict[str, sizes_lib.Channels | sizes_lib.Kernel]:
   """Returns {path of a leaf: what it picks from}, in order of calls."""
   order = {path: i for i, path in reversed(list(enumerate(calls)))}

@@ -67,7 +67,9 @@ class QuantSpec:
         f'quant.mode={self.mode!r} is unknown; allowed: {", ".join(MODES)}'
       )
 
-    def set_field(name, value):  # What a layer holds must be hashable.
+    def set_field(
+      name: str, value: Any
+    ) -> None:  # What a layer holds must be hashable.
       object.__setattr__(self, name, value)
 
     set_field('formats', formats.menu(self.formats))
@@ -211,6 +213,9 @@ def _freeze(
           f'quant.arch: {path} has {side} {name}, which quant.mode={mode!r} '
           "cannot say; use 'separate'"
         )
-    menus = [name and formats.menu(name) for name in (weights, activations)]
-    frozen.append((path, tuple(menus)))
+    frozen.append((path, (_only(weights), _only(activations))))
   return tuple(frozen)
+
+
+def _only(name: str | None) -> Menu | None:
+  return formats.menu(name) if name else None

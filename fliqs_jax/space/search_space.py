@@ -56,8 +56,8 @@ class Decision:
         f'{label} is not on the menu of {self.name}: '
         f'{", ".join(map(str, self.labels))}'
       )
-    index = list(self.labels).index(label)
-    return np.eye(len(self.labels), dtype=np.float32)[index]
+    matches = [option == label for option in self.labels]
+    return np.asarray(matches, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +213,6 @@ class SearchSpace:
     Raises:
       ValueError: an open decision does not have the format on its menu.
     """
-
     chosen = {
       d.name: np.ones(1, np.float32) if len(d.menu) == 1 else d.one_hot(name)
       for d in self.formats

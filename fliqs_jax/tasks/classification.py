@@ -1,6 +1,7 @@
 """The task of classification: loss, qualities, metrics of the test split."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ def output_shape(num_classes: int) -> tuple[int, ...]:
   return (num_classes,)
 
 
-def loss(label_smoothing: float) -> Callable:
+def loss(label_smoothing: float) -> Callable[..., Any]:
   """Returns the training loss (logits [N, C], batch) -> (scalar, metrics).
 
   Softmax cross-entropy with label smoothing, mean over the batch (A.4). Labels
@@ -80,9 +81,9 @@ def summarize(sums: Mapping[str, float]) -> dict[str, float]:
   )
 
 
-def _correct(logits, labels):
+def _correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
   return (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
 
 
-def _cross_entropy(logits, labels):
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -1,6 +1,7 @@
 """The task of predicting clicks: a logit per example, judged by AUC (A.13)."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def output_shape(num_classes: int) -> tuple[int, ...]:
   return ()
 
 
-def loss(label_smoothing: float) -> Callable:
+def loss(label_smoothing: float) -> Callable[..., Any]:
   """Returns the training loss (logits [N], batch) -> (scalar, metrics).
 
   Sigmoid cross-entropy, mean over the batch; smoothing moves labels towards
@@ -81,7 +82,7 @@ def measure(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
   bins = (jax.nn.sigmoid(logits) * _BINS).astype(jnp.int32)
   empty = jnp.zeros(_BINS)
 
-  def count(weights):
+  def count(weights: jax.Array) -> jax.Array:
     return empty.at[jnp.minimum(bins, _BINS - 1)].add(weights)
 
   cross_entropy = optax.sigmoid_binary_cross_entropy(logits, labels)

@@ -33,7 +33,7 @@ def test_rmsprop_is_tensorflow_s():
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize('name', optimizers.NAMES)
+@pytest.mark.parametrize('name', tuple(optimizers.OPTIMIZERS))
 def test_weight_decay_is_for_kernels_alone(name):
   # Without a gradient only decay moves anything.
   optimizer = optimizers.make(name, lambda step: 0.1, 0.9, 0.5)
