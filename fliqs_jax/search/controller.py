@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax
+from flax import struct
 import jax
 import jax.numpy as jnp
 
@@ -27,7 +27,7 @@ class Controller(NamedTuple):
   samples: int
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class SearchState:
   """What the controller remembers.
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-import flax
+from flax import struct
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.space import search_space
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TrainState:
   """The whole state of a run; the data position is a function of `step`.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any, NamedTuple
 
-import flax
+from flax import struct
 import numpy as np
 
 from fliqs_jax.numerics import formats
@@ -25,7 +25,7 @@ Leaves = Mapping[str, Any]  # {leaf's path: [K] one-hot or probability}
 FormatValue = Callable[[formats.NumericFormat], int]
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class OpShape:
   """What one quantizable op tells of itself; known from shapes, so all static.
 
@@ -44,21 +44,21 @@ class OpShape:
     spare: number of weights of branches other than the largest.
   """
 
-  kind: str = flax.struct.field(pytree_node=False)
-  macs: int = flax.struct.field(pytree_node=False)
-  weights: int = flax.struct.field(pytree_node=False)
-  channels: int = flax.struct.field(pytree_node=False)
-  weight_menu: tuple[formats.NumericFormat, ...] | None = flax.struct.field(
+  kind: str = struct.field(pytree_node=False)
+  macs: int = struct.field(pytree_node=False)
+  weights: int = struct.field(pytree_node=False)
+  channels: int = struct.field(pytree_node=False)
+  weight_menu: tuple[formats.NumericFormat, ...] | None = struct.field(
     pytree_node=False
   )
-  act_menu: tuple[formats.NumericFormat, ...] | None = flax.struct.field(
+  act_menu: tuple[formats.NumericFormat, ...] | None = struct.field(
     pytree_node=False
   )
-  tied: bool = flax.struct.field(pytree_node=False)
-  decided: tuple[tuple[str, Any], ...] = flax.struct.field(
+  tied: bool = struct.field(pytree_node=False)
+  decided: tuple[tuple[str, Any], ...] = struct.field(
     pytree_node=False, default=()
   )
-  spare: int = flax.struct.field(pytree_node=False, default=0)
+  spare: int = struct.field(pytree_node=False, default=0)
 
   def leaves(self) -> dict[str, tuple[Any, ...]]:
     """Returns {name of an arch leaf of this layer: what it picks from}."""
@@ -73,7 +73,7 @@ class OpShape:
     return {name: menu for name, menu in menus.items() if menu is not None}
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class PerChannel:
   """Parameters outside of ops that follow channels: biases, batch norm.
 
@@ -83,9 +83,9 @@ class PerChannel:
     params: how many for each channel.
   """
 
-  leaf: str = flax.struct.field(pytree_node=False)
-  channels: Any = flax.struct.field(pytree_node=False)
-  params: int = flax.struct.field(pytree_node=False)
+  leaf: str = struct.field(pytree_node=False)
+  channels: Any = struct.field(pytree_node=False)
+  params: int = struct.field(pytree_node=False)
 
   @property
   def allocated(self) -> int:
@@ -93,7 +93,7 @@ class PerChannel:
     return self.params * self.channels.size
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Stacked:
   """The same op in each step of a scan, or each slice of a vmap; all static.
 
@@ -103,9 +103,9 @@ class Stacked:
     shared: whether one decision governs all of them.
   """
 
-  shape: OpShape = flax.struct.field(pytree_node=False)
-  length: int = flax.struct.field(pytree_node=False)
-  shared: bool = flax.struct.field(pytree_node=False)
+  shape: OpShape = struct.field(pytree_node=False)
+  length: int = struct.field(pytree_node=False)
+  shared: bool = struct.field(pytree_node=False)
 
 
 @dataclasses.dataclass(frozen=True)
