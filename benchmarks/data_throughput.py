@@ -1,4 +1,4 @@
-r"""How fast batches are made: images and rows per second, CPU time of each.
+r"""Measures how fast batches are made: examples per second, CPU time of each.
 
 python -m benchmarks.data_throughput [--images=1000] [--lines=200000]
 

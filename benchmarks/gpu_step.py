@@ -1,4 +1,4 @@
-r"""What a search step costs on an accelerator: ResNet-50, bfloat16 compute.
+r"""Measures a search step on an accelerator: ResNet-50, bfloat16 compute.
 
 python -m benchmarks.gpu_step [--batch=128] [--rounds=20] [--steps=5] [--tiny]
 

@@ -1,4 +1,4 @@
-"""What each served layer gains alone, and why not where it does not.
+"""Measures each served layer alone, and says why where it gains nothing.
 
 A layer is timed as it is served: its input is rounded, multiplied, scaled, and
 the bias added. In a network XLA fuses some of that with the layer's neighbours.

@@ -1,4 +1,4 @@
-r"""How close the controllers come to the best network, where it is known.
+r"""Measures how close controllers come to the best network, where it is known.
 
 python -m benchmarks.search_quality [--long] [--seeds=64] [--gamma=-0.3]
 

@@ -1,4 +1,4 @@
-r"""What an exported INT8 model gains on this machine's CPU.
+r"""Measures the gain of an exported INT8 model on this machine's CPU.
 
 python -m benchmarks.serving [--network=resnet20,deit_ti] [--batch=1,64]
     [--rounds=20]

@@ -1,4 +1,4 @@
-r"""What a search step costs: time, memory and compilation, as ratios.
+r"""Measures a search step: time, memory and compilation, as ratios.
 
 python -m benchmarks.step_time [--network=resnet18,deit_ti16] [--step=stock,3]
 

@@ -1,4 +1,4 @@
-"""What the ImageNet recipes share; the experiments are the files beside it.
+"""Functions that the ImageNet recipes share; the files beside it use them.
 
 All need `--config.data.data_dir`: where TFDS has prepared imagenet2012 as
 ArrayRecord (docs/configs.md, "Data"). Of every recipe, the arguments are:

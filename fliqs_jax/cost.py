@@ -1,4 +1,4 @@
-r"""What a network costs, layer by layer, from shapes alone.
+r"""Print the cost of a network, layer by layer, from shapes alone.
 
 python -m fliqs_jax.cost --model=mobilenetv2 [--width=0.5] [--format=INT8]
     [--image_size=192] [--classes=1000] [--json]

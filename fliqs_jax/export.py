@@ -52,7 +52,7 @@ def export(
     workdir: of a run that reached its last step.
     out: a directory that is empty or does not exist.
     arch: path of an arch.json, in place of the found architecture.
-    numeric_format: a uniform format, likewise.
+    numeric_format: a uniform format, in place of the found architecture.
     target: `packed` takes every format; `native` only those whose grid a type
       of ml_dtypes holds.
     examples: test examples to store with the outputs that they must give.
@@ -88,8 +88,8 @@ def export(
   batch = data.model_inputs(next(iter(experiment.streams.test())))
   inputs = jax.tree.map(lambda x: np.asarray(x)[:examples], batch)
   apply = experiment.model.apply
-  tell = stored_layers.operand_recorder(apply, train=False)
-  tensors, layers = stored_layers.tensors(tell, variables, assignment, inputs)
+  record = stored_layers.operand_recorder(apply, train=False)
+  tensors, layers = stored_layers.tensors(record, variables, assignment, inputs)
   outputs = jax.jit(lambda v, x: apply(v, x, train=False))(variables, inputs)
   manifest = dict(
     task=experiment.config.task,

@@ -1,4 +1,4 @@
-"""What all platforms share: flags, runs, names, and how a script looks."""
+"""Functions that all platforms share: flags, runs, names, scripts."""
 
 import argparse
 from collections.abc import Sequence

@@ -87,6 +87,13 @@ def test_each_heavy_library_is_imported_in_one_file():
       assert where in rooms, f'{where} imports {name}'
 
 
+def test_module_docstrings_begin_with_a_noun_or_a_verb():
+  questions = {'What', 'How', 'Where', 'Which', 'Who', 'When', 'Why'}
+  for path in _files():
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert text.split()[0] not in questions, path
+
+
 def test_no_file_reads_a_config_with_a_default():
   for path in _files():
     assert 'config.get(' not in path.read_text(), path.name

@@ -1,4 +1,4 @@
-"""How a large directory is made once: whole or not at all, by one process."""
+"""Builds a large directory once: whole or not at all, by one process."""
 
 from collections.abc import Iterator
 import contextlib

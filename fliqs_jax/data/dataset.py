@@ -1,4 +1,4 @@
-"""What the pipeline must know of one data set, and nothing else."""
+"""The interface between one data set and the pipeline."""
 
 from collections.abc import Callable, Mapping
 import dataclasses

@@ -1,4 +1,4 @@
-"""How DeiT's recipe distorts a training image: RandAugment, random erasing.
+"""Augmentation of DeiT's recipe: RandAugment and random erasing.
 
 As in timm, which DeiT's recipe is written for: 'rand-m9-mstd0.5-inc1' with two
 operations, and erasing in 'pixel' mode. Departures: posterizing keeps at least

@@ -1,4 +1,4 @@
-"""What image data sets have in common: pixels to inputs, small shifts."""
+"""Functions that image data sets share: pixels to inputs, small shifts."""
 
 from collections.abc import Callable
 import io

@@ -1,4 +1,4 @@
-"""Which examples a split string such as 'train[:80%]' names.
+"""Parsing of split strings such as 'train[:80%]' into example numbers.
 
 The grammar and the rounding are those of TFDS, so that a string means the same
 here and there. Read here, because also data sets that never touch TFDS need it,

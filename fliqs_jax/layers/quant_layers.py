@@ -5,8 +5,8 @@ in which the one multiplication is replaced: both operands are put on the grid
 of a format that the `arch` collection chooses, the op runs on grid values with
 a float32 accumulator, and the scales are applied to its result.
 
-Where a layer is told that its sizes are decided about, dead input channels and
-dead taps of its kernel enter neither scales nor statistics.
+Where the sizes of a layer are decided about, inactive input channels and
+inactive taps of its kernel enter neither scales nor statistics.
 
 Collections, per layer:
   arch: `format` [K] one-hot, or `weights` and `activations` [K]; where sizes
@@ -190,7 +190,7 @@ def _conv(
 
 
 def _conv_kind(kernel: tuple[int, ...], groups: int) -> str:
-  """Returns the kind of a convolution, as of `cost_model.OpShape`."""
+  """Returns the kind of a convolution, `cost_model.OpShape.kind`."""
   *taps, inputs, _ = kernel
   # One input to an output is not enough: an image may have a single channel.
   if groups > 1 and inputs == 1:

@@ -87,13 +87,13 @@ def build(
   """Returns the network that a config names, with searchable layers.
 
   Args:
-    config: as of `construct`.
+    config: `config.model`; `construct` describes it.
     num_classes: size of its output.
     spec: which formats its layers may use.
     sizes: which of its sizes are open.
 
   Raises:
-    ValueError: as of `construct`.
+    ValueError: `construct` refuses the config or the sizes.
   """
   return construct(
     config,

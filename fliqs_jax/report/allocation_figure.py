@@ -1,4 +1,4 @@
-"""How a found model spends: bits beside channels and kernels (paper, A.7)."""
+"""Figure of the allocation: bits beside channels and kernels (paper, A.7)."""
 
 from collections.abc import Mapping, Sequence
 import math
@@ -26,7 +26,7 @@ def panes(
   """Sorts layers into panes; none where there is nothing to compare.
 
   Args:
-    layers: as of `FinishedRun.layers`.
+    layers: rows of `FinishedRun.layers`.
 
   Returns:
     {(size, kind of layer, side): layers whose size had several options and of
@@ -65,7 +65,7 @@ def allocation(
   """Draws a dot per layer: its channels or its kernel against its bits.
 
   Args:
-    layers: as of `FinishedRun.layers`; `panes` finds something in them.
+    layers: rows of `FinishedRun.layers`, in which `panes` finds something.
     tint: colours by format.
   """
   parts = panes(layers)

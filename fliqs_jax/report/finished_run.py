@@ -1,4 +1,4 @@
-"""What a finished run left in its workdir, read, checked and joined."""
+"""A finished run: the files of its workdir, read, checked and joined."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses

@@ -1,4 +1,4 @@
-"""How a report spells numbers; what is not finite is a dash."""
+"""Formatting of numbers in reports; a number that is not finite is a dash."""
 
 import math
 

@@ -107,7 +107,7 @@ def render(
   """Returns the page.
 
   Args:
-    run: what to tell.
+    run: the finished run.
     images: PNG files for light and for dark surroundings, by name.
     tint: colours by format.
   """

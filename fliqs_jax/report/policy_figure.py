@@ -1,4 +1,4 @@
-"""How the probabilities of a policy went: a pane for each decision."""
+"""Figure of the probabilities of a policy over the steps, by decision."""
 
 from collections.abc import Mapping, Sequence
 import math

@@ -32,7 +32,7 @@ from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes as sizes_lib
 from fliqs_jax.tasks import augment
 
-# Relative, where a target is held against the cheapest and the dearest cost:
+# Relative, where a target is compared with the cheapest and the dearest cost:
 # all of them are float32 sums.
 _TOLERANCE = 1e-6
 

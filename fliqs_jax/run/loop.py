@@ -112,7 +112,8 @@ def save(
     checkpoints: of the run.
     state: after as many steps as it says.
     seconds: wall time until now.
-    unwritten: as of `RunLog.unwritten`.
+    unwritten: metrics that no row of the history has yet, from
+      `RunLog.unwritten`.
   """
   extra = dict(seconds=seconds, metrics=unwritten or {})
   checkpoints.save(int(state.step), state, extra)

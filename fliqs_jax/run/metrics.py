@@ -1,4 +1,4 @@
-"""How metrics are averaged between logging points, and where they are logged.
+"""Metrics: averaged between logging points, then written to files.
 
 At a step nothing leaves the device: `accumulate` is one small compiled call.
 At a logging point `compute` fetches the averages and `Writer.write` logs them,

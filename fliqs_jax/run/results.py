@@ -1,4 +1,4 @@
-"""What comes out of a run, as data: arch.json and result.json."""
+"""The results of a run as data: arch.json and result.json."""
 
 from collections.abc import Mapping
 import hashlib

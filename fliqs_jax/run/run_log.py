@@ -1,4 +1,4 @@
-"""What a run tells of itself at logging points, and when it must not go on."""
+"""The log of a run at logging points, which stops a run that diverged."""
 
 import logging
 import math

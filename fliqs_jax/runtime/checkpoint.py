@@ -1,4 +1,4 @@
-"""How a run's state is saved and found again, and damage noticed.
+"""Checkpoints: a run's state saved, restored, and checked for damage.
 
 Orbax writes the arrays. On top of it stand three things that it does not do:
 every leaf is stored with a digest of its bits, because Orbax restores a flipped

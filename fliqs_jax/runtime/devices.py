@@ -156,7 +156,7 @@ def one_device() -> Devices:
 def all_devices(config: ml_collections.ConfigDict, samples: int) -> Devices:
   """Returns all devices of all processes, for a run.
 
-  If JAX was told of a default device (`jax.default_device`), that one alone.
+  If `jax.default_device` is set, that device alone.
 
   Args:
     config: of the run, checked.

@@ -1,4 +1,4 @@
-"""What tells one state from another: name, type, shape, digest of each leaf."""
+"""Descriptions of a state: name, type, shape and digest of each leaf."""
 
 from collections.abc import Collection, Mapping
 from typing import Any

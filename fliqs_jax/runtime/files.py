@@ -1,4 +1,4 @@
-"""How a small file is replaced, so that a kill leaves the old or the new one.
+"""Atomic replacement of small files: a kill leaves the old or the new one.
 
 One writer per file at a time: the temporary file has a fixed name, so that
 what a killed run leaves behind is overwritten and never piles up.

@@ -1,4 +1,4 @@
-"""What others may watch of a run: signs of life, and a profile of steps."""
+"""Monitoring of a run from outside: heartbeats, and a profile of steps."""
 
 import os
 import pathlib

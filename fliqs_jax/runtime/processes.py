@@ -19,7 +19,7 @@ import numpy as np
 _LOG = logging.getLogger(__name__)
 
 # What `launch.local` gives; JAX looks for none of them by itself.
-_TOLD = ('FLIQS_COORDINATOR', 'FLIQS_NUM_PROCESSES', 'FLIQS_PROCESS_ID')
+_GIVEN = ('FLIQS_COORDINATOR', 'FLIQS_NUM_PROCESSES', 'FLIQS_PROCESS_ID')
 # How many processes a cluster started; JAX then finds the rest.
 _COUNTS = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
 _TPU = ('TPU_WORKER_HOSTNAMES', 'TPU_PROCESS_ADDRESSES')
@@ -42,10 +42,10 @@ def join(timeout: int, dead_after: int) -> None:
   Raises:
     ValueError: the environment says something that cannot be.
   """
-  told = _told()
-  if told is None and not _in_cluster():
+  given = _given()
+  if given is None and not _in_cluster():
     return
-  where = told['coordinator_address'] if told else 'what the cluster names'
+  where = given['coordinator_address'] if given else 'what the cluster names'
   _LOG.info('waiting for the other processes at %s', where)
 
   def give_up():
@@ -62,7 +62,7 @@ def join(timeout: int, dead_after: int) -> None:
   waiting.start()
   try:
     jax.distributed.initialize(
-      **(told or {}),
+      **(given or {}),
       # Later than ours.
       initialization_timeout=timeout + 60,
       heartbeat_timeout_seconds=dead_after,
@@ -70,15 +70,15 @@ def join(timeout: int, dead_after: int) -> None:
   except (ValueError, RuntimeError, OSError) as error:
     raise ValueError(
       f'the processes of this run cannot meet at {where}: {error}; '
-      f'{_TOLD[1]}=1 runs without others'
+      f'{_GIVEN[1]}=1 runs without others'
     ) from None
   finally:
     waiting.cancel()
 
 
-def _told():
-  """Returns what the environment tells `jax.distributed.initialize`."""
-  values = [os.environ.get(name, '') for name in _TOLD]
+def _given():
+  """Returns arguments of `jax.distributed.initialize` from the environment."""
+  values = [os.environ.get(name, '') for name in _GIVEN]
   address, count, index = values
   if not any(values) or count == '1':
     return None
@@ -88,7 +88,7 @@ def _told():
     and index.isdecimal()
     and int(index) < int(count)
   ):
-    said = ', '.join(f'{k}={v!r}' for k, v in zip(_TOLD, values))
+    said = ', '.join(f'{k}={v!r}' for k, v in zip(_GIVEN, values))
     raise ValueError(
       f'{said}: needed are HOST:PORT, the number of processes, and an index '
       'below it'
@@ -104,7 +104,7 @@ def _told():
 def _in_cluster() -> bool:
   """Returns whether JAX should ask a cluster for the other processes."""
   environment = os.environ
-  if environment.get(_TOLD[1]) == '1':
+  if environment.get(_GIVEN[1]) == '1':
     return False
   return (
     any(int(environment.get(name, '1')) > 1 for name in _COUNTS)

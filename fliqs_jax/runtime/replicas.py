@@ -1,4 +1,4 @@
-"""How the copies of one step that run side by side differ and agree.
+"""Replicas: the copies of one step that run side by side.
 
 In a `pmap` run every device takes the step on its own part of the batches, with
 an architecture of its own (TuNAS); what is learnt is the mean over all of them.
@@ -28,7 +28,9 @@ class Replicas(NamedTuple):
 
 
 def _nobody(x):
-  raise ValueError('a step without replicas has no others to be held against')
+  raise ValueError(
+    'leave_one_out needs at least two replicas; this step has one'
+  )
 
 
 # A step that stands for itself, on one device or as one program over many.

@@ -1,4 +1,4 @@
-"""What an architecture costs: bit operations (Eq. 1), size, average bits.
+"""Costs of an architecture: bit operations (Eq. 1), size, average bits.
 
 Every cost is a function of the tree of decisions and linear in each of them, so
 the expected cost of a policy is the cost at its probabilities, and its gradient
@@ -27,7 +27,7 @@ FormatValue = Callable[[formats.NumericFormat], int]
 
 @struct.dataclass
 class OpShape:
-  """What one quantizable op tells of itself; known from shapes, so all static.
+  """The shape of one quantizable op; all fields are static.
 
   Attributes:
     kind: `conv`, or what it is more precisely: `pointwise` (1x1), `depthwise`

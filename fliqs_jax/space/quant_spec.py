@@ -1,4 +1,4 @@
-"""Which formats each layer may use, and how it is clipped: rules by path."""
+"""Rules by path: the formats that each layer may use, and how it is clipped."""
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses

@@ -1,4 +1,4 @@
-r"""Which runs does a sweep file declare?
+r"""Sweep files: the runs that one file declares.
 
 A sweep file is YAML: data, not code.
 
@@ -67,7 +67,7 @@ class Sweep:
 
   @property
   def out(self) -> str:
-    """Where the runs go unless told otherwise."""
+    """The directory of the runs unless another is given."""
     return os.path.join('runs', self.name)
 
 
