@@ -2,7 +2,8 @@
 
 Runs use one of them; a test that wants all says `jax.default_device(None)`.
 Programs are compiled once for all tests of a worker and the runs they start:
-compiling is most of what tests do.
+compiling is most of what tests do. The files that compile most are marked
+`slow`; docs/testing.md says when to run which.
 """
 
 import atexit
@@ -15,9 +16,10 @@ atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE  # Before jax is imported.
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # The files that take longest, first: no worker shall end alone with one.
-_LONG = (
+_SLOW = (
   'recipes_test',
   'processes_test',
   'train_test',
@@ -30,6 +32,13 @@ _LONG = (
   'benchmarks_test',
   'scanned_test',
   'export_test',
+  'quant_layers_test',
+  'open_layers_test',
+  'searchable_test',
+  'published_costs_test',
+  'models_test',
+  'checkpoint_test',
+  'metrics_test',
 )
 
 jax.config.update('jax_num_cpu_devices', 8)
@@ -38,10 +47,13 @@ jax.config.update('jax_default_device', jax.devices()[0])
 
 
 def pytest_collection_modifyitems(items):
-  """Sorts tests by file; xdist hands files out in this order."""
+  """Marks slow files; sorts tests by file, as xdist hands them out."""
 
   def place(item):
     name = item.path.stem
-    return _LONG.index(name) if name in _LONG else len(_LONG)
+    return _SLOW.index(name) if name in _SLOW else len(_SLOW)
 
   items.sort(key=place)
+  for item in items:
+    if item.path.stem in _SLOW:
+      item.add_marker(pytest.mark.slow)
