@@ -38,7 +38,6 @@ _SLOW = (
   'published_costs_test',
   'models_test',
   'checkpoint_test',
-  'metrics_test',
 )
 
 jax.config.update('jax_num_cpu_devices', 8)
