@@ -38,6 +38,10 @@ _SLOW = (
   'published_costs_test',
   'models_test',
   'checkpoint_test',
+  'float_ops_test',
+  'report_sizes_test',
+  'launch_test',
+  'coverage_test',
 )
 
 jax.config.update('jax_num_cpu_devices', 8)
