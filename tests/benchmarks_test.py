@@ -14,6 +14,8 @@ from benchmarks import serving
 from benchmarks import step_time
 from fliqs_jax import models
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module', name='network')
 def _network():

@@ -2,8 +2,8 @@
 
 Runs use one of them; a test that wants all says `jax.default_device(None)`.
 Programs are compiled once for all tests of a worker and the runs they start:
-compiling is most of what tests do. The files that compile most are marked
-`slow`; docs/testing.md says when to run which.
+compiling is most of what tests do. Those that compile most are marked `slow`;
+docs/testing.md says when to run which.
 """
 
 import atexit
@@ -16,32 +16,28 @@ atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE  # Before jax is imported.
 
 import jax  # noqa: E402
-import pytest  # noqa: E402
 
 # The files that take longest, first: no worker shall end alone with one.
-_SLOW = (
+_LONG = (
   'recipes_test',
   'processes_test',
-  'train_test',
-  'slicing_test',
-  'export_intercepted_test',
-  'served_layers_test',
-  'found_networks_test',
-  'devices_test',
   'examples_test',
-  'benchmarks_test',
+  'devices_test',
+  'export_intercepted_test',
   'scanned_test',
-  'export_test',
-  'quant_layers_test',
-  'open_layers_test',
-  'searchable_test',
-  'published_costs_test',
   'models_test',
+  'benchmarks_test',
+  'train_test',
+  'quant_layers_test',
+  'searchable_test',
+  'served_layers_test',
+  'slicing_test',
+  'open_layers_test',
   'checkpoint_test',
-  'float_ops_test',
+  'found_networks_test',
+  'export_test',
   'report_sizes_test',
-  'launch_test',
-  'coverage_test',
+  'published_costs_test',
 )
 
 jax.config.update('jax_num_cpu_devices', 8)
@@ -50,13 +46,10 @@ jax.config.update('jax_default_device', jax.devices()[0])
 
 
 def pytest_collection_modifyitems(items):
-  """Marks slow files; sorts tests by file, as xdist hands them out."""
+  """Sorts tests by file; xdist hands files out in this order."""
 
   def place(item):
     name = item.path.stem
-    return _SLOW.index(name) if name in _SLOW else len(_SLOW)
+    return _LONG.index(name) if name in _LONG else len(_LONG)
 
   items.sort(key=place)
-  for item in items:
-    if item.path.stem in _SLOW:
-      item.add_marker(pytest.mark.slow)

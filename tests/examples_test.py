@@ -16,6 +16,8 @@ from examples import search_digits
 from examples import search_text
 from fliqs_jax import export
 
+pytestmark = pytest.mark.slow
+
 _EXAMPLES = pathlib.Path(digits_cnn.__file__).parent
 
 

@@ -12,6 +12,8 @@ import pytest
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
 
+pytestmark = pytest.mark.slow
+
 _ROOT = pathlib.Path(__file__).parents[1]
 # Every file of configs/ that is a recipe; imagenet.py is what some share.
 RECIPES = sorted(

@@ -550,6 +550,7 @@ assert 'tensorflow' not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_preparing_survives_a_kill_and_needs_no_tensorflow(tmp_path):
   root = pathlib.Path(data.__file__).parents[2]
   for kill in (True, False):

@@ -295,6 +295,7 @@ class TwoHeads(nn.Module):
     return nn.Dense(1, name='value')(x), nn.Dense(2, name='classes')(x)
 
 
+@pytest.mark.slow
 def test_the_fused_step_takes_any_call_loss_quality_and_cost():
   left, right = helpers.random((32, 4), 1), helpers.random((32, 4), 2)
   value = np.sum(left * right, axis=1, keepdims=True)

@@ -61,6 +61,7 @@ def statistics(quant_stats, layer):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'stack',
   [
@@ -179,6 +180,7 @@ def test_a_stack_goes_by_an_assignment_where_one_program_can():
     discovery.find(searchable_lib.searchable(foreign_models.Stack(), spec), X)
 
 
+@pytest.mark.slow
 def test_scans_of_scans_and_of_every_collection_are_found():
   model = searchable_lib.searchable(
     foreign_models.Nested(), quant_spec.QuantSpec(exclude=('rematted/*/down',))
@@ -202,6 +204,7 @@ def test_scans_of_scans_and_of_every_collection_are_found():
   assert not np.array_equal(*outputs)
 
 
+@pytest.mark.slow
 def test_a_recurrent_layer_costs_each_of_its_steps():
   # 5 steps of 2 sequences.
   x = helpers.random((2, 5, 8))
@@ -272,6 +275,7 @@ def test_arch_must_be_given():
     model.apply({k: v for k, v in variables.items() if k != 'arch'}, X)
 
 
+@pytest.mark.slow
 def test_a_transformer_of_scanned_blocks_is_covered():
   class Layer(nn.Module):
     @nn.compact

@@ -65,6 +65,7 @@ def test_an_intercepted_layer_declares_what_the_quantized_layer_does(case):
     assert actual == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case_id', ['dense', 'conv', 'einsum_heads'])
 def test_a_bfloat16_layer_is_the_quantized_layer_bit_for_bit(case_id):
   case = cases.CASES[case_id]
@@ -81,6 +82,7 @@ def test_a_bfloat16_layer_is_the_quantized_layer_bit_for_bit(case_id):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'layer',
   [
@@ -143,6 +145,7 @@ def assert_(variables, model, layer, x, dtype):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rows', [1, 7])
 def test_an_embedding_is_looked_up_in_its_grid(rows):
   layer = nn.Embed(rows, 3)
@@ -225,6 +228,7 @@ def test_all_layers_of_the_zoo_are_found():
   )
 
 
+@pytest.mark.slow
 def test_other_collections_change_as_they_do_without_us():
   model, variables = zoo()
   mutable = ['batch_stats', 'quant_stats', 'intermediates']
@@ -261,6 +265,7 @@ def test_with_everything_excluded_the_zoo_is_as_it_was():
   helpers.same(actual, expected)
 
 
+@pytest.mark.slow
 def test_the_products_of_attention_multiply_what_is_on_the_grid():
   layer = nn.MultiHeadDotProductAttention(2)
   x = helpers.random((1, 4, 6))
@@ -306,6 +311,7 @@ def test_the_products_of_attention_multiply_what_is_on_the_grid():
   assert sorted(changed['quant_stats']['av']['activations']) == ['active']
 
 
+@pytest.mark.slow
 def test_an_attention_may_be_shared():
   class Shared(nn.Module):
     @nn.compact
@@ -380,6 +386,7 @@ def test_a_subclass_keeps_what_it_adds():
 QUANT_DENSE = quant_layers.with_spec(quant_layers.QuantDense, cases.SEPARATE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('transform', ['jit', 'remat'])
 def test_transforms_and_shared_layers_are_those_of_quantized_layers(transform):
   x = helpers.random((4, 8))
@@ -447,6 +454,7 @@ def test_the_rules_of_the_model_are_checked_without_being_given_again():
     discovery.find(model, helpers.random((4, 8)))
 
 
+@pytest.mark.slow
 def test_formats_change_nothing_in_the_program():
   model, variables = zoo()
   space = discovery.find(model, foreign_models.TOKENS, train=False)

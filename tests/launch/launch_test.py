@@ -484,6 +484,7 @@ def test_a_killed_launcher_leaves_no_orphans(tmp_path):
   raise AssertionError('orphans')
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_here_and_what_is_finished_is_not_run_again(
   tmp_path, monkeypatch, capfd
 ):

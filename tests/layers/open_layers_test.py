@@ -187,6 +187,7 @@ CASES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_a_choice_is_the_plain_layer_of_its_sizes(case):
   rng = np.random.default_rng(0)

@@ -64,6 +64,7 @@ def integer_layer(case):
   return case.linen(**kwargs, **op, promote_dtype=lambda *a, dtype: a)
 
 
+@pytest.mark.slow
 @cases.CASE
 def test_parameters_are_those_of_the_linen_layer(case):
   kwargs = dict(kernel_init=show_key)
@@ -162,6 +163,7 @@ def test_float_formats_agree_with_float64(case_id):
     np.testing.assert_allclose(y, expected, atol=1e-6 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @cases.CASE
 def test_gradients_are_those_of_the_straight_through_estimator(case):
   x = helpers.random(case.input_shape, seed=5)
@@ -281,6 +283,7 @@ def test_a_bfloat16_layer_accumulates_in_float32(case):
     assert product.outvars[0].aval.dtype == jnp.float32
 
 
+@pytest.mark.slow
 @cases.CASE
 def test_the_output_has_the_dtype_of_the_linen_layer(case):
   for spec in (cases.SEPARATE, cases.EXCLUDED):

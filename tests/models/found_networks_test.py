@@ -18,6 +18,8 @@ from fliqs_jax.space import quant_spec
 from fliqs_jax.space import sizes
 from tests import helpers
 
+pytestmark = pytest.mark.slow
+
 BATCH, CLASSES = 3, 3
 WIDTHS = (0.5, 1.0, 1.5)
 # Compiling their statistics of a batch takes as long again.

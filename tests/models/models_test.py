@@ -133,6 +133,7 @@ def compiled(name):
   return variables, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NETWORKS)
 def test_logits_are_finite_and_one_row_per_example(name):
   variables, run = compiled(name)
@@ -144,6 +145,7 @@ def test_logits_are_finite_and_one_row_per_example(name):
   assert len(np.unique(evaluated, axis=0)) == BATCH  # The input matters.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NETWORKS)
 def test_every_parameter_has_a_gradient(name):
   variables, run = compiled(name)
@@ -162,6 +164,7 @@ def test_every_parameter_has_a_gradient(name):
       assert 1e-5 < largest[path] < np.inf, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NETWORKS)
 def test_only_dropout_is_random_and_only_in_training(name):
   variables, run = compiled(name)
@@ -172,6 +175,7 @@ def test_only_dropout_is_random_and_only_in_training(name):
   np.testing.assert_array_equal(first[3], other[3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['resnet_basic', 'resnet_bottleneck'])
 def test_training_differs_from_evaluation_by_the_statistics_alone(name):
   variables, run = compiled(name)
@@ -214,6 +218,7 @@ def dropouts(model, x, train=True):
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('train', [True, False])
 def test_efficientnet_drops_whole_shortcut_blocks_ever_more(train):
   model = efficientnet.EfficientNet(CLASSES)
@@ -266,6 +271,7 @@ def initial(model, x, *path, seed=0):
   return np.asarray(one(jax.random.key(seed)))
 
 
+@pytest.mark.slow
 def test_initial_spreads_are_the_original_recipes():
   # A sample of n has a standard deviation within 4 / sqrt(2 n) of the true one.
   block = resnet.ResNet(CLASSES, depth=10), images(33), 'stage3_block0'

@@ -25,6 +25,8 @@ from fliqs_jax.space import cost_model
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
 
+pytestmark = pytest.mark.slow
+
 NETWORKS = {
   'resnet18': functools.partial(resnet.ResNet, depth=18),
   'resnet50': functools.partial(resnet.ResNet, depth=50),

@@ -109,6 +109,7 @@ def test_sizes_come_after_formats_channels_first(tmp_path):
   assert set(run.searched) == {*run.searched_formats, *run.searched_sizes}
 
 
+@pytest.mark.slow
 def test_a_probability_that_is_not_finite_is_a_dash(tmp_path):
   files = finished.sized_files()
   decisions = files['result.json']['decisions']
@@ -118,6 +119,7 @@ def test_a_probability_that_is_not_finite_is_a_dash(tmp_path):
   assert 'nan' not in re.sub('base64,[^"]*', '', page).lower()
 
 
+@pytest.mark.slow
 def test_sizes_of_an_unknown_decision_are_still_shown(tmp_path):
   files = finished.sized_files()
   for row in files['result.json']['layers']:
@@ -143,6 +145,7 @@ def test_a_result_of_another_version_is_refused(tmp_path):
     _read(tmp_path, files)
 
 
+@pytest.mark.slow
 def test_the_names_of_sizes_are_escaped(tmp_path):
   text = json.dumps(finished.sized_files()).replace(
     'block/kernel', '<script>/kernel'
@@ -168,6 +171,7 @@ def test_found_sizes_that_are_trained_again_are_no_search(tmp_path):
   assert not (tmp_path / 'allocation.png').exists()
 
 
+@pytest.mark.slow
 def test_a_search_of_sizes_alone_has_no_policy_of_formats(tmp_path):
   files = finished.sized_files()
   for decision in files['result.json']['decisions'].values():
@@ -184,6 +188,7 @@ def test_a_search_of_sizes_alone_has_no_policy_of_formats(tmp_path):
   assert not (tmp_path / 'policy.png').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode', ['weights', 'activations', 'separate'])
 def test_every_mode_has_a_page(tmp_path, mode):
   files = finished.sized_files()

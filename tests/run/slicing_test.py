@@ -14,6 +14,8 @@ from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import slicing
 from fliqs_jax.run import train
 
+pytestmark = pytest.mark.slow
+
 
 def _config():
   config = digits.get_config('smoke,nas,preset=paper')

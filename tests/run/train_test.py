@@ -71,6 +71,7 @@ def test_the_found_architecture_is_the_frozen_policy(finished):
     assert arch['layers'][layer]['weights'] == decision['options'][best]
 
 
+@pytest.mark.slow
 def test_starting_a_finished_run_again_changes_nothing(finished, capsys):
   workdir, _ = finished
   before = helpers.facts(workdir)
@@ -129,6 +130,7 @@ def test_a_uniform_format_is_evaluated_by_the_same_code(finished):
   assert metrics['average_bits'] == 8.0
 
 
+@pytest.mark.slow
 def test_an_arch_trains_as_that_very_assignment(finished, tmp_path):
   workdir, _ = finished
   config = tiny.get_config('steps=20')
@@ -152,6 +154,7 @@ def test_an_arch_of_another_model_names_missing_and_surplus(finished, tmp_path):
     experiment_lib.build(config)
 
 
+@pytest.mark.slow
 def test_profiled_clips_replace_the_table_s(tmp_path):
   config = tiny.get_config('steps=20,act_clip=profiled')
   train.train_and_evaluate(config, tmp_path)
@@ -164,6 +167,7 @@ def test_profiled_clips_replace_the_table_s(tmp_path):
     assert layer['active']
 
 
+@pytest.mark.slow
 def test_references_are_trained_by_the_same_code(tmp_path):
   config = tiny.get_config('steps=20')
   with config.unlocked():
@@ -178,6 +182,7 @@ def _checkpointed(workdir):
   return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir())
 
 
+@pytest.mark.slow
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
   config = tiny.get_config()
   with config.unlocked():
@@ -199,6 +204,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
   assert _checkpointed(tmp_path) == good[-kept:]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_while_it_diverges_saves_nothing(tmp_path):
   config = tiny.get_config()
   with config.unlocked():
@@ -211,6 +217,7 @@ def test_a_run_that_is_stopped_while_it_diverges_saves_nothing(tmp_path):
   assert _checkpointed(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_steps_are_profiled_on_request(tmp_path):
   config = tiny.get_config('steps=20')
   train.train_and_evaluate(config, tmp_path, profile_steps='3:5')
@@ -257,6 +264,7 @@ def _ended_at(process, moment, how):
   return process.wait()
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_bit_identical(tmp_path):
   whole, broken = tmp_path / 'whole', tmp_path / 'broken'
   process = _start(whole)

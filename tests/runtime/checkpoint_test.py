@@ -133,6 +133,7 @@ def warnings(caplog):
   ]
 
 
+@pytest.mark.slow
 def test_a_state_comes_back_bit_for_bit(tmp_path):
   state, extra = make_state(7), {'position': [1, 2], 'versions': {'jax': '1'}}
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
@@ -154,6 +155,7 @@ def test_only_the_newest_are_kept(tmp_path):
   assert steps_in(tmp_path) == [3, 4]
 
 
+@pytest.mark.slow
 def test_a_leaf_is_restored_to_the_sharding_of_its_target(tmp_path):
   state = make_state()
   targets = {
@@ -283,6 +285,7 @@ def test_damaged_arrays_are_named_and_the_one_before_is_used(
   assert len(warning) < 600
 
 
+@pytest.mark.slow
 def test_of_damage_nothing_else_is_printed(tmp_path, capfd):
   source = jax.device_put(helpers.large_state(0), sharding(8, 'data'))
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
@@ -459,6 +462,7 @@ with checkpoint.Checkpoints(sys.argv[2], keep=2) as checkpoints:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_its_last_complete_checkpoint(tmp_path):
   root = pathlib.Path(__file__).parents[2]
   reached = 0

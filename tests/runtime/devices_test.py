@@ -78,6 +78,7 @@ def _alone():
   return _after(_config(), 1, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('count', [2, 4, 8])
 def test_pjit_on_many_devices_is_the_run_of_one(count):
   one, metrics_of_one = _alone()
@@ -107,6 +108,7 @@ class _Net(nn.Module):
     return nn.relu(x).mean((1, 2)) @ jnp.ones((4, 10))
 
 
+@pytest.mark.slow
 def test_convolutions_and_batch_norm_see_the_batch_of_all_devices():
   config = _config()
   experiment = experiment_lib.build(config)
@@ -123,6 +125,7 @@ def test_convolutions_and_batch_norm_see_the_batch_of_all_devices():
   _assert_close(one, many, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_large_parameters_and_their_moments_are_split():
   def config(shard):
     config = _config(shard_params=shard)
@@ -145,6 +148,7 @@ def test_large_parameters_and_their_moments_are_split():
   _assert_close(split, whole, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_whole_batch():
   def config(parts):
     config = _config(accumulate=parts)
@@ -161,6 +165,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     np.testing.assert_allclose(a['accuracy'], b['accuracy'], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('preset', ['default', 'paper'])
 def test_replicas_stay_in_step_bit_by_bit(preset):
   state, _ = _after(_config(mode='pmap', preset=preset), 4, 8)
@@ -176,6 +181,7 @@ def _plain(x):
   return jax.random.key_data(x) if is_key else x
 
 
+@pytest.mark.slow
 def test_weights_learn_from_the_mean_over_replicas():
   """`pmap` against a loop over the replicas, each a step on its own rows."""
   config = _config(mode='pmap')
@@ -258,6 +264,7 @@ def test_every_replica_proposes_an_architecture_of_its_own():
   assert len(set(zip(a, b))) > 3  # Of 16; that few have a chance of 1e-4.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('leave_one_out', [False, True])
 def test_the_policy_learns_from_all_replicas(leave_one_out):
   """The update against its formula, over four replicas."""

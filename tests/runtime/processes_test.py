@@ -22,6 +22,8 @@ from fliqs_jax.runtime import processes
 from tests import helpers
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 _ROOT = pathlib.Path(__file__).parents[2]
 # Compiling fast matters more here than running fast.
 _COMPILE_FAST = (

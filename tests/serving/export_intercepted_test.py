@@ -20,6 +20,8 @@ from fliqs_jax.serving import stablehlo
 from tests import helpers
 from tests.intercept import foreign_models
 
+pytestmark = pytest.mark.slow
+
 X = helpers.random((2, 8))
 
 

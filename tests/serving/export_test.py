@@ -26,6 +26,8 @@ from fliqs_jax.serving import stablehlo
 from fliqs_jax.serving import stored_layers
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 _FILES = (
   'manifest.json',
   'weights.safetensors',

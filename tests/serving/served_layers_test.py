@@ -83,6 +83,7 @@ class Searched:
     return kept['']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'case_id',
   ['conv', 'conv_depthwise', 'dense', 'einsum_heads'],
@@ -93,6 +94,7 @@ def test_every_format_is_served_as_the_search_evaluates_it(case_id):
     searched.check(weights, activations)
 
 
+@pytest.mark.slow
 @cases.CASE
 def test_every_shape_of_op_is_served_in_integers(case):
   kept = Searched(case).check('INT8', 'INT8')
@@ -208,6 +210,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NETWORKS)
 def test_a_network_of_mixed_formats_is_served_bit_for_bit(name):
   spec = quant_spec.QuantSpec(('INT8', 'INT4', 'E4M3', 'BF16'))

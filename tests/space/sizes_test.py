@@ -140,6 +140,7 @@ def space_of(name, open_sizes):
   return discovery.find(model, x, spec=spec, train=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'open_sizes', 'formats', 'channels', 'kernels'),
   [
@@ -175,6 +176,7 @@ def test_how_many_decisions_there_are(
     assert round(space.size, 1) == 37.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'open_sizes'),
   [

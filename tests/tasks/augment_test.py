@@ -44,6 +44,7 @@ def test_mixup_blends_images_as_labels():
   np.testing.assert_allclose(mixed['image'][:, 0], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('concentration', [0.8, 1.0])
 def test_mixup_shares_follow_the_beta_distribution(concentration):
   mix = augment.mixing(6, mixup=concentration, cutmix=0.0)
