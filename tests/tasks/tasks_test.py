@@ -32,6 +32,37 @@ def test_a_mixed_label_s_loss_is_the_mix_of_losses():
   np.testing.assert_allclose(mixed, expected, rtol=1e-6)
 
 
+# Probabilities of 3/4 and 1/4: right, wrong, right, and a row that fills up.
+_ODDS = jnp.log(jnp.array([[3.0, 1.0], [3.0, 1.0], [1.0, 3.0], [1.0, 3.0]]))
+_CLASSES = jnp.array([0, 1, 1, 1])
+_RIGHT, _WRONG = np.log(4 / 3), np.log(4)
+
+
+def test_padding_does_not_count_in_the_test_metrics():
+  sums = classification.measure(
+    _ODDS, {'label': _CLASSES, 'mask': jnp.array([1.0, 1.0, 1.0, 0.0])}
+  )
+  summary = classification.summarize(jax.device_get(sums))
+  assert summary['examples'] == 3
+  assert summary['accuracy'] == pytest.approx(2 / 3)
+  assert summary['loss'] == pytest.approx((2 * _RIGHT + _WRONG) / 3, rel=1e-6)
+
+
+def test_qualities_and_the_smoothed_loss_by_hand():
+  batch = {'label': _CLASSES}
+  assert classification.accuracy(_ODDS, batch) == 0.75
+  mean = (3 * _RIGHT + _WRONG) / 4
+  assert classification.minus_cross_entropy(_ODDS, batch) == pytest.approx(
+    -mean, rel=1e-6
+  )
+  # Of 0.2, half goes to each of two classes: 0.9 and 0.1. Two rows are right.
+  loss, metrics = classification.loss(0.2)(
+    _ODDS[:3:2], {'label': _CLASSES[:3:2]}
+  )
+  assert loss == pytest.approx(0.9 * _RIGHT + 0.1 * _WRONG, rel=1e-6)
+  assert metrics['accuracy'] == 1.0
+
+
 def _clicks(size, rounded=False):
   logits = _RNG.normal(size=size)
   labels = _RNG.uniform(size=size) < 1 / (1 + np.exp(-logits))
