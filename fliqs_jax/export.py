@@ -74,7 +74,7 @@ def export(
   space = run.experiment.space
   if space.sizes(choices) and not space.is_fixed:  # Not what is dead.
     run = slicing.sliced(run, choices, arch)
-    choices = run.found
+    choices = run.choices
   experiment = run.experiment
   assignment = experiment.space.assignment(choices)
   _check_target(target, assignment)

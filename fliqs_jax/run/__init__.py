@@ -1,1 +1,1 @@
-"""One run, from a config to a found, evaluated and reported network."""
+"""One run: from a config to a selected, evaluated and reported network."""

@@ -1,4 +1,4 @@
-"""Read a config's argument string; refuse configs that cannot work."""
+"""Config arguments and keys: parses an argument string, checks a config."""
 
 from collections.abc import Callable, Mapping
 import math
@@ -12,16 +12,17 @@ _TRUE, _FALSE = ('true', '1', 'yes'), ('false', '0', 'no')
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
-  """Returns a config's arguments, typed as their defaults are.
+  """Returns a config's arguments; each has the type of its default.
 
   Args:
-    arg: what follows the colon of `--config=FILE:key=value,...`; a bare key is
-      a true flag.
-    **defaults: every argument with its default; a type stands for an argument
-      of that type that is None unless given.
+    arg: the text after the colon in `--config=FILE:key=value,...`; a key
+      without a value is a flag that becomes true.
+    **defaults: {argument: default}; a type in place of a default declares an
+      argument of that type, which is None unless given.
 
   Raises:
-    ValueError: unknown or repeated argument, or a value of the wrong type.
+    ValueError: an argument is unknown or repeated, or a value has the wrong
+      type.
   """
   values = {k: None if isinstance(v, type) else v for k, v in defaults.items()}
   seen = set()
@@ -87,8 +88,8 @@ def _of_type(*kinds: type) -> Callable:
 
 _LIST = _of_type(tuple, list)
 
-# Every key of a config; those of `model` are the fields of its network, those
-# of `data` depend on the data set; both are checked where they are used.
+# Every key of a config. The keys of `model` are the fields of its network, and
+# those of `data` depend on the data set: both are checked where they are used.
 SCHEMA: dict[str, Any] = {
   'seed': _count(0),
   'task': _of_type(str),
@@ -156,10 +157,11 @@ SCHEMA: dict[str, Any] = {
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Checks that a config has exactly the known keys and possible values.
+  """Checks that a config has exactly the known keys, with possible values.
 
   Raises:
-    ValueError: naming every unknown key, missing key or impossible value.
+    ValueError: the message names every unknown key, missing key and impossible
+      value.
   """
   problems = _problems(config.to_dict(), SCHEMA, '')
   if not problems:
@@ -167,7 +169,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     if every % log_every:
       problems.append(
         f'train.checkpoint_every={every} must be a multiple of '
-        f'train.log_every={log_every}: only what was checked for NaN is saved'
+        f'train.log_every={log_every}: a checkpoint is saved only after the '
+        'metrics were checked for NaN'
       )
   if problems:
     raise ValueError('the config cannot work: ' + '; '.join(problems))
@@ -195,11 +198,11 @@ def _problems(config: Mapping, schema: Mapping, prefix: str) -> list[str]:
 
 def differences(old: Mapping, new: Mapping, prefix: str = '') -> list[str]:
   """Returns `key: old -> new` for every key in which two configs differ."""
-  found = []
+  lines = []
   for key in sorted(set(old) | set(new)):
     name, a, b = prefix + key, old.get(key), new.get(key)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
-      found += differences(a, b, f'{name}.')
+      lines += differences(a, b, f'{name}.')
     elif a != b:
-      found.append(f'{name}: {a!r} -> {b!r}')
-  return found
+      lines.append(f'{name}: {a!r} -> {b!r}')
+  return lines

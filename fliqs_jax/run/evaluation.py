@@ -1,7 +1,7 @@
 """Evaluation of one architecture with the weights of a run.
 
-The running statistics are settled for the architecture, then the test split is
-read. A finished run is restored from its last checkpoint.
+The running statistics are first settled for the architecture; then the test
+split is read. A finished run is restored from its last checkpoint.
 """
 
 from collections.abc import Mapping
@@ -28,9 +28,15 @@ def settled_statistics(
   choices: Mapping[str, Any],
   devices: devices_lib.Devices,
 ) -> Mapping[str, Any]:
-  """Returns the model's collections with statistics of one architecture.
+  """Returns the model's collections, with statistics of one architecture.
 
-  Runs `train.settle_batches` training batches forward; weights stay.
+  Runs `train.settle_batches` training batches forward, with fixed weights.
+
+  Args:
+    experiment: parts of the run.
+    state: last `TrainState` of the run, on the devices.
+    choices: {decision: [K] one-hot}.
+    devices: devices among which each batch is split.
   """
   settle = jax.jit(train_step.settle_step(experiment.model.apply))
   arch = experiment.space.expand(choices)
@@ -51,13 +57,13 @@ def test_metrics(
   choices: Mapping[str, Any],
   devices: devices_lib.Devices,
 ) -> dict[str, Any]:
-  """Returns quality on the test split, and costs, of one architecture.
+  """Returns the metrics of the test split, and the costs, of an architecture.
 
   Args:
-    experiment: the run.
-    state: its last `TrainState`, on the devices.
+    experiment: parts of the run.
+    state: last `TrainState` of the run, on the devices.
     choices: {decision: [K] one-hot}.
-    devices: over which batches are split.
+    devices: devices among which each batch is split.
   """
   model_state = settled_statistics(experiment, state, choices, devices)
   step = jax.jit(
@@ -73,24 +79,27 @@ def test_metrics(
 
 
 class RestoredRun(NamedTuple):
-  """A finished run, read back.
+  """A finished run, restored from its workdir.
 
   Attributes:
-    experiment: its parts.
-    state: its last `TrainState`.
-    found: the architecture it found, {decision: [K] one-hot}.
+    experiment: parts of the run.
+    state: last `TrainState` of the run.
+    choices: architecture that the run selected, {decision: [K] one-hot}.
   """
 
   experiment: experiment_lib.Experiment
   state: Any
-  found: dict[str, np.ndarray]
+  choices: dict[str, np.ndarray]
 
 
 def restore(workdir: str) -> RestoredRun:
   """Returns a finished run.
 
+  Args:
+    workdir: path of the run's workdir.
+
   Raises:
-    ValueError: no workdir of a run, or an unfinished run.
+    ValueError: the directory is no workdir of a run, or the run is unfinished.
   """
   path = pathlib.Path(workdir)
   try:
@@ -104,52 +113,52 @@ def restore(workdir: str) -> RestoredRun:
   if restored is None or restored.step < experiment.phases.steps:
     raise ValueError(
       f'{workdir} holds a run at step {restored.step if restored else 0} of '
-      f'{experiment.phases.steps}; finish it first, with the command that '
-      'began it'
+      f'{experiment.phases.steps}; finish it first, with the same command as '
+      'before'
     )
   policy = restored.state.search_state.policy
-  found = jax.device_get(policy_lib.argmax(policy))
-  return RestoredRun(experiment, restored.state, found)
+  choices = jax.device_get(policy_lib.argmax(policy))
+  return RestoredRun(experiment, restored.state, choices)
 
 
 def choose(
-  run: RestoredRun, arch: str = '', numeric_format: str = ''
+  run: RestoredRun, arch_path: str = '', numeric_format: str = ''
 ) -> dict[str, np.ndarray]:
-  """Returns the architecture that is asked for: the found one by default.
+  """Returns an architecture: the selected one, one of a file, or a uniform one.
 
   Args:
     run: a finished run.
-    arch: path of an arch.json.
-    numeric_format: a uniform format, in place of `arch`.
+    arch_path: path of an arch.json; empty: none.
+    numeric_format: name of the format of every layer; empty: none.
 
   Raises:
-    ValueError: both are given, or the space lacks the assignment.
+    ValueError: both are given, or the search space lacks the assignment.
   """
-  if arch and numeric_format:
-    raise ValueError('--arch and --format exclude each other; give one')
-  if arch:
-    content = experiment_lib.read_arch(arch)
+  if arch_path and numeric_format:
+    raise ValueError('give --arch or --format, not both')
+  if arch_path:
+    content = experiment_lib.read_arch(arch_path)
     assigned = experiment_lib.assignment(content)
     return run.experiment.space.choices(assigned, content['sizes'])
   if numeric_format:
     return run.experiment.space.uniform(numeric_format)
-  return run.found
+  return run.choices
 
 
 def evaluate(
-  workdir: str, arch: str = '', numeric_format: str = ''
+  workdir: str, arch_path: str = '', numeric_format: str = ''
 ) -> dict[str, Any]:
-  """Returns the test metrics of an assignment under a finished run's weights.
+  """Returns the test metrics of an assignment with a finished run's weights.
 
   Args:
-    workdir: of a run that reached its last step.
-    arch: path of an arch.json.
-    numeric_format: a uniform format, in place of `arch`.
+    workdir: path of the workdir of a finished run.
+    arch_path: path of an arch.json; empty: none.
+    numeric_format: name of the format of every layer; empty: none.
 
   Raises:
-    ValueError: an unfinished run, or an assignment that the space lacks.
+    ValueError: the run is unfinished, or the search space lacks the assignment.
   """
   run = restore(workdir)
-  choices = choose(run, arch, numeric_format)
+  choices = choose(run, arch_path, numeric_format)
   devices = devices_lib.one_device()
   return test_metrics(run.experiment, run.state, choices, devices)

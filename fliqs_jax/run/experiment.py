@@ -1,4 +1,4 @@
-"""From a config to the parts of a run; refuses what cannot work, by key."""
+"""Parts of a run, built from a config; refuses a config that cannot work."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -32,28 +32,30 @@ from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes as sizes_lib
 from fliqs_jax.tasks import augment
 
-# Relative, where a target is compared with the cheapest and the dearest cost:
-# all of them are float32 sums.
+# Relative tolerance with which a cost target is compared with the lowest and
+# the highest cost: all of them are float32 sums.
 _TOLERANCE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """The parts of a run; nothing here changes while it runs.
+  """Parts of a run; they do not change while it runs.
 
   Attributes:
-    config: as given.
-    streams: the data.
-    spec: which formats each layer may use.
+    config: the config that `build` got.
+    streams: batches of the train, validation and test splits.
+    spec: the formats that each layer may use.
     model: the network.
-    space: its decisions.
-    cost: its cost.
+    space: the decisions and ops of the network.
+    cost: the cost model of the network.
     target: the cost target C_T, in the cost's unit.
-    phases: when what happens.
-    controller: of the policy.
-    optimizer: of the weights.
-    task: its module: loss, qualities, and metrics of the test split.
-    mix: (key, training batch) -> training batch; None to leave it.
+    phases: first step of each phase of training.
+    controller: the controller that proposes architectures and updates the
+      policy.
+    optimizer: optimizer of the weights.
+    task: module with the loss, the qualities and the test metrics.
+    mix: `(key, training batch) -> training batch`; None if batches stay as they
+      are.
   """
 
   config: ml_collections.ConfigDict
@@ -70,7 +72,7 @@ class Experiment:
   mix: Callable | None
 
   def initial_state(self) -> train_state.TrainState:
-    """Returns the state before the first step; pure, so it can be traced."""
+    """Returns the state before the first step; a pure function."""
     example = jax.tree.map(
       lambda spec: jnp.zeros(spec.shape, spec.dtype), _example(self.streams)
     )
@@ -87,16 +89,16 @@ class Experiment:
 
   @property
   def loss(self) -> Callable:
-    """(outputs, batch) -> (scalar, metrics)."""
+    """The training loss, `(outputs, batch) -> (scalar, metrics)`."""
     return self.task.loss(self.config.train.label_smoothing)
 
   @property
   def quality(self) -> Callable:
-    """(outputs, batch) -> scalar."""
+    """The quality that the search maximizes, `(outputs, batch) -> scalar`."""
     return self.task.QUALITIES[self.config.search.quality]
 
   def search_step(self) -> Callable:
-    """Returns the step, for `parallel.Devices.compile`."""
+    """Returns the fused step, to be compiled by `devices.Devices.compile`."""
     return train_step.search_step(
       self.model.apply,
       self.loss,
@@ -126,10 +128,11 @@ def build(
   """Returns the parts of the run that a config describes.
 
   Args:
-    config: as the files in `configs/` make it.
-    arch: content of the arch.json that `quant.arch` names; read if not given.
-    process_index: whose rows of every batch the streams are to give.
-    process_count: among how many processes.
+    config: config from a file in `configs/`.
+    arch: content of the arch.json that `quant.arch` names; None: it is read.
+    process_index: index of this process; its streams give this process's rows
+      of each batch.
+    process_count: number of processes.
 
   Raises:
     ValueError: the config cannot work; the message names key and value.
@@ -182,7 +185,7 @@ def build(
 
 
 def _example(streams: data.Streams) -> Any:
-  """Returns the shapes of what the model is called with, for one example."""
+  """Returns the shapes of the model's input for one example."""
   return jax.tree.map(
     lambda spec: jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype),
     data.model_inputs(streams.inputs),
@@ -193,7 +196,7 @@ def read_arch(path: str | pathlib.Path) -> dict[str, Any]:
   """Returns the content of an arch.json.
 
   Raises:
-    ValueError: the file is missing or is no arch.json.
+    ValueError: the file cannot be read, or is no arch.json.
   """
   try:
     content = json.loads(pathlib.Path(path).read_text())
@@ -212,7 +215,7 @@ def read_arch(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def assignment(arch: Mapping[str, Any]) -> dict[str, tuple]:
-  """Returns {layer: (weights, activations)} of an arch.json's content."""
+  """Returns {layer: (weights, activations)} from an arch.json's content."""
   return {
     path: (sides['weights'], sides['activations'])
     for path, sides in arch['layers'].items()
@@ -226,8 +229,8 @@ def _sizes(
     return sizes_lib.Sizes(keys.widths, keys.kernels, keys.kernel_weights)
   if keys.widths or keys.kernels:
     raise ValueError(
-      'quant.arch fixes every size; sizes.widths and sizes.kernels must be '
-      'empty with it'
+      'quant.arch fixes every size, so sizes.widths and sizes.kernels must be '
+      'empty: set both to ()'
     )
   return sizes_lib.Sizes(found=arch['sizes'])
 
@@ -240,27 +243,26 @@ def _check_sizes(config, space: search_space.SearchSpace) -> None:
   ):
     if config.sizes[key] and size not in decided:
       raise ValueError(
-        f'sizes.{key}={config.sizes[key]}: model {config.model.name} has none '
-        'to decide about; set it to ()'
+        f'sizes.{key}={config.sizes[key]}: the network {config.model.name} has '
+        f'no such sizes to search; set sizes.{key} to ()'
       )
   open_sizes = any(len(decision.labels) > 1 for decision in space.open_sizes)
   if open_sizes and config.cost.kind == 'average_bits':
     raise ValueError(
-      "cost.kind='average_bits' says nothing about sizes; use 'bops' or 'size' "
-      'where they are open'
+      "cost.kind='average_bits' does not depend on sizes, and this config "
+      "searches sizes; use cost.kind='bops' or 'size'"
     )
 
 
 def _spec(
   quant: ml_collections.ConfigDict, arch: Mapping[str, Any] | None
 ) -> quant_spec.QuantSpec:
-  assigned, mode = None, quant.mode
-  if arch is not None:
-    assigned, mode = assignment(arch), arch['mode']
+  assigned = None if arch is None else assignment(arch)
+  mode = quant.mode if arch is None else arch['mode']
   if quant.act_clip == 'profiled' and not quant.act_start:
     raise ValueError(
-      "quant.act_clip='profiled' needs a first phase to profile: set "
-      'quant.act_start above 0'
+      "quant.act_clip='profiled' profiles the activations before they are "
+      'quantized: set quant.act_start above 0'
     )
   return quant_spec.QuantSpec(
     formats=quant.formats,
@@ -288,8 +290,8 @@ def _target(
     relative = f' x {keys.relative_to}' if keys.relative_to else ''
     raise ValueError(
       f'cost.target={keys.target}{relative} = {target:.6g} {cost.unit} cannot '
-      f'be reached: the cheapest assignment costs {least:.6g}, the dearest '
-      f'{most:.6g}'
+      f'be reached: the cheapest assignment costs {least:.6g}, the most '
+      f'expensive one {most:.6g}'
     )
   return target
 
@@ -310,8 +312,8 @@ def _controller(config, space, cost, target, phases):
   if config.data.valid_batch_size % controller.samples:
     raise ValueError(
       f'data.valid_batch_size={config.data.valid_batch_size} must be a '
-      f'multiple of {controller.samples}: search.preset={keys.preset!r} '
-      'judges so many architectures at once'
+      f'multiple of {controller.samples}, the number of architectures that '
+      f'search.preset={keys.preset!r} judges in each step'
     )
   return controller
 
@@ -323,8 +325,8 @@ def _optimizer(config, steps: int) -> optax.GradientTransformation:
   )
   if keys.ema_decay == 1:
     raise ValueError(
-      'optimizer.ema_decay=1 must be below 1: the mean would stay where the '
-      'weights began'
+      'optimizer.ema_decay=1 must be below 1: otherwise the averaged weights '
+      'keep their initial values'
     )
   return optimizers.make(keys.name, rate, keys.momentum, keys.weight_decay)
 
@@ -337,7 +339,7 @@ def _task(config) -> types.ModuleType:
   task = tasks.TASKS[config.task]
   if config.search.quality not in task.QUALITIES:
     raise ValueError(
-      f'search.quality={config.search.quality!r} is unknown to '
+      f'search.quality={config.search.quality!r} is unknown for '
       f'task={config.task!r}; allowed: {", ".join(task.QUALITIES)}'
     )
   if not 0 <= config.train.label_smoothing < 1:

@@ -1,4 +1,4 @@
-"""The steps of a run, from where it stands to the last one."""
+"""Training loop of a run: from the last checkpoint to the last step."""
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
@@ -32,13 +32,14 @@ class PreemptedError(RuntimeError):
 
 @dataclasses.dataclass
 class Run:
-  """How far a run is, and what it took.
+  """State of a run, and the time that it took.
 
   Attributes:
-    state: after the last step.
-    seconds_before: wall time of earlier starts, up to the checkpoint.
-    compilations: of the step, by this process.
-    compile_seconds: what they took.
+    state: training state after the last step taken.
+    seconds_before: wall time in seconds of earlier starts of the run, up to the
+      checkpoint.
+    compilations: number of compilations of the step in this process.
+    compile_seconds: wall time of these compilations in seconds.
   """
 
   state: train_state.TrainState
@@ -55,20 +56,20 @@ def run(
   trace: monitoring.Trace,
   began: float,
 ) -> Run:
-  """Takes every step that is still to be taken.
+  """Takes every step that the run has not taken yet.
 
   Args:
-    experiment: the run.
-    devices: all of them.
-    workdir: of the run.
-    stop: whether to save and stop; asked after each step.
-    trace: which steps are profiled.
+    experiment: parts of the run.
+    devices: all devices.
+    workdir: path of the run's workdir.
+    stop: `() -> bool`, called after each step; True: save and stop.
+    trace: profiler of the chosen steps.
     began: `time.monotonic()` when this start of the run began.
 
   Raises:
-    DivergedError: training diverged; the last good checkpoint stays.
-    PreemptedError: `stop` said so; the state is saved.
-    ValueError: no checkpoint of several can be used.
+    DivergedError: training diverged; the last good checkpoint remains.
+    PreemptedError: `stop` returned True; the state is saved.
+    ValueError: there are checkpoints, but none of them can be used.
   """
   with checkpoint.Checkpoints(
     workdir / workdir_lib.CHECKPOINTS,
@@ -77,24 +78,24 @@ def run(
     first, result, seen = _start(experiment, devices, checkpoints)
     if first == experiment.phases.steps:
       return result
-    with run_log.RunLog(experiment, workdir, first, seen) as journal:
-      for done in _steps(first, result, experiment, devices, journal, trace):
+    with run_log.RunLog(experiment, workdir, first, seen) as log:
+      for done in _steps(first, result, experiment, devices, log, trace):
         stopping = stop()
         ends = done == experiment.phases.steps
         if done % experiment.config.train.log_every == 0 or ends:
-          journal.write(done, result.state)
+          log.write(done, result.state)
         if (
           done % experiment.config.train.checkpoint_every == 0
           or ends
           or stopping
         ):
           seconds = result.seconds_before + time.monotonic() - began
-          save(checkpoints, result.state, seconds, journal.unwritten(done))
+          save(checkpoints, result.state, seconds, log.unwritten(done))
         if stopping:
           checkpoints.wait()
           raise PreemptedError(
             f'asked to stop: saved at step {done} of '
-            f'{experiment.phases.steps}; the same command goes on from there'
+            f'{experiment.phases.steps}; the same command resumes the run'
           )
     checkpoints.wait()
   return result
@@ -106,21 +107,21 @@ def save(
   seconds: float = 0.0,
   unwritten: Mapping[str, Any] | None = None,
 ) -> None:
-  """Saves what `run` goes on from.
+  """Saves a checkpoint from which `run` can continue.
 
   Args:
-    checkpoints: of the run.
-    state: after as many steps as it says.
-    seconds: wall time until now.
+    checkpoints: checkpoints of the run.
+    state: training state, whose `step` names the checkpoint.
+    seconds: wall time of the run until now, in seconds.
     unwritten: metrics that no row of the history has yet, from
-      `RunLog.unwritten`.
+      `RunLog.unwritten`; None: no metrics.
   """
   extra = dict(seconds=seconds, metrics=unwritten or {})
   checkpoints.save(int(state.step), state, extra)
 
 
 def _start(experiment, devices, checkpoints):
-  """Returns the first step, the run so far, and metrics not yet written."""
+  """Returns the first step to take, the run so far, and unwritten metrics."""
   initial_state = experiment.initial_state
   shapes = jax.eval_shape(initial_state)
   where = devices.of_state(shapes)
@@ -138,8 +139,8 @@ def _start(experiment, devices, checkpoints):
   return step, Run(state, extra['seconds']), extra['metrics']
 
 
-def _steps(first, result, experiment, devices, journal, trace) -> Iterator[int]:
-  """Takes a step and yields how many were taken, to the last."""
+def _steps(first, result, experiment, devices, log, trace) -> Iterator[int]:
+  """Takes the steps one by one; yields how many are taken after each."""
   config, phases = experiment.config, experiment.phases
   streams = experiment.streams
   batches = zip(
@@ -155,7 +156,7 @@ def _steps(first, result, experiment, devices, journal, trace) -> Iterator[int]:
       trace.before(step)
       with jax.transfer_guard_device_to_host('disallow'):
         result.state, metrics = step_fn(result.state, *batch)
-        journal.add(metrics)
+        log.add(metrics)
       trace.after(step, metrics)
       yield step + 1
 
@@ -172,7 +173,7 @@ def _compile(experiment, devices, result, batch):
 
 
 def _profile(experiment, devices, state):
-  """Fills in each layer's clipping multiples from its own activations."""
+  """Sets each layer's clipping multiples from its own activations."""
   policy = jax.device_get(state.search_state.policy)
   variables = {
     'params': state.params,

@@ -27,7 +27,7 @@ from fliqs_jax.runtime import workdir as workdir_lib
 _LOG = logging.getLogger(__name__)
 
 # One clu metric per name. A dict and not a clu `Collection`, whose names must
-# be Python identifiers: ours may hold a slash, as TensorBoard groups by it.
+# be Python identifiers: ours may hold a slash, by which TensorBoard groups.
 Accumulators = dict[str, clu_metrics.Metric]
 
 
@@ -44,14 +44,14 @@ def _empty(names: tuple[str, ...], last: frozenset[str]) -> Accumulators:
 def empty(
   step_metrics: Mapping[str, Any], last: Collection[str] = ()
 ) -> Accumulators:
-  """Returns accumulators that have seen no step.
+  """Returns accumulators of no steps.
 
   Args:
-    step_metrics: a step's metrics by name, or anything with the same keys.
-    last: names of which the last value counts, not the average.
+    step_metrics: a step's metrics by name, or any mapping with the same keys.
+    last: names of the metrics of which the last value counts, not the average.
 
   Raises:
-    ValueError: for a name in `last` that is no metric.
+    ValueError: a name in `last` is not a metric of the step.
   """
   unknown = sorted(set(last) - set(step_metrics))
   if unknown:
@@ -66,8 +66,8 @@ def empty(
 def _merge(
   accumulators: Accumulators, step_metrics: Mapping[str, jax.Array]
 ) -> Accumulators:
-  # Summed in float32 also when a step computes in bfloat16, where the sum of
-  # 256 and 1 is 256.
+  # Sums are float32 even if a step computes in bfloat16, in which 256 + 1 is
+  # 256.
   return {
     name: metric.merge(
       metric.from_model_output(jnp.asarray(step_metrics[name], jnp.float32))
@@ -79,15 +79,15 @@ def _merge(
 def accumulate(
   accumulators: Accumulators | None, step_metrics: Mapping[str, jax.Array]
 ) -> Accumulators:
-  """Adds one step's metrics; stays on the device, waits for nothing.
+  """Adds one step's metrics on the device, without waiting for them.
 
   Args:
-    accumulators: what `empty` or the last `accumulate` returned; None stands
-      for `empty(step_metrics)`.
-    step_metrics: scalars by name, of any real dtype.
+    accumulators: result of `empty` or of the last `accumulate`; None means
+      `empty(step_metrics)`.
+    step_metrics: {name: scalar} of any real dtype.
 
   Raises:
-    ValueError: if a metric is no scalar, or if the names are not those of
+    ValueError: a metric is not a scalar, or the names differ from those of
       `accumulators`.
   """
   if accumulators is None:
@@ -111,13 +111,13 @@ def _compute(accumulators: Accumulators) -> dict[str, jax.Array]:
 
 
 def compute(accumulators: Accumulators) -> dict[str, float]:
-  """Fetches the averages and last values; NaN where no step was seen."""
+  """Fetches the averages and last values; NaN if no step was added."""
   values = jax.device_get(_compute(accumulators))
   return {name: float(value) for name, value in values.items()}
 
 
 def packed(accumulators: Accumulators) -> dict[str, list[str]]:
-  """Returns the accumulators, to the bit, as what JSON can hold."""
+  """Returns the bits of the accumulators as hexadecimal texts, for JSON."""
   leaves = {k: jax.tree.leaves(v) for k, v in accumulators.items()}
   return {
     name: [np.asarray(x).tobytes().hex() for x in values]
@@ -126,7 +126,7 @@ def packed(accumulators: Accumulators) -> dict[str, list[str]]:
 
 
 def unpacked(content: Mapping[str, Sequence[str]]) -> Accumulators:
-  """Returns what `packed` was given, of averages."""
+  """Returns the accumulators that `packed` got; all must be averages."""
 
   def read(leaf, text):
     return np.frombuffer(bytes.fromhex(text), leaf.dtype).reshape(leaf.shape)
@@ -144,37 +144,40 @@ def unpacked(content: Mapping[str, Sequence[str]]) -> Accumulators:
 def read_history(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """Returns the rows of `history.jsonl`, oldest first; [] if there is none.
 
-  A value that was not finite reads as None. A last line that a kill tore is
-  passed over.
+  A value that was not finite reads as None. An incomplete last line, which an
+  interrupted run leaves, is skipped.
+
+  Args:
+    workdir: path of the run's workdir.
 
   Raises:
-    ValueError: if another line is not a row.
+    ValueError: another line is not a row.
   """
   return [row for row, _ in _rows(_history_path(workdir))]
 
 
 class Writer:
-  """Appends to `history.jsonl` and to TensorBoard files; one per run.
+  """Writer of `history.jsonl` and of TensorBoard files; one per run.
 
   Invariants:
-    * `history.jsonl` depends on the values written and nothing else: no clock,
-      no host. A run that was killed and resumed ends with the same bytes as
-      one that was not.
-    * When `write` returns the row is on disk. So write the row of a step
-      before its checkpoint is saved: a resumed run does not write it again.
+    * `history.jsonl` depends only on the written values, not on clock or host.
+      A run that was killed and resumed ends with the same bytes as a run that
+      was not.
+    * When `write` returns, the row is on disk. Write the row of a step before
+      its checkpoint is saved: a resumed run does not write it again.
     * Steps increase strictly.
   """
 
   def __init__(self, workdir: str | os.PathLike[str], resume_step: int | None):
-    """Opens the files, and takes back what the run resumed from did not see.
+    """Opens the files, and drops the rows after the restored checkpoint.
 
     Args:
-      workdir: a directory on a file system; made if need be.
-      resume_step: the step of the restored checkpoint, whose later rows are
-        dropped; None for a run that starts afresh, which drops every row.
+      workdir: path of the run's workdir; it is made if it does not exist.
+      resume_step: step of the restored checkpoint; None for a new run, for
+        which all rows are dropped.
 
     Raises:
-      ValueError: if the directory cannot be written, or the file is damaged.
+      ValueError: the directory cannot be written, or the history is damaged.
     """
     path = _history_path(workdir)
     try:
@@ -187,10 +190,10 @@ class Writer:
       ) from error
     self._board = tensorboardX.SummaryWriter(
       str(workdir),
-      # Readers then hide what the killed run had logged from this step on.
+      # Readers then hide the rows that a killed run logged from this step on.
       purge_step=0 if resume_step is None else resume_step + 1,
-      # tensorboardX names a file by the second, and would empty that of a run
-      # which began and ended within this one.
+      # tensorboardX names a file by the second, and would overwrite the file of
+      # a run that began and ended within the same second.
       filename_suffix=f'.{time.time_ns()}',
     )
 
@@ -201,17 +204,17 @@ class Writer:
     policy: Mapping[str, Sequence[float]],
     timing: Mapping[str, float],
   ) -> None:
-    """Logs one logging point.
+    """Writes one row.
 
     Args:
-      step: greater than that of the row before.
-      scalars: by name; for both files.
-      policy: probabilities [K] by decision; for `history.jsonl` only.
-      timing: values that another run would not repeat, such as steps per
-        second; for TensorBoard only.
+      step: number of steps taken; greater than that of the row before.
+      scalars: {name: value}, written to both files.
+      policy: {decision: probabilities [K]}, written to `history.jsonl` only.
+      timing: {name: value} of values that differ from run to run, such as steps
+        per second; written to TensorBoard files only.
 
     Raises:
-      ValueError: if the step does not increase, or a name is taken.
+      ValueError: the step does not increase, or a name is used twice.
     """
     if self._last_step is not None and step <= self._last_step:
       raise ValueError(
@@ -220,8 +223,8 @@ class Writer:
     taken = scalars.keys() & {'step', 'policy', *timing}
     if taken:
       raise ValueError(
-        f'scalars named {sorted(taken)}: "step" and "policy" are keys of a '
-        'row, and a name is either a scalar or a timing'
+        f'scalars named {sorted(taken)} are not allowed: "step" and "policy" '
+        'are keys of a row, and a timing must not have the name of a scalar'
       )
     self._file.write(_line(step, scalars, policy))
     self._file.flush()
@@ -231,7 +234,7 @@ class Writer:
       self._board.add_scalar(name, float(value), step)
 
   def close(self) -> None:
-    """Closes both files; nothing can be written afterwards."""
+    """Closes both files, after which nothing can be written."""
     self._file.close()
     self._board.close()
 
@@ -247,10 +250,9 @@ def _history_path(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _finite(value: float) -> float | None:
-  # JSON has no word for infinity or NaN; Python's own reader takes `NaN`, most
+  # JSON has no infinity and no NaN; Python's own reader accepts `NaN`, but most
   # others do not.
-  value = float(value)
-  return value if math.isfinite(value) else None
+  return float(value) if math.isfinite(value) else None
 
 
 def _line(
@@ -259,7 +261,7 @@ def _line(
   policy: Mapping[str, Sequence[float]],
 ) -> bytes:
   # Sorted, because a dict comes back sorted from a checkpoint or a jit.
-  row = {'step': int(step)}
+  row: dict[str, Any] = {'step': int(step)}
   row |= {name: _finite(scalars[name]) for name in sorted(scalars)}
   row['policy'] = {
     name: [_finite(probability) for probability in policy[name]]
@@ -269,7 +271,7 @@ def _line(
 
 
 def _rows(path: pathlib.Path) -> list[tuple[dict[str, Any], bytes]]:
-  """Returns each row with its line, newline included, less a torn last one."""
+  """Returns (row, line with newline) of all but an incomplete last line."""
   if not path.exists():
     return []
   lines = path.read_bytes().split(b'\n')
@@ -283,14 +285,14 @@ def _rows(path: pathlib.Path) -> list[tuple[dict[str, Any], bytes]]:
       if number == len(lines):
         break
       raise ValueError(
-        f'{path}, line {number} is not a row; mend or remove the file'
+        f'{path}, line {number} is not a row; repair or remove the file'
       )
     rows.append((row, line + b'\n'))
   return rows
 
 
 def _drop_rows_after(path: pathlib.Path, step: int | None) -> int | None:
-  """Rewrites the history without later rows; returns the last step left."""
+  """Drops the history's later rows; returns the last remaining step."""
   rows = _rows(path)
   kept = [
     (row, line)

@@ -14,7 +14,7 @@ from fliqs_jax.search import policy as policy_lib
 from fliqs_jax.space import cost_model
 
 _SCHEMA = 1
-# Below this probability a decision had not settled when the run ended.
+# A decision is settled if its likeliest option has at least this probability.
 _SETTLED = 0.9
 
 
@@ -27,7 +27,12 @@ def config_hash(config: Mapping[str, Any]) -> str:
 def arch(
   experiment: experiment_lib.Experiment, choices: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Returns the content of arch.json for {decision: [K]}."""
+  """Returns the content of arch.json.
+
+  Args:
+    experiment: parts of the run.
+    choices: {decision: [K] one-hot}.
+  """
   config = experiment.config.to_dict()
   assigned = experiment.space.assignment(choices)
   return dict(
@@ -55,12 +60,12 @@ def measurements(
   choices: Mapping[str, Any],
   sums: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-  """Returns quality and costs of one architecture.
+  """Returns the test metrics and the costs of one architecture.
 
   Args:
-    experiment: the run.
+    experiment: parts of the run.
     choices: {decision: [K] one-hot}.
-    sums: of the task's `measure` over the test split.
+    sums: {name: sum over the test split}, of the task's `measure`.
   """
 
   def cost(kind: str) -> float:
@@ -80,10 +85,14 @@ def measurements(
 def layers(
   experiment: experiment_lib.Experiment, choices: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-  """Returns a row per layer: what it is, its formats, sizes and cost.
+  """Returns a row per layer: kind, formats, sizes and cost.
 
-  Sizes are `input_channels`, `output_channels` and `kernel`, where they are
-  decided about; `decided` names the decision of each.
+  A row has the sizes `input_channels`, `output_channels` and `kernel` that a
+  decision selects; its `decided` names the decision of each.
+
+  Args:
+    experiment: parts of the run.
+    choices: {decision: [K] one-hot}.
   """
   leaves = experiment.space.leaves(choices)
   assigned = experiment.space.assignment(choices)
@@ -106,18 +115,18 @@ def layers(
 def _sizes(op: cost_model.Op, leaves: Mapping[str, Any]) -> dict[str, Any]:
   if not op.shape.decided:
     return {}
-  found = {
+  counts = {
     name: size.counts[int(np.argmax(leaves[op.leaf(name)]))]
     for name, size in op.shape.decided
   }
   decided = {name: size.decision for name, size in op.shape.decided}
-  return dict(found, decided=decided)
+  return dict(counts, decided=decided)
 
 
 def decisions(
   experiment: experiment_lib.Experiment, policy: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Returns, per decision, kind, options, layers and probabilities."""
+  """Returns {decision: kind, options, layers and probabilities}."""
   probabilities = jax.device_get(policy_lib.probabilities(policy))
   layers = {op.path for op in experiment.space.ops}
   return {
@@ -134,14 +143,14 @@ def decisions(
 def warnings(
   experiment: experiment_lib.Experiment, policy: Mapping[str, Any]
 ) -> list[str]:
-  """Returns what a reader should know: unsettled decisions, a missed target."""
+  """Returns warnings: of unsettled decisions, and of a missed cost target."""
   if experiment.space.is_fixed:
     return []
-  found = []
+  lines = []
   probabilities = jax.device_get(policy_lib.probabilities(policy))
   for name, pi in probabilities.items():
     if pi.max() < _SETTLED:
-      found.append(
+      lines.append(
         f'{name} had not settled: its likeliest option has probability '
         f'{pi.max():.2f}'
       )
@@ -149,8 +158,8 @@ def warnings(
   cost = float(experiment.cost_of(choices))
   error = cost / experiment.target - 1
   if abs(error) > 0.05:
-    found.append(
+    lines.append(
       f'the found architecture costs {cost:.4g} {experiment.cost.unit}, '
       f'{error:+.1%} of the target {experiment.target:.4g}'
     )
-  return found
+  return lines

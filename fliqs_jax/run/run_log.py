@@ -21,14 +21,14 @@ _LOG = logging.getLogger(__name__)
 
 
 class DivergedError(RuntimeError):
-  """The loss is not finite any more, or above `train.max_loss`."""
+  """The loss is no longer finite, or it exceeds `train.max_loss`."""
 
 
 class RunLog:
-  """Averages of metrics, and where they are written; one per run.
+  """Averages of metrics between logging points, and the files that log them.
 
-  Between logging points nothing leaves the device. All processes log; the first
-  alone writes history and TensorBoard files.
+  Between logging points nothing leaves the device. All processes print to their
+  own log; only the first writes history and TensorBoard files.
   """
 
   def __init__(
@@ -41,10 +41,11 @@ class RunLog:
     """Opens the files.
 
     Args:
-      experiment: the run.
-      workdir: of the run.
-      step: from which it goes on; 0 for a run that starts afresh.
-      seen: `unwritten` of the journal before.
+      experiment: parts of the run.
+      workdir: path of the run's workdir.
+      step: number of steps taken before; 0 for a new run.
+      seen: result of `unwritten` at the restored checkpoint; empty for a new
+        run.
     """
     monitoring.heartbeat(workdir, step)
     self._experiment = experiment
@@ -56,19 +57,21 @@ class RunLog:
       self._writer = metrics_lib.Writer(workdir, step or None)
 
   def add(self, step_metrics: dict[str, jax.Array]) -> None:
-    """Adds a step's metrics; waits for nothing."""
+    """Adds a step's metrics on the device, without waiting for them."""
     self._sums = metrics_lib.accumulate(self._sums, step_metrics)
 
   def write(self, step: int, state: train_state.TrainState) -> None:
-    """Writes and logs what was added since the last time.
+    """Writes and prints the averages of the steps since the last `write`.
 
     Args:
-      step: steps taken.
-      state: after them.
+      step: number of steps taken; at least one since the last `write`.
+      state: training state after these steps.
 
     Raises:
-      DivergedError: it makes no sense to go on.
+      DivergedError: a loss or a gradient is not finite, or the loss exceeds
+        `train.max_loss`.
     """
+    assert self._sums is not None
     scalars = metrics_lib.compute(self._sums)
     _check_finite(scalars, step, self._workdir)
     config = self._experiment.config
@@ -92,10 +95,13 @@ class RunLog:
     _LOG.info('%s', _progress(self._experiment, step, scalars, timing))
 
   def unwritten(self, step: int) -> dict[str, list[str]]:
-    """Returns what was added since the last `write`, as JSON can hold it.
+    """Returns the sums since the last `write`, in a form for JSON.
+
+    Args:
+      step: number of steps taken.
 
     Raises:
-      DivergedError: it is not finite.
+      DivergedError: a loss or a gradient is not finite.
     """
     if self._sums is None:
       return {}

@@ -1,4 +1,4 @@
-"""The found network cut out of the searched one, as a run of its own."""
+"""Slicing: cuts the selected network out of the searched one, as a new run."""
 
 from collections.abc import Mapping
 import pathlib
@@ -20,25 +20,25 @@ from fliqs_jax.serving import export_files
 
 
 def sliced(
-  run: evaluation.RestoredRun, choices: Mapping[str, Any], arch: str
+  run: evaluation.RestoredRun, choices: Mapping[str, Any], arch_path: str
 ) -> evaluation.RestoredRun:
-  """Returns the run of one architecture, as if it had trained by itself.
+  """Returns the run of one architecture, as if it had been trained alone.
 
   Args:
     run: a finished run.
     choices: {decision: [K] one-hot}.
-    arch: path that the new config names as its arch.json.
+    arch_path: path of the arch.json that the new config names.
 
   Returns:
-    The run with nothing open and every array cut to the shape that the network
-    has: of channels the first, of a masked kernel the centre, of branches the
-    chosen one. Step, key and the optimizer's moments stay.
+    A run without open decisions. Every array has the shape of the selected
+    network: the first channels, the centre of a masked kernel, the selected one
+    of several branches. Step, key and the optimizer's moments stay.
   """
   config = run.experiment.config.copy_and_resolve_references()
   with config.unlocked(), config.ignore_type():
-    config.quant.update(arch=arch, exclude=(), menus=(), groups=())
+    config.quant.update(arch=arch_path, exclude=(), menus=(), groups=())
     config.sizes.update(widths=(), kernels=())
-    # The yardstick of a relative target would be the found network itself.
+    # A relative target would refer to the cost of the selected network.
     config.cost.update(target=run.experiment.target, relative_to='')
     config.references = ()
   content = results.arch(run.experiment, choices)
@@ -72,23 +72,23 @@ def _cut(
   shape: tuple[int, ...],
   leaves: Mapping[str, Any],
 ) -> jax.Array:
-  """Returns what belongs at a path of the found network's tree."""
+  """Returns the array at a path of the selected network's tree."""
   name = path[-1]
-  if path not in have:  # A branch; alone it has a plain kernel's name.
+  if path not in have:  # A branch, whose name ends with the kernel's size.
     path = (*path[:-1], f'{name}{shape[0]}')
   x = have[path]
   if path[0] == 'quant_stats' and name == 'clip':
     return x[_chosen_format(leaves, '/'.join(path[1:-1]))]
   is_kernel = name == 'kernel' and x.ndim == 4
   index = []
-  for axis, (size, live) in enumerate(zip(x.shape, shape, strict=True)):
-    first = (size - live) // 2 if is_kernel and axis < 2 else 0
-    index.append(slice(first, first + live))
+  for axis, (size, active) in enumerate(zip(x.shape, shape, strict=True)):
+    first = (size - active) // 2 if is_kernel and axis < 2 else 0
+    index.append(slice(first, first + active))
   return x[tuple(index)]
 
 
 def _chosen_format(leaves: Mapping[str, Any], layer: str) -> slice:
-  """Returns the entry of the activations' menu that was chosen."""
+  """Returns the selected entry of the activations' menu, as a slice."""
   for leaf in ('format', 'activations'):
     one_hot = leaves.get(f'{layer}/{leaf}' if layer else leaf)
     if one_hot is not None:
@@ -98,23 +98,23 @@ def _chosen_format(leaves: Mapping[str, Any], layer: str) -> slice:
 
 
 def slice_run(workdir: str, out: str) -> dict[str, Any]:
-  """Writes the run of the found network; returns its test metrics.
+  """Writes the run of the selected network; returns its test metrics.
 
   Args:
-    workdir: of a finished run.
-    out: a new directory.
+    workdir: path of the workdir of a finished run.
+    out: path of a directory that is empty or does not exist.
 
   Raises:
-    ValueError: an unfinished run, or a directory that is not empty.
+    ValueError: the run is unfinished, or the directory is not empty.
   """
   source, target = pathlib.Path(workdir), export_files.check_free(out)
   run = evaluation.restore(workdir)
-  arch = target / workdir_lib.ARCH
-  found = sliced(run, run.found, str(arch))
+  arch_path = target / workdir_lib.ARCH
+  new = sliced(run, run.choices, str(arch_path))
   target.mkdir(parents=True, exist_ok=True)
-  files.write_json(arch, results.arch(run.experiment, run.found))
+  files.write_json(arch_path, results.arch(run.experiment, run.choices))
   shutil.copy(source / workdir_lib.HISTORY, target / workdir_lib.HISTORY)
   with checkpoint.Checkpoints(target / workdir_lib.CHECKPOINTS) as checkpoints:
-    loop.save(checkpoints, found.state)
+    loop.save(checkpoints, new.state)
     checkpoints.wait()
-  return train.train_and_evaluate(found.experiment.config, target)['found']
+  return train.train_and_evaluate(new.experiment.config, target)['found']

@@ -1,4 +1,4 @@
-"""One run from a config to a found, evaluated and reported model."""
+"""A whole run: trains and searches, evaluates, and writes the results."""
 
 from collections.abc import Callable
 import json
@@ -34,34 +34,35 @@ def train_and_evaluate(
   stop: Callable[[], bool] = lambda: False,
   profile_steps: str = '',
 ) -> dict[str, Any]:
-  """Trains and searches, or goes on where a killed run stopped.
+  """Trains and searches, or continues a run that was stopped.
 
-  On all devices of all processes that `processes.join` brought together; each
-  of them must call this.
+  The run uses all devices of all processes that `processes.join` connected;
+  each process must call this function.
 
-  Leaves in `workdir`: config.json, arch.json, result.json, history.jsonl,
+  Afterwards `workdir` holds config.json, arch.json, result.json, history.jsonl,
   TensorBoard files, checkpoints, heartbeats, report.html and its pictures.
 
   Args:
-    config: as the files in `configs/` make it.
-    workdir: empty, or that of an earlier start of the same run; the same
-      directory for all processes.
-    stop: whether to save and stop; asked after each step, and says the same in
-      all processes.
-    profile_steps: `N:M`, steps to profile into `workdir/profile`.
+    config: config from a file in `configs/`.
+    workdir: path of a new or empty directory, or of the workdir of an earlier
+      start of the same run; the same for all processes.
+    stop: `() -> bool`, called after each step; True: save and stop. It must
+      return the same value in all processes.
+    profile_steps: `N:M`, the steps to profile into `workdir/profile`; empty:
+      none.
 
   Returns:
     The content of result.json.
 
   Raises:
-    ValueError: the config cannot work, the processes differ in it, or the
-      workdir is another run's.
-    DivergedError: training diverged; the last good checkpoint stays.
-    PreemptedError: `stop` said so; the state is saved.
+    ValueError: the config cannot work, the processes have different configs, or
+      the workdir belongs to another run.
+    DivergedError: training diverged; the last good checkpoint remains.
+    PreemptedError: `stop` returned True; the state is saved.
   """
   began = time.monotonic()
-  workdir = pathlib.Path(workdir)
-  _check_same(config, workdir)
+  path = pathlib.Path(workdir)
+  _check_same(config, path)
   with processes.together():
     experiment = experiment_lib.build(
       config,
@@ -70,16 +71,16 @@ def train_and_evaluate(
     )
     devices = devices_lib.all_devices(config, experiment.controller.samples)
     trace = monitoring.Trace(
-      profile_steps, config.train.steps, workdir / workdir_lib.PROFILE
+      profile_steps, config.train.steps, path / workdir_lib.PROFILE
     )
     if processes.index() == 0:
-      _claim(config, workdir)
+      _claim(config, path)
   _describe(experiment)
-  run = loop.run(experiment, devices, workdir, stop, trace, began)
+  run = loop.run(experiment, devices, path, stop, trace, began)
   policy = jax.device_get(run.state.search_state.policy)
   choices = jax.device_get(policy_lib.argmax(policy))
   references = {
-    name: _reference(config, name, workdir, stop) for name in config.references
+    name: _reference(config, name, path, stop) for name in config.references
   }
   result = dict(
     metric=experiment.task.METRIC,
@@ -95,29 +96,27 @@ def train_and_evaluate(
     wall_seconds=run.seconds_before + time.monotonic() - began,
   )
   if processes.index() == 0:
-    files.write_json(
-      workdir / workdir_lib.ARCH, results.arch(experiment, choices)
-    )
-    files.write_json(workdir / workdir_lib.RESULT, result)
-    _LOG.info('report: %s', report.write_report(str(workdir)))
+    files.write_json(path / workdir_lib.ARCH, results.arch(experiment, choices))
+    files.write_json(path / workdir_lib.RESULT, result)
+    _LOG.info('report: %s', report.write_report(str(path)))
   _summarize(result)
   return result
 
 
 def _check_same(config: ml_collections.ConfigDict, workdir) -> None:
-  """Checks that all processes were started for the same run."""
+  """Raises ValueError unless all processes were started for the same run."""
   own = json.dumps(dict(config=config.to_dict(), workdir=str(workdir)))
   first, *others = map(json.loads, processes.texts(own))
   for i, other in enumerate(others, 1):
-    if found := config_lib.differences(first, other):
+    if lines := config_lib.differences(first, other):
       raise ValueError(
-        f'process {i} was started otherwise than process 0: '
-        f'{"; ".join(found)}; start all with the same flags and files'
+        f'process {i} was started with another config than process 0: '
+        f'{"; ".join(lines)}; start all with the same flags and files'
       )
 
 
 def _claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Makes the workdir this config's, or finds that it is."""
+  """Writes the config to the workdir, or checks that it holds the same one."""
   content = json.loads(json.dumps(config.to_dict()))
   path = workdir / workdir_lib.CONFIG
   try:
@@ -130,17 +129,17 @@ def _claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       f'--workdir={workdir} cannot be used: {error}; choose a directory that '
       'can be written'
     ) from None
-  if found := config_lib.differences(claimed, content):
+  if lines := config_lib.differences(claimed, content):
     raise ValueError(
       f'--workdir={workdir} belongs to a run of another config, which differs '
-      f'in {"; ".join(found)}; choose another workdir or the same config'
+      f'in {"; ".join(lines)}; choose another workdir or the same config'
     )
 
 
 def _reference(
   config, name: str, workdir: pathlib.Path, stop: Callable[[], bool]
 ) -> dict[str, Any]:
-  """Trains the published network at one format, by the same code."""
+  """Trains the published network with one format everywhere."""
   uniform = config.copy_and_resolve_references()
   with uniform.unlocked(), uniform.ignore_type():
     uniform.quant.formats = name

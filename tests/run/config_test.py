@@ -76,12 +76,12 @@ def test_an_unknown_and_a_missing_key_are_both_named():
     ('quant', dict(mode='both'), "quant.mode='both'"),
     ('quant', dict(exclude=('hiden*',)), "'hiden\\*' matches no layer"),
     ('quant', dict(act_clip='absmax'), "quant.act_clip='absmax'"),
-    ('quant', dict(act_clip='profiled', act_start=0.0), 'first phase'),
+    ('quant', dict(act_clip='profiled', act_start=0.0), 'before they'),
     ('quant', dict(act_start=0.5), 'search.start=0.25 comes before'),
     ('quant', dict(act_start=2), r'quant.act_start=2(.0)? must be'),
     ('quant', dict(arch='nowhere.json'), 'nowhere.json cannot be read'),
     ('cost', dict(target=0.5), 'cheapest assignment costs'),
-    ('cost', dict(target=100.0), 'dearest'),
+    ('cost', dict(target=100.0), 'most expensive'),
     ('cost', dict(kind='joules'), "cost.kind='joules'"),
     ('cost', dict(relative_to='INT99'), "unknown format 'INT99'"),
     ('search', dict(gamma=0.1), 'search.gamma=0.1 must be negative'),
@@ -125,7 +125,7 @@ def test_an_unknown_task_is_refused():
 
 
 def test_a_task_s_qualities_are_its_own():
-  with pytest.raises(ValueError, match="'auc' is unknown to task='classif"):
+  with pytest.raises(ValueError, match="'auc' is unknown for task='classif"):
     experiment_lib.build(_task('classification', 'auc'))
 
 

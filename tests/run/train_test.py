@@ -88,7 +88,7 @@ def test_a_workdir_of_another_config_is_refused_by_name(finished):
 def test_evaluation_with_the_found_arch_gives_the_run_s_own_result(finished):
   workdir, result = finished
   arch = str(workdir / 'arch.json')
-  assert evaluation.evaluate(str(workdir), arch=arch) == result['found']
+  assert evaluation.evaluate(str(workdir), arch_path=arch) == result['found']
 
 
 def test_the_test_loss_is_that_of_a_loop_by_hand(finished):

@@ -138,7 +138,7 @@ def test_a_signal_to_one_stops_all_at_one_step(stopped):
   steps = set()
   for i in (0, 1):
     said = run.text(i)
-    assert 'the same command goes on from there' in said
+    assert 'the same command resumes the run' in said
     steps.add(said.partition('saved at step ')[2].split()[0])
   assert len(steps) == 1
   assert (workdir / 'checkpoints' / steps.pop()).is_dir()
@@ -257,7 +257,7 @@ def test_processes_of_different_configs_are_refused_by_name(tmp_path):
   )
   assert run.wait() == [2, 2]
   for i in (0, 1):
-    assert 'process 1 was started otherwise' in run.text(i)
+    assert 'process 1 was started with another config' in run.text(i)
     assert 'config.seed: 1 -> 2' in run.text(i)
   assert not (tmp_path / 'run').exists()
 

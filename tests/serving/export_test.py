@@ -262,7 +262,7 @@ def test_activations_that_never_were_quantized_are_refused(workdir):
   run = evaluation.restore(str(workdir))
   variables = dict(
     params=run.state.served_params,
-    arch=run.experiment.space.expand(run.found),
+    arch=run.experiment.space.expand(run.choices),
     **run.state.model_state,
   )
   for stats in variables['quant_stats'].values():
@@ -271,7 +271,7 @@ def test_activations_that_never_were_quantized_are_refused(workdir):
     stored_layers.tensors(
       stored_layers.operand_recorder(run.experiment.model.apply, train=False),
       variables,
-      run.experiment.space.assignment(run.found),
+      run.experiment.space.assignment(run.choices),
       np.zeros((1, 8, 8, 1), np.float32),
     )
 
