@@ -1,1 +1,1 @@
-"""Files, processes, devices, checkpoints: what a run stands on."""
+"""Files, processes, devices and checkpoints of a run."""

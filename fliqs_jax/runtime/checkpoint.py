@@ -1,10 +1,9 @@
 """Checkpoints: a run's state saved, restored, and checked for damage.
 
-Orbax writes the arrays. On top of it stand three things that it does not do:
-every leaf is stored with a digest of its bits, because Orbax restores a flipped
-byte without a word; a checkpoint that cannot be used is named and the next
-older one taken; a damaged checkpoint makes way when training reaches its step
-again.
+Orbax writes the arrays. This module adds three things. Every leaf is stored
+with a digest of its bits, because Orbax restores a flipped byte without an
+error. If a checkpoint cannot be used, a warning names it and the next older one
+is used. A damaged checkpoint is deleted when training reaches its step again.
 """
 
 import asyncio
@@ -28,7 +27,13 @@ _LOG = logging.getLogger(__name__)
 
 
 class Restored(NamedTuple):
-  """What `Checkpoints.restore_latest` found."""
+  """A restored checkpoint.
+
+  Attributes:
+    step: the step at which it was saved.
+    state: the pytree of arrays, with the structure that was asked for.
+    extra: the JSON values that were saved with it.
+  """
 
   step: int
   state: Any
@@ -39,29 +44,29 @@ class Checkpoints:
   """The checkpoints of one run, in one directory.
 
   Invariants:
-    * A kill at any moment leaves every complete checkpoint as it was. One that
-      is being written has another name until it is complete.
-    * What `save` stores are the values at the call: the arrays may be donated
-      or overwritten as soon as it returns.
-    * `restore_latest` deletes nothing. `save` deletes complete checkpoints
-      beyond the newest `keep`, after the new one is complete, and those that
-      `restore_latest` found unusable, once their step is reached again.
-    * Steps increase strictly, unusable checkpoints aside.
+    * A kill at any moment leaves every complete checkpoint unchanged. An
+      incomplete one has another name.
+    * `save` stores the values at the time of the call: the arrays may be
+      donated or overwritten as soon as it returns.
+    * `restore_latest` deletes nothing. After a new checkpoint is complete,
+      `save` deletes all but the newest `keep`. It also deletes a checkpoint
+      that `restore_latest` could not use, once its step is reached again.
+    * Steps increase strictly; unusable checkpoints do not count.
 
-  One run uses a directory at a time: what another one is about to complete
-  would be cleaned up as the left-over of a killed run. All processes of the run
-  use it together, and call its methods in the same order.
+  Only one run may use a directory at a time: it deletes incomplete checkpoints
+  as the remains of a killed run. All processes of a run use the directory
+  together and call the methods in the same order.
   """
 
   def __init__(self, directory: str | os.PathLike[str], keep: int = 3):
-    """Opens a directory, made if need be.
+    """Opens the directory, and creates it if it does not exist.
 
     Args:
-      directory: for checkpoints only; there must be room for `keep` + 1.
-      keep: how many complete checkpoints to keep.
+      directory: a directory for checkpoints only, with space for `keep` + 1.
+      keep: the number of complete checkpoints to keep, at least 1.
 
     Raises:
-      ValueError: if `keep` is not positive, or the directory not writable.
+      ValueError: `keep` is not positive, or the directory is not writable.
     """
     if keep < 1:
       raise ValueError(f'keep={keep} must be at least 1')
@@ -86,21 +91,23 @@ class Checkpoints:
     )
 
   def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
-    """Starts to save; waits for the save before and for `state` itself.
+    """Starts to save; waits for the previous save and for `state` itself.
 
     Args:
-      step: greater than that of every usable checkpoint in the directory.
-      state: pytree of `jax.Array`; typed keys are fine, empty arrays are not.
-      extra: plain JSON values with string keys; comes back equal.
+      step: number of the step, greater than that of every usable checkpoint in
+        the directory.
+      state: pytree of `jax.Array`; typed keys are allowed, empty arrays are
+        not.
+      extra: plain JSON values with string keys, which are restored unchanged.
 
     Raises:
-      ValueError: if an argument is not as above.
-      RuntimeError: if this save, or the one before, failed.
+      ValueError: an argument is not as described.
+      RuntimeError: this save or the previous one failed.
     """
     self.wait()
     self._check_step(step)
     leaves = _checked_leaves(state)
-    # The transfers here are meant, whatever guard is around the training loop.
+    # These transfers are intended; the training loop may be under a guard.
     with jax.transfer_guard('allow'):
       digest_of = digests.digests(leaves)
       record = {
@@ -125,39 +132,40 @@ class Checkpoints:
             ),
             record=ocp.args.JsonSave({'crc32': _crc32(record), **record}),
           ),
-          # Orbax would pass over a step below that of a damaged checkpoint.
+          # Else Orbax would skip a step below that of a damaged checkpoint.
           force=True,
         )
       except Exception as error:
         raise self._failed(error) from error
 
   def wait(self) -> None:
-    """Returns when the save under way, if any, is complete.
+    """Returns when a save in progress, if any, is complete.
 
     Raises:
-      RuntimeError: if it failed; earlier checkpoints are unharmed.
+      RuntimeError: the save failed; earlier checkpoints are unchanged.
     """
     try:
       self._manager.wait_until_finished()
     except Exception as error:
-      # What Orbax meant to delete after this save is still there.
+      # The checkpoints that Orbax would have deleted after this save still
+      # exist; it must list them again.
       self._manager.reload()
       raise self._failed(error) from error
 
   def restore_latest(self, abstract_state: Any) -> Restored | None:
-    """Restores the newest checkpoint that is whole and fits.
+    """Restores the newest checkpoint that is undamaged and fits.
 
-    Every newer one is named in a warning, with what is wrong with it.
+    A warning names every newer one, with the reason why it cannot be used.
 
     Args:
       abstract_state: pytree of `jax.ShapeDtypeStruct`, or of arrays. A leaf is
         restored to its sharding; without one, to the first local device.
 
     Returns:
-      None if there is no checkpoint.
+      The checkpoint; None if there is none.
 
     Raises:
-      ValueError: if there are checkpoints but none can be used.
+      ValueError: there are checkpoints, but none can be used.
     """
     self.wait()
     self._manager.reload()
@@ -169,7 +177,7 @@ class Checkpoints:
           restored = self._restore(step, abstract_state)
       except _UnusableError as error:
         problem = str(error)
-      # What one process cannot read, none may go on from.
+      # All processes must use the same checkpoint: one that all can read.
       problem = next(filter(None, processes.texts(problem)), '')
       if not problem:
         return Restored(step, *restored)
@@ -185,7 +193,7 @@ class Checkpoints:
     reasons = ''.join(
       f'\n  step {step}: {reason}' for step, reason in self._unusable.items()
     )
-    # A caller that goes on all the same must not delete them by saving.
+    # If the caller continues after this error, `save` must not delete them.
     self._unusable.clear()
     raise ValueError(
       f'no checkpoint in {self._directory} can be used:{reasons}\nNothing was '
@@ -194,10 +202,10 @@ class Checkpoints:
     )
 
   def close(self) -> None:
-    """Waits for the save under way and releases Orbax's threads.
+    """Waits for a save in progress and releases Orbax's threads.
 
     Raises:
-      RuntimeError: if that save failed.
+      RuntimeError: that save failed.
     """
     try:
       self.wait()
@@ -235,7 +243,11 @@ class Checkpoints:
   def _restore(
     self, step: int, abstract_state: Any
   ) -> tuple[Any, dict[str, Any]]:
-    """Returns state and extra of one checkpoint, or raises `_UnusableError`."""
+    """Returns state and extra of one checkpoint.
+
+    Raises:
+      _UnusableError: it is damaged, or of another state.
+    """
     stored, extra = _checked_record(
       self._read(step, 'record', ocp.args.JsonRestore())
     )
@@ -267,16 +279,16 @@ class Checkpoints:
     except _UnusableError:
       raise
     except Exception as error:
-      # Damage shows as whatever Orbax, TensorStore or a parser trips over.
+      # Damage can raise any exception of Orbax, TensorStore or a parser.
       raise _UnusableError(
         f'its {item} cannot be read ({_one_line(error)})'
       ) from error
 
 
 class _Manager(ocp.CheckpointManager):
-  """Orbax's manager, which leaves it to its caller to ask about preemption.
+  """Orbax's manager, but it never asks JAX about preemption.
 
-  It would ask by its own steps, and confuse whoever counts otherwise.
+  JAX counts these questions, and `processes.Stop` asks them, once a step.
   """
 
   def reached_preemption(self, step: int) -> bool:
@@ -285,14 +297,14 @@ class _Manager(ocp.CheckpointManager):
 
 
 class _UnusableError(Exception):
-  """Why a checkpoint cannot be used, in one line."""
+  """A checkpoint cannot be used; the message says why, in one line."""
 
 
 class _NewestUsable(ocp.checkpoint_managers.PreservationPolicy):
   """Keeps the newest checkpoints by step, not counting the unusable ones.
 
-  Orbax's own policy counts in the order of saving and counts damaged ones too:
-  after falling back it would delete good checkpoints before bad ones.
+  Orbax's own policy counts in the order of saving, damaged ones included: after
+  a return to an older checkpoint it would delete good ones before bad ones.
   """
 
   def __init__(self, keep: int, unusable: Mapping[int, str]):
@@ -308,10 +320,10 @@ class _NewestUsable(ocp.checkpoint_managers.PreservationPolicy):
 
 
 class _LeafByLeaf(ocp.type_handlers.ArrayHandler):
-  """Reads every leaf even when one fails, and says which could not be read.
+  """Reads every leaf even if one fails, and names those that failed.
 
-  Orbax stops at the first failure and closes the event loop under the others,
-  each of which then prints a TensorStore dump of its own.
+  Orbax stops at the first failure and closes the event loop while it reads the
+  others; each of these then prints a long message of TensorStore.
   """
 
   async def deserialize(self, infos, args=None) -> list[jax.Array]:
@@ -353,7 +365,7 @@ def _check_writable(directory: epath.Path) -> None:
 def _checked_leaves(state: Any) -> dict[str, jax.Array]:
   leaves = digests.named_leaves(state)
   for name, leaf in leaves.items():
-    # Orbax saves no empty arrays, and a Python number comes back as an array.
+    # Orbax saves no empty arrays, and restores a Python number as an array.
     if not isinstance(leaf, jax.Array) or not leaf.size:
       raise ValueError(
         f'leaf {name} of the state is {leaf!r}; only a jax.Array of at least '
@@ -377,7 +389,7 @@ def _crc32(record: Mapping[str, Any]) -> int:
 
 
 def _checked_record(record: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns `leaves` and `extra` of a record that is as it was written."""
+  """Returns `leaves` and `extra` of a record, after a check of its CRC."""
   try:
     content = {key: record[key] for key in ('leaves', 'extra')}
     if record['crc32'] == _crc32(content):
@@ -388,7 +400,7 @@ def _checked_record(record: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _target(leaf: Any) -> jax.ShapeDtypeStruct:
-  """Returns what Orbax shall read for a leaf: plain data, and where to."""
+  """Returns shape, dtype and sharding of the plain data of a leaf."""
   sharding = getattr(leaf, 'sharding', None)
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -397,7 +409,7 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _typed(array: jax.Array, leaf: Any) -> jax.Array:
-  """Undoes `fingerprint.plain` if `leaf` is one of typed keys."""
+  """Undoes `digests.plain` if `leaf` is an array of typed keys."""
   if not digests.is_key(leaf):
     return array
   # `key_impl` looks at an array, not at a ShapeDtypeStruct.
@@ -406,13 +418,13 @@ def _typed(array: jax.Array, leaf: Any) -> jax.Array:
 
 
 def _one_line(error: BaseException) -> str:
-  """Returns what went wrong, without TensorStore's account of its options."""
+  """Returns the cause of an error, without TensorStore's list of options."""
   while error.__cause__ is not None:
     error = error.__cause__
   # `... [tensorstore_spec='{...`, `... [source locations='...`
   text = re.split(r' \[[\w ]+(?:\[\d+\])?=', str(error))[0]
   text = ' '.join(text.split())
-  # The cause stands at the end of a long message.
+  # A long message gives the cause at its end.
   if len(text) > 200:
     text = f'...{text[-200:]}'
   return f'{type(error).__name__}: {text}'

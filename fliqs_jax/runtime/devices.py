@@ -1,8 +1,8 @@
 """The devices of a run: what lies where, and what a step is on all of them.
 
-`pjit`: one program over all devices, one architecture a step; the result is
-that of one device, but for the order in which sums are rounded. `pmap`: a copy
-of the step on every device, each with its own architecture (`replicas`).
+`pjit` is one program over all devices, with one architecture a step. Its result
+is that of one device, except for the order in which sums are rounded. `pmap`
+copies the step to every device, each with its own architecture (`replicas`).
 
 In both, batches are split over the devices, and the state is the same on all;
 `shard_params` splits large parameters, their mean and their moments instead.
@@ -23,20 +23,24 @@ from fliqs_jax.runtime import replicas as replicas_lib
 
 MODES = ('pjit', 'pmap')
 _AXIS = 'data'
-# Elements from which on a leaf is split: below, talking costs more than memory.
+# The least number of elements of a leaf that is split, our choice. Smaller ones
+# would cost more communication than they save memory.
 _LARGE = 1 << 14
 
 
 def replicas(keys: ml_collections.ConfigDict) -> replicas_lib.Replicas:
-  """Returns how the copies of a step differ, by `config.parallel`."""
+  """Returns the replicas of a step in the mode of `config.parallel`."""
   return replicas_lib.along(_AXIS) if keys.mode == 'pmap' else replicas_lib.ONE
 
 
 def check(keys: ml_collections.ConfigDict) -> None:
-  """Checks `config.parallel`, whatever the devices will be.
+  """Checks `config.parallel` as far as it does not depend on the devices.
+
+  Args:
+    keys: the section `parallel` of a config.
 
   Raises:
-    ValueError: an unknown mode, or keys that contradict each other.
+    ValueError: the mode is unknown, or keys contradict each other.
   """
   if keys.mode not in MODES:
     raise ValueError(
@@ -56,10 +60,10 @@ def check(keys: ml_collections.ConfigDict) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-  """The devices of a run, and what lies where.
+  """The devices of a run, and the placement of arrays on them.
 
   Attributes:
-    mesh: of one axis, over which batches are split.
+    mesh: a mesh with one axis, over which batches are split.
     mode: one of `MODES`.
     shard_params: whether large parameters are split, too.
   """
@@ -70,19 +74,19 @@ class Devices:
 
   @property
   def everywhere(self) -> NamedSharding:
-    """Where every device has all of an array."""
+    """The sharding that gives every device the whole array."""
     return NamedSharding(self.mesh, PartitionSpec())
 
   @property
   def split(self) -> NamedSharding:
-    """Where every device has its rows of a batch."""
+    """The sharding that gives every device its rows of a batch."""
     return NamedSharding(self.mesh, PartitionSpec(_AXIS))
 
   def of_state(self, state: Any) -> Any:
-    """Returns where each leaf of a `TrainState` lies.
+    """Returns the sharding of each leaf of a `TrainState`.
 
     Args:
-      state: arrays or shapes.
+      state: a `TrainState` of arrays or of `jax.ShapeDtypeStruct`.
     """
     where = jax.tree.map(lambda _: self.everywhere, state)
     if not self.shard_params:
@@ -95,7 +99,7 @@ class Devices:
     )
 
   def _spread(self, leaf: Any) -> NamedSharding:
-    """Splits a large leaf along its longest axis that can be split evenly."""
+    """Returns a sharding along the longest axis that can be split evenly."""
     even = [n if n % self.mesh.size == 0 else 0 for n in leaf.shape]
     if np.prod(leaf.shape) < _LARGE or not any(even):
       return self.everywhere
@@ -106,8 +110,8 @@ class Devices:
     """Yields batches on the devices.
 
     Args:
-      batches: pytrees of NumPy arrays [B / processes, ...], this process's rows
-        of each.
+      batches: pytrees of NumPy arrays [B / processes, ...], the rows of a batch
+        of B examples that this process has read.
     """
     for batch in batches:
       yield jax.tree.map(
@@ -115,29 +119,31 @@ class Devices:
       )
 
   def compile(self, step: Callable, state: Any, *batches: Any) -> Callable:
-    """Returns the search step, compiled: it cannot compile again, only refuse.
+    """Returns the compiled step; on other shapes it raises, never recompiles.
 
     Args:
-      step: (state, *batches) -> (state, metrics), as of
-        `train_step.search_step` with the `replicas` of this mode.
-      state: arrays or shapes; donated.
-      *batches: on the devices.
+      step: takes `(state, *batches)` and returns `(state, metrics)`; it uses
+        the `replicas` of this mode.
+      state: pytree of arrays or of `jax.ShapeDtypeStruct`; a call donates it.
+      *batches: pytrees of arrays [B, ...] on the devices.
     """
     if self.mode == 'pmap':
       rows = [PartitionSpec(_AXIS)] * len(batches)
-      # Unchecked: what leaves is the same everywhere by `Replicas.mean`; and a
-      # gradient would otherwise be summed over the replicas without a word.
-      step = jax.shard_map(
+      # With check_vma, a gradient would silently be summed over the replicas.
+      # Without it, `Replicas.mean` makes the outputs equal on all devices.
+      local = jax.shard_map(
         step,
         mesh=self.mesh,
         in_specs=(PartitionSpec(), *rows),
         out_specs=PartitionSpec(),
         check_vma=False,
       )
+    else:
+      local = step
     where = self.of_state(state)
     return (
       jax.jit(
-        step,
+        local,
         in_shardings=(where, *[self.split] * len(batches)),
         out_shardings=(where, self.everywhere),
         donate_argnums=0,
@@ -148,7 +154,7 @@ class Devices:
 
 
 def one_device() -> Devices:
-  """Returns one device of this process, JAX's default if it has one."""
+  """Returns one device of this process: JAX's default, or else the first."""
   device = jax.config.jax_default_device or jax.local_devices()[0]
   return Devices(_mesh([device]))
 
@@ -159,8 +165,8 @@ def all_devices(config: ml_collections.ConfigDict, samples: int) -> Devices:
   If `jax.default_device` is set, that device alone.
 
   Args:
-    config: of the run, checked.
-    samples: architectures that are judged at once.
+    config: the checked config of the run.
+    samples: the number of architectures that a step evaluates.
 
   Raises:
     ValueError: the mode cannot have so many devices, or they cannot share a

@@ -12,7 +12,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
   """Returns the leaves by path, `params/Dense_0/kernel`, in tree order.
 
   Raises:
-    ValueError: if a path is not unique, as with a slash in a key.
+    ValueError: two leaves have the same path, because of a slash in a key.
   """
   leaves = jax.tree.leaves_with_path(tree)
   named = {
@@ -27,7 +27,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def is_key(leaf: Any) -> bool:
-  """Whether an array, concrete or abstract, is one of typed PRNG keys."""
+  """Returns whether an array, concrete or abstract, holds typed PRNG keys."""
   return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
@@ -44,11 +44,11 @@ def describe(leaf: Any) -> str:
 def mismatch(
   stored: Mapping[str, str], wanted: Mapping[str, str]
 ) -> str | None:
-  """Returns in one line why one tree is not the other; None if it is.
+  """Returns the first difference between two trees in one line, or None.
 
   Args:
-    stored: descriptions by name, as found.
-    wanted: descriptions by name, as this run has them.
+    stored: description of each stored leaf, by name.
+    wanted: description of each leaf of this run, by name.
   """
   if lacking := sorted(wanted.keys() - stored.keys()):
     return f'{some(lacking)} not in it'
@@ -63,7 +63,7 @@ def mismatch(
 
 
 def some(names: Collection[str]) -> str:
-  """Returns the subject of a sentence: the first name, and how many more."""
+  """Returns the subject of a sentence: the first name and a count."""
   first = next(iter(names))
   if len(names) == 1:
     return f'leaf {first} is'
@@ -71,38 +71,39 @@ def some(names: Collection[str]) -> str:
 
 
 def digests(leaves: Mapping[str, jax.Array]) -> dict[str, int]:
-  """Returns the `digest` of every leaf; only these numbers leave the device."""
+  """Returns the `digest` of every leaf; only digests leave the device."""
   values = jax.device_get({name: digest(x) for name, x in leaves.items()})
   return {name: int(value) for name, value in values.items()}
 
 
-# Compiled per shape rather than once per state: a deep network repeats its
-# shapes, and one program over 500 leaves took 2.5 times as long to compile.
+# It is compiled once per shape, not once per state: a deep network repeats its
+# shapes, and one program for 500 leaves took 2.5 times as long to compile.
 @jax.jit
 def digest(leaf: jax.Array) -> jax.Array:
   """Returns the sum, modulo 2**32, of words hashed with their positions.
 
   Invariants:
-    * It depends on the bits of `leaf` and their order, not on its shape, nor on
-      the sharding or the number of devices: a sum that wraps has no order.
-    * One changed element of up to 32 bits always changes it, because a word is
-      hashed by a bijection. Other changes go unseen once in 2**32.
+    * It depends on the bits of `leaf` and their order, but not on its shape,
+      its sharding or the number of devices: the order of a sum modulo 2**32
+      does not matter.
+    * One changed element of up to 32 bits always changes it, because the hash
+      of a word is a bijection. Other changes are missed once in 2**32.
 
   Args:
-    leaf: [...] of any dtype, or typed PRNG keys.
+    leaf: [...] array of any dtype, or of typed PRNG keys.
 
   Returns:
     [] uint32.
   """
-  leaf = plain(leaf)
-  if leaf.dtype == jnp.bool_:
-    leaf = leaf.astype(jnp.uint8)
-  if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-    leaf = jnp.stack([leaf.real, leaf.imag], axis=-1)
-  info = jnp.finfo if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.iinfo
-  bits = min(info(leaf.dtype).bits, 32)  # 64 bits become two words.
-  words = lax.bitcast_convert_type(leaf, f'uint{bits}').astype(jnp.uint32)
-  # Not `reshape(-1)`, which would gather a sharded leaf on every device.
+  data = plain(leaf)
+  if data.dtype == jnp.bool_:
+    data = data.astype(jnp.uint8)
+  if jnp.issubdtype(data.dtype, jnp.complexfloating):
+    data = jnp.stack([data.real, data.imag], axis=-1)
+  info = jnp.finfo if jnp.issubdtype(data.dtype, jnp.floating) else jnp.iinfo
+  bits = min(info(data.dtype).bits, 32)  # 64 bits become two words.
+  words = lax.bitcast_convert_type(data, f'uint{bits}').astype(jnp.uint32)
+  # `reshape(-1)` would gather a sharded leaf on every device.
   position, stride = jnp.zeros_like(words), 1
   for axis in reversed(range(words.ndim)):
     index = lax.broadcasted_iota(jnp.uint32, words.shape, axis)
@@ -112,7 +113,7 @@ def digest(leaf: jax.Array) -> jax.Array:
 
 
 def _hash(x: jax.Array) -> jax.Array:
-  # C. Wellons' `lowbias32`: a bijection of uint32 that mixes well.
+  # The hash `lowbias32` of C. Wellons: a bijection of uint32 that mixes well.
   x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
   x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
   return x ^ (x >> 16)

@@ -1,7 +1,7 @@
 """Atomic replacement of small files: a kill leaves the old or the new one.
 
-One writer per file at a time: the temporary file has a fixed name, so that
-what a killed run leaves behind is overwritten and never piles up.
+A file may have one writer at a time. The temporary file has a fixed name, so
+that the next run overwrites what a killed run leaves behind.
 """
 
 import json
@@ -12,24 +12,28 @@ from typing import Any
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
   """Replaces the file at `path`; its directory must exist."""
-  path = pathlib.Path(path)
-  temporary = path.with_name(f'.{path.name}.tmp')
+  final = pathlib.Path(path)
+  temporary = final.with_name(f'.{final.name}.tmp')
   with temporary.open('wb') as file:
     file.write(data)
     file.flush()
-    # Without it a power cut may keep the new name and lose the new bytes.
+    # Else a power cut could keep the new name but lose the new bytes.
     os.fsync(file.fileno())
-  temporary.replace(path)
+  temporary.replace(final)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
   """Replaces the file at `path` with `value` as indented JSON.
 
-  The same value gives the same bytes: keys stay in the order given, and a
-  float is written with the fewest digits that read back to it.
+  The same value gives the same bytes: keys keep their order, and a float is
+  written with the fewest digits that read back to it.
+
+  Args:
+    path: the file; its directory must exist.
+    value: plain JSON values.
 
   Raises:
-    ValueError: for NaN or infinity, which JSON cannot express.
+    ValueError: the value holds NaN or infinity, which JSON cannot express.
   """
   try:
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)

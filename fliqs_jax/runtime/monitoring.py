@@ -14,9 +14,14 @@ from fliqs_jax.runtime import workdir as workdir_lib
 
 
 def heartbeat(workdir: str | os.PathLike[str], step: int) -> None:
-  """Replaces `heartbeat/PROCESS.json`: how far this process is, and when.
+  """Replaces `heartbeat/PROCESS.json` with the step and the time.
 
-  `time` is in seconds since 1970, `pid` the operating system's number.
+  The file holds `step`, `time` in seconds since 1970, and `pid`, the number
+  that the operating system gave to the process.
+
+  Args:
+    workdir: the run's directory.
+    step: number of steps that this process has completed.
   """
   path = (
     pathlib.Path(workdir) / workdir_lib.HEARTBEAT / f'{processes.index()}.json'
@@ -26,20 +31,20 @@ def heartbeat(workdir: str | os.PathLike[str], step: int) -> None:
 
 
 class Trace:
-  """A profile of a run's steps, for TensorBoard's profiler; of one process."""
+  """A profile of some steps of the first process, for TensorBoard."""
 
   def __init__(
     self, steps: str, run_steps: int, directory: str | os.PathLike[str]
   ):
-    """Reads which steps.
+    """Parses the range of steps.
 
     Args:
-      steps: `N:M`, from step N, counted from 0, to before step M; '' for none.
-      run_steps: of the run.
-      directory: where the first process leaves it.
+      steps: `N:M` for the steps N to M - 1, counted from 0; '' for none.
+      run_steps: the number of steps of the run.
+      directory: the directory in which the first process writes the profile.
 
     Raises:
-      ValueError: it is something else, or beyond the run.
+      ValueError: `steps` is something else, or a step is not in the run.
     """
     self._directory, self._is_on = str(directory), False
     self._first, self._end = -1, -1
@@ -52,13 +57,19 @@ class Trace:
       )
 
   def before(self, step: int) -> None:
-    """Starts the profile if it starts with this step."""
+    """Starts the profile if `step` is its first one."""
     if step == self._first and processes.index() == 0:
       jax.profiler.start_trace(self._directory)
       self._is_on = True
 
   def after(self, step: int, result: Any) -> None:
-    """Ends the profile if it ends with this step; waits for its result."""
+    """Ends the profile if `step` is its last one.
+
+    Args:
+      step: number of the step, from 0.
+      result: pytree of arrays that the step returned; the profile ends when
+        they are computed.
+    """
     if self._is_on and step + 1 == self._end:
       jax.block_until_ready(result)
       self._stop()

@@ -1,7 +1,7 @@
-"""The processes of a run: how they find each other, agree, and stop together.
+"""The processes of a run: they find each other, agree, and stop together.
 
-JAX's own coordination does the work: it detects clusters, spreads a SIGTERM
-that one process gets to all of them, and ends all when one is gone.
+JAX's coordination service does the work: it detects clusters, passes a SIGTERM
+of one process on to all of them, and ends all of them if one is gone.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import threading
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -18,44 +19,45 @@ import numpy as np
 
 _LOG = logging.getLogger(__name__)
 
-# What `launch.local` gives; JAX looks for none of them by itself.
-_GIVEN = ('FLIQS_COORDINATOR', 'FLIQS_NUM_PROCESSES', 'FLIQS_PROCESS_ID')
-# How many processes a cluster started; JAX then finds the rest.
+# Variables that `launch.local` sets; JAX does not read them by itself.
+_VARIABLES = ('FLIQS_COORDINATOR', 'FLIQS_NUM_PROCESSES', 'FLIQS_PROCESS_ID')
+# The number of processes that a cluster started; JAX finds all else by itself.
 _COUNTS = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
 _TPU = ('TPU_WORKER_HOSTNAMES', 'TPU_PROCESS_ADDRESSES')
-# Set by JAX, when it is imported, where there are no TPU chips.
+# On a machine without TPU chips, JAX sets this when it is imported.
 _NO_CHIPS = 'TPU_SKIP_MDS_QUERY'
 
 
 def join(timeout: int, dead_after: int) -> None:
-  """Meets the other processes of this run, if there are any.
+  """Connects to the other processes of this run, if there are any.
 
-  Must come before anything else asks for devices. Ends this process with
-  status 1 if the others do not come; JAX would, too, but would not say where
-  they were awaited.
+  Call it before anything else asks for devices. If the others do not connect in
+  time, it ends this process with status 1 and logs the address; JAX would end
+  it, too, but without the address.
 
   Args:
     timeout: seconds to wait for the others.
-    dead_after: seconds without a sign of life after which a process counts as
-      dead, and all others end.
+    dead_after: seconds without a heartbeat after which a process counts as
+      lost, and all others end.
 
   Raises:
-    ValueError: the environment says something that cannot be.
+    ValueError: the environment variables contradict each other, or no
+      connection is possible.
   """
-  given = _given()
+  given = _from_environment()
   if given is None and not _in_cluster():
     return
-  where = given['coordinator_address'] if given else 'what the cluster names'
+  where = given['coordinator_address'] if given else 'the cluster'
   _LOG.info('waiting for the other processes at %s', where)
 
   def give_up():
     _LOG.error(
-      'the processes of this run did not meet at %s within %d s: is the '
-      'address right, can it be reached, and were all of them started?',
+      'the processes of this run did not meet at %s within %d s: check that '
+      'the address is right and can be reached, and that all were started',
       where,
       timeout,
     )
-    os._exit(1)  # The wait is in native code.
+    os._exit(1)  # Native code waits, where an exception has no effect.
 
   waiting = threading.Timer(timeout, give_up)
   waiting.daemon = True
@@ -63,22 +65,26 @@ def join(timeout: int, dead_after: int) -> None:
   try:
     jax.distributed.initialize(
       **(given or {}),
-      # Later than ours.
+      # JAX aborts without the address, so our timer must end first.
       initialization_timeout=timeout + 60,
       heartbeat_timeout_seconds=dead_after,
     )
   except (ValueError, RuntimeError, OSError) as error:
     raise ValueError(
       f'the processes of this run cannot meet at {where}: {error}; '
-      f'{_GIVEN[1]}=1 runs without others'
+      f'set {_VARIABLES[1]}=1 to run one process alone'
     ) from None
   finally:
     waiting.cancel()
 
 
-def _given():
-  """Returns arguments of `jax.distributed.initialize` from the environment."""
-  values = [os.environ.get(name, '') for name in _GIVEN]
+def _from_environment() -> dict[str, Any] | None:
+  """Returns arguments of `jax.distributed.initialize`, None for one process.
+
+  Raises:
+    ValueError: the variables are incomplete or contradict each other.
+  """
+  values = [os.environ.get(name, '') for name in _VARIABLES]
   address, count, index = values
   if not any(values) or count == '1':
     return None
@@ -88,10 +94,10 @@ def _given():
     and index.isdecimal()
     and int(index) < int(count)
   ):
-    said = ', '.join(f'{k}={v!r}' for k, v in zip(_GIVEN, values))
+    current = ', '.join(f'{k}={v!r}' for k, v in zip(_VARIABLES, values))
     raise ValueError(
-      f'{said}: needed are HOST:PORT, the number of processes, and an index '
-      'below it'
+      f'{current}: they must be HOST:PORT, the number of processes, and '
+      'an index below that number'
     )
   return dict(
     coordinator_address=address,
@@ -104,7 +110,7 @@ def _given():
 def _in_cluster() -> bool:
   """Returns whether JAX should ask a cluster for the other processes."""
   environment = os.environ
-  if environment.get(_GIVEN[1]) == '1':
+  if environment.get(_VARIABLES[1]) == '1':
     return False
   return (
     any(int(environment.get(name, '1')) > 1 for name in _COUNTS)
@@ -114,17 +120,17 @@ def _in_cluster() -> bool:
 
 
 def index() -> int:
-  """Returns which of the processes this is."""
+  """Returns the index of this process, from 0."""
   return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def count() -> int:
-  """Returns how many processes there are."""
+  """Returns the number of processes."""
   return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def texts(own: str) -> list[str]:
-  """Returns a text of each process, the same list in all of them."""
+  """Returns the texts of all processes in their order, the same in each."""
   if count() == 1:
     return [own]
   data = np.frombuffer(own.encode(), np.uint8)
@@ -137,7 +143,10 @@ def texts(own: str) -> list[str]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Raises a ValueError of one process in all: nobody waits for it in vain."""
+  """Raises a ValueError of one process in all of them.
+
+  Without it the others would wait for that process for ever.
+  """
   own = None
   try:
     yield
@@ -152,9 +161,10 @@ def together() -> Iterator[None]:
 
 
 class Stop:
-  """Whether a run was asked to stop by SIGTERM; asked once at each step.
+  """A question asked once a step: did a SIGTERM ask the run to stop?
 
-  All processes get the same answer at the same step, wherever the signal came.
+  All processes get the same answer at the same step, whichever process got the
+  signal.
   """
 
   def __init__(self):
@@ -169,6 +179,7 @@ class Stop:
   def __call__(self) -> bool:
     """Returns whether to stop after this step."""
     if jax.distributed.is_initialized():
-      # By calls, not by steps: a run may be followed by that of a reference.
+      # JAX needs numbers that only grow within a process. Those of calls do;
+      # those of steps begin again if a run of a reference follows.
       return multihost_utils.reached_preemption_sync_point(next(self._calls))
     return self._signalled

@@ -1,21 +1,21 @@
-"""The names of the files and folders in a run's workdir, each spelt once.
+"""Names of the files and folders in a run's workdir.
 
-A sweep's folder holds the workdirs of its runs and three files of its own.
+A sweep's folder holds the workdirs of its runs and three more files.
 """
 
-# What a run was asked for; written before its first step.
+# The config of the run; written before its first step.
 CONFIG = 'config.json'
-# What was found: formats and sizes of each layer.
+# The resulting architecture: formats and sizes of each layer.
 ARCH = 'arch.json'
-# What was measured of it. A run that has this file is finished.
+# The measurements of it. A run that has this file is finished.
 RESULT = 'result.json'
 # A row of averaged metrics for each logging point.
 HISTORY = 'history.jsonl'
 REPORT = 'report.html'
 CHECKPOINTS = 'checkpoints'
-# One JSON file per process: how far it is.
+# A folder with one JSON file per process: its step and the time.
 HEARTBEAT = 'heartbeat'
-# TensorBoard's profile of chosen steps.
+# A folder with the profile of chosen steps, for TensorBoard.
 PROFILE = 'profile'
 
 SWEEP_RESULT = 'sweep.json'

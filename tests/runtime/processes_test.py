@@ -292,7 +292,7 @@ def test_an_environment_that_cannot_be_is_refused(monkeypatch, told):
   names = ('FLIQS_COORDINATOR', 'FLIQS_NUM_PROCESSES', 'FLIQS_PROCESS_ID')
   for name, value in zip(names, told):
     monkeypatch.setenv(name, value)
-  with pytest.raises(ValueError, match='needed are HOST:PORT'):
+  with pytest.raises(ValueError, match='they must be HOST:PORT'):
     processes.join(1, 1)
 
 
