@@ -17,7 +17,7 @@ import jax
 
 from fliqs_jax.numerics import int8_ops
 from fliqs_jax.serving import loader
-from fliqs_jax.space import cost_model
+from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import quant_spec
 
 # Seconds. A sample has as many calls as fill it, so that neither the clock's
@@ -46,7 +46,7 @@ class Row:
 
   path: str
   count: int
-  op: cost_model.OpShape
+  op: ops_lib.OpShape
   inputs: tuple[int, ...]
   plain: tuple[nn.Module, Mapping[str, Any]]
   served: tuple[nn.Module, Mapping[str, Any]]
@@ -69,7 +69,7 @@ class Row:
 def rows(
   plain: loader.Served,
   served: loader.Served,
-  ops: Mapping[str, cost_model.OpShape],
+  ops: Mapping[str, ops_lib.OpShape],
   image: jax.ShapeDtypeStruct,
 ) -> list[Row]:
   """Returns the layers of a network, found by tracing it.

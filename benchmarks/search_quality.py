@@ -47,6 +47,7 @@ from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import discovery
+from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import search_space
 
@@ -149,7 +150,7 @@ def _resnet18(spec):
   ops = []
   for count, kernel, inputs, outputs, side in _RESNET18:
     weights = kernel**2 * inputs * outputs
-    shape = cost_model.OpShape(
+    shape = ops_lib.OpShape(
       kind='conv',
       macs=weights * side**2,
       weights=weights,
@@ -158,7 +159,7 @@ def _resnet18(spec):
       act_menu=spec.formats,
       tied=True,
     )
-    ops += [cost_model.Op(f'{len(ops) + i}', shape) for i in range(count)]
+    ops += [ops_lib.Op(f'{len(ops) + i}', shape) for i in range(count)]
   decisions = tuple(
     search_space.FormatDecision(op.path, (op.leaf('format'),), spec.formats)
     for op in ops

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from fliqs_jax.intercept import carried_variables
 from fliqs_jax.intercept import layer_calls
-from fliqs_jax.space import cost_model
+from fliqs_jax.space import ops as ops_lib
 
 
 def calls(program) -> dict[str, list[float]]:
@@ -93,7 +93,7 @@ def costs(
         _repeat(layer, s, t / iterations) for s, t in zip(shapes, times)
       ]
       if stacked:
-        repeated = [cost_model.Stacked(s, iterations, shared) for s in repeated]
+        repeated = [ops_lib.Stacked(s, iterations, shared) for s in repeated]
       cost = carried_variables.with_entry(
         cost, (*path, *parts), 'ops', tuple(repeated)
       )
@@ -142,6 +142,6 @@ def _stacked_natively(cost, variables, shared):
     if not iterations:
       iterations = _ratio(variables.get('params', {}), parts, shapes[0])
     if iterations > 1:
-      stacked = tuple(cost_model.Stacked(s, iterations, shared) for s in shapes)
+      stacked = tuple(ops_lib.Stacked(s, iterations, shared) for s in shapes)
       cost = carried_variables.with_entry(cost, parts, 'ops', stacked)
   return cost

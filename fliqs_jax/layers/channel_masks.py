@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fliqs_jax.numerics import one_hot as one_hot_lib
-from fliqs_jax.space import cost_model
+from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import sizes
 
 
@@ -109,7 +109,7 @@ class BatchNorm(nn.BatchNorm):
     before = dict(self.variables.get('batch_stats', {}))
     y = super().__call__(x)
     params = self.use_scale + self.use_bias
-    follows = cost_model.PerChannel('channels', self.channels, params)
+    follows = ops_lib.PerChannel('channels', self.channels, params)
     self.sow('cost', 'others', follows)
     y = Mask(self.channels, parent=self.scope)(y)
     if len(self.channels.labels) > 1 and not self.is_initializing():
@@ -163,5 +163,5 @@ class Dense(nn.Dense):
       for rows, columns in zip(*(side.counts for side in sides))
     )
     params = dataclasses.replace(sides[1], counts=counts)
-    self.sow('cost', 'others', cost_model.PerChannel('channels', params, 1))
+    self.sow('cost', 'others', ops_lib.PerChannel('channels', params, 1))
     return Mask(self.output_channels, parent=self.scope)(y)

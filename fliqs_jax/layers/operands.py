@@ -22,7 +22,7 @@ from fliqs_jax.numerics import float_ops
 from fliqs_jax.numerics import formats
 from fliqs_jax.numerics import one_hot as one_hot_lib
 from fliqs_jax.numerics import quantize
-from fliqs_jax.space import cost_model
+from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import sizes
 
@@ -96,7 +96,7 @@ class Operands:
     self.dtype = module.dtype or jnp.result_type(inputs, module.param_dtype)
     self.sizes = {
       name: size
-      for name in ('input_channels', 'output_channels', 'kernel')
+      for name in sizes.LEAVES
       if (size := getattr(module, name, None)) is not None
     }
     self.leaves = {
@@ -216,7 +216,7 @@ class Operands:
     """Sows the shape of the op, from which the cost model computes costs.
 
     Args:
-      kind: the kind of the op, one of `cost_model.OpShape`.
+      kind: the kind of the op, one of `ops.OpShape`.
       macs: multiply-accumulates of one call, all examples of the batch.
       weights: the number of weights that the op reads.
       channels: the number of scales of the weights.
@@ -228,9 +228,9 @@ class Operands:
     scaling = {
       name: size
       for name, size in self.sizes.items()
-      if not (grouped and name == 'input_channels')
+      if not (grouped and name == sizes.INPUT_CHANNELS)
     }
-    shape = cost_model.OpShape(
+    shape = ops_lib.OpShape(
       kind=kind,
       macs=macs,
       weights=weights,
@@ -242,9 +242,9 @@ class Operands:
       spare=spare,
     )
     self.state.sow('cost', 'ops', shape)
-    outputs = self.sizes.get('output_channels')
+    outputs = self.sizes.get(sizes.OUTPUT_CHANNELS)
     if outputs is not None and self.module.use_bias:
-      bias = cost_model.PerChannel('output_channels', outputs, 1)
+      bias = ops_lib.PerChannel(sizes.OUTPUT_CHANNELS, outputs, 1)
       self.state.sow('cost', 'others', bias)
 
   def _decision(self, side: str, menu: Menu) -> jax.Array:
@@ -280,20 +280,22 @@ class Operands:
     """
     active, zero = None, jnp.zeros(())
     # A depthwise kernel has no axis of input channels.
-    if (channels := self._several('input_channels')) and shape[-2] > 1:
+    if (channels := self._several(sizes.INPUT_CHANNELS)) and shape[-2] > 1:
       if channels.size != shape[-2]:
         raise ValueError(
           f'{"/".join(self.module.path)}: {channels.decision} is of a tensor '
           f'of {channels.size} channels, but the kernel takes {shape[-2]}; '
           'give the layer the `Channels` of its input'
         )
-      leaf = self.leaves['input_channels']
+      leaf = self.leaves[sizes.INPUT_CHANNELS]
       zero += 0.0 * channel_masks.active_count(leaf, channels)
       active = channel_masks.is_active(leaf, channels)
       active = active.reshape((1,) * (len(shape) - 2) + (-1, 1))
-    kernel = self._several('kernel')
+    kernel = self._several(sizes.KERNEL)
     if kernel and kernel.is_masked:
-      size = one_hot_lib.pick(self.leaves['kernel'], jnp.asarray(kernel.labels))
+      size = one_hot_lib.pick(
+        self.leaves[sizes.KERNEL], jnp.asarray(kernel.labels)
+      )
       zero += 0.0 * size
       near = jnp.abs(jnp.arange(kernel.size) - kernel.size // 2) <= size // 2
       near = (near[:, None] & near[None, :])[:, :, None, None]
@@ -342,9 +344,9 @@ class Operands:
       weight = jnp.maximum(1.0 / count.value, 1.0 - _STATS_DECAY)
       seen = lax.stop_gradient(x)
       first, second = jnp.mean(seen), jnp.mean(seen * seen)
-      if channels := self._several('input_channels'):
+      if channels := self._several(sizes.INPUT_CHANNELS):
         # Inactive channels are zero, but the means divide by all channels.
-        leaf = self.leaves['input_channels']
+        leaf = self.leaves[sizes.INPUT_CHANNELS]
         dense = x.shape[-1] / channel_masks.active_count(leaf, channels)
         first, second = first * dense, second * dense
       mean.value += weight * (first - mean.value)

@@ -14,7 +14,7 @@ Collections, per layer:
   quant_stats: `mean`, `mean_square` [], running moments of the input; `count`
     [], batches seen; `active` [], whether activations are quantized yet; `clip`
     [K], threshold of each format as a multiple of the standard deviation.
-  cost: `ops`, a static `cost_model.OpShape` per call.
+  cost: `ops`, a static `ops.OpShape` per call.
 """
 
 from collections.abc import Callable
@@ -190,7 +190,7 @@ def _conv(
 
 
 def _conv_kind(kernel: tuple[int, ...], groups: int) -> str:
-  """Returns the kind of a convolution, `cost_model.OpShape.kind`."""
+  """Returns the kind of a convolution, `ops.OpShape.kind`."""
   *taps, inputs, _ = kernel
   # One input to an output is not enough: an image may have a single channel.
   if groups > 1 and inputs == 1:

@@ -10,9 +10,10 @@ from typing import Any
 from fliqs_jax.numerics import formats
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import schedules
+from fliqs_jax.space import cost_model
+from fliqs_jax.space import sizes as sizes_lib
 
 SIDES = ('weights', 'activations')
-SIZES = ('input_channels', 'output_channels', 'kernel')
 UNIFORM_BITS = 8  # Of the uniform model that each layer's cost is set against.
 _FILES = (
   workdir_lib.CONFIG,
@@ -70,7 +71,7 @@ class FinishedRun:
       `macs`, `params`, `cost`; as fractions of their sums, `share` of the cost,
       `reference_share` of the cost at `UNIFORM_BITS` and `macs_share`;
       `probabilities` of the chosen formats, by side; and `sizes`, a `Size` for
-      each of `SIZES` that was decided about. NaN where unknown.
+      each of `sizes.LEAVES` that was decided about. NaN where unknown.
     reference: what `reference_share` refers to; None if this kind of cost
       cannot be told from the formats alone.
   """
@@ -246,8 +247,7 @@ def _layers(
       details.get(path, {}), arch.get('sizes', {}), result['decisions']
     )
   kind = arch['cost']['kind']
-  counted = {'bops': SIDES, 'size': SIDES[:1], 'average_bits': SIDES[:1]}
-  counted = counted.get(kind, ())
+  counted = cost_model.KINDS[kind].sides if kind in cost_model.KINDS else ()
   rows = list(layers.values())
   uniform = [_uniform_cost(row, counted) for row in rows]
   for name, costs in (
@@ -294,7 +294,7 @@ def _sizes(
 ) -> dict[str, Size]:
   """Returns the sizes of a row of result.json that were decided about."""
   sizes = {}
-  for what in (what for what in SIZES if what in row):
+  for what in (what for what in sizes_lib.LEAVES if what in row):
     sizes[what] = Size(row[what])
     name = row.get('decided', {}).get(what)
     if name is None:

@@ -164,8 +164,8 @@ def build(
   space = discovery.find(model, _example(streams), spec=spec, train=False)
   if arch is not None:
     space.check_sizes(arch['sizes'])
-  _check_sizes(config, space)
   cost = space.cost(config.cost.kind)
+  _check_sizes(config, space)
   target = _target(config.cost, cost, space)
   controller = _controller(config, space, cost, target, phases)
   return Experiment(
@@ -247,9 +247,10 @@ def _check_sizes(config, space: search_space.SearchSpace) -> None:
         f'no such sizes to search; set sizes.{key} to ()'
       )
   open_sizes = any(len(decision.labels) > 1 for decision in space.open_sizes)
-  if open_sizes and config.cost.kind == 'average_bits':
+  kind = config.cost.kind
+  if open_sizes and cost_model.KINDS[kind].is_per_weight:
     raise ValueError(
-      "cost.kind='average_bits' does not depend on sizes, and this config "
+      f'cost.kind={kind!r} does not depend on sizes, and this config '
       "searches sizes; use cost.kind='bops' or 'size'"
     )
 

@@ -12,6 +12,7 @@ from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.runtime import versions
 from fliqs_jax.search import policy as policy_lib
 from fliqs_jax.space import cost_model
+from fliqs_jax.space import ops as ops_lib
 
 _SCHEMA = 1
 # A decision is settled if its likeliest option has at least this probability.
@@ -112,7 +113,7 @@ def layers(
   ]
 
 
-def _sizes(op: cost_model.Op, leaves: Mapping[str, Any]) -> dict[str, Any]:
+def _sizes(op: ops_lib.Op, leaves: Mapping[str, Any]) -> dict[str, Any]:
   if not op.shape.decided:
     return {}
   counts = {

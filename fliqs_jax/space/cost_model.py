@@ -10,179 +10,15 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any, NamedTuple
 
-from flax import struct
 import numpy as np
 
 from fliqs_jax.numerics import formats
+from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import sizes
 
-# What is not quantized is served as BF16; a scale is a float32.
-UNQUANTIZED_BITS = 16
+# A scale, and each parameter outside of ops, is a float32.
 _SCALE_BITS = 32
 _OTHER_BITS = 32
-
-Leaves = Mapping[str, Any]  # {leaf's path: [K] one-hot or probability}
-FormatValue = Callable[[formats.NumericFormat], int]
-
-
-@struct.dataclass
-class OpShape:
-  """The shape of one quantizable op; all fields are static.
-
-  Attributes:
-    kind: `conv`, or what it is more precisely: `pointwise` (1x1), `depthwise`
-      (each output sees one of several inputs); `dense`, `einsum`, `embed`, or
-      `attend` (a product of attention).
-    macs: multiply-accumulates for the input that the model was traced with.
-    weights: number of weights.
-    channels: number of weight scales, one per output channel.
-    weight_menu: formats of the weights, or None where not quantized.
-    act_menu: formats of the input activations, or None.
-    tied: whether one decision sets both.
-    decided: (name of a leaf, what it picks from), where sizes are decided
-      about; the numbers above are those of the largest.
-    spare: number of weights of branches other than the largest.
-  """
-
-  kind: str = struct.field(pytree_node=False)
-  macs: int = struct.field(pytree_node=False)
-  weights: int = struct.field(pytree_node=False)
-  channels: int = struct.field(pytree_node=False)
-  weight_menu: tuple[formats.NumericFormat, ...] | None = struct.field(
-    pytree_node=False
-  )
-  act_menu: tuple[formats.NumericFormat, ...] | None = struct.field(
-    pytree_node=False
-  )
-  tied: bool = struct.field(pytree_node=False)
-  decided: tuple[tuple[str, Any], ...] = struct.field(
-    pytree_node=False, default=()
-  )
-  spare: int = struct.field(pytree_node=False, default=0)
-
-  def leaves(self) -> dict[str, tuple[Any, ...]]:
-    """Returns {name of an arch leaf of this layer: what it picks from}."""
-    picked = {name: size.labels for name, size in self.decided}
-    return self.format_leaves() | picked
-
-  def format_leaves(self) -> dict[str, tuple[formats.NumericFormat, ...]]:
-    """Returns {name of an arch leaf of a format: its menu}."""
-    if self.tied and self.weight_menu is not None:
-      return {'format': self.weight_menu}
-    menus = {'weights': self.weight_menu, 'activations': self.act_menu}
-    return {name: menu for name, menu in menus.items() if menu is not None}
-
-
-@struct.dataclass
-class PerChannel:
-  """Parameters outside of ops that follow channels: biases, batch norm.
-
-  Attributes:
-    leaf: name of the arch leaf that picks the channels.
-    channels: `sizes.Channels`; or the same with numbers of parameters.
-    params: how many for each channel.
-  """
-
-  leaf: str = struct.field(pytree_node=False)
-  channels: Any = struct.field(pytree_node=False)
-  params: int = struct.field(pytree_node=False)
-
-  @property
-  def allocated(self) -> int:
-    """Number of parameters of all channels."""
-    return self.params * self.channels.size
-
-
-@struct.dataclass
-class Stacked:
-  """The same op in each step of a scan, or each slice of a vmap; all static.
-
-  Attributes:
-    shape: of one step's op.
-    length: number of steps that have weights of their own.
-    shared: whether one decision governs all of them.
-  """
-
-  shape: OpShape = struct.field(pytree_node=False)
-  length: int = struct.field(pytree_node=False)
-  shared: bool = struct.field(pytree_node=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Op:
-  """One op of a model: where it stands and what it does.
-
-  Attributes:
-    path: of its layer; a step of a stack has `/@3` after it.
-    shape: what it does.
-    stack: path of the stack's layer, without the step, or empty.
-    shared: whether the stack has one decision.
-  """
-
-  path: str
-  shape: OpShape
-  stack: str = ''
-  shared: bool = False
-
-  @property
-  def layer(self) -> str:
-    """The path that the rules of a spec see."""
-    return self.stack or self.path
-
-  def leaf(self, name: str) -> str:
-    """Returns the path of one of the op's leaves in `arch`."""
-    return f'{self.path}/{name}' if self.path else name
-
-  def expected(
-    self, leaves: Leaves, weight_value: FormatValue, act_value: FormatValue
-  ) -> Any:
-    """Returns E[weight_value(format) * act_value(format)] under `leaves`.
-
-    One decision that sets both sides is summed over the products; two
-    decisions are independent, so their expectations multiply.
-    """
-    shape = self.shape
-    if shape.tied and shape.weight_menu is not None:
-      return _dot(
-        leaves[self.leaf('format')],
-        [weight_value(f) * act_value(f) for f in shape.weight_menu],
-      )
-    result = 1.0
-    for name, menu, value in (
-      ('weights', shape.weight_menu, weight_value),
-      ('activations', shape.act_menu, act_value),
-    ):
-      if menu is None:
-        result = result * value(formats.BF16)
-      else:
-        result = result * _dot(
-          leaves[self.leaf(name)], [value(f) for f in menu]
-        )
-    return result
-
-  def active_share(self, leaves: Leaves, *names: str) -> Any:
-    """Returns the expected share [] of the allocated numbers that is active.
-
-    Args:
-      leaves: {leaf's path: [K] one-hot or probability}.
-      names: names of the size leaves that count, of `sizes.LEAVES`.
-    """
-    factors: dict[str, np.ndarray] = {}
-    leaf_of: dict[str, str] = {}
-    for name, size in self.shape.decided:
-      if name in names:
-        shares = np.asarray(size.shares)
-        factors[size.decision] = factors.get(size.decision, 1.0) * shares
-        leaf_of[size.decision] = self.leaf(name)
-    result: Any = 1.0
-    for decision, shares in factors.items():
-      result = result * _dot(leaves[leaf_of[decision]], shares)
-    return result
-
-
-def _dot(leaf: Any, values: Any) -> Any:
-  # Not a matmul, whose default precision rounds to bf16 on TPU.
-  return (leaf * np.asarray(values, np.float32)).sum(-1)
 
 
 def _bits(numeric_format: formats.NumericFormat) -> int:
@@ -198,27 +34,27 @@ def _scale_bits(numeric_format: formats.NumericFormat) -> int:
   return _SCALE_BITS if numeric_format.scaled else 0
 
 
-def op_macs(op: Op, leaves: Leaves) -> Any:
+def op_macs(op: ops_lib.Op, leaves: ops_lib.Leaves) -> Any:
   """Returns the op's expected multiply-accumulates []."""
   return op.shape.macs * op.active_share(leaves, *sizes.LEAVES)
 
 
-def op_weights(op: Op, leaves: Leaves) -> Any:
+def op_weights(op: ops_lib.Op, leaves: ops_lib.Leaves) -> Any:
   """Returns the op's expected number of weights []."""
   return op.shape.weights * op.active_share(leaves, *sizes.LEAVES)
 
 
-def op_gbops(op: Op, leaves: Leaves) -> Any:
+def op_gbops(op: ops_lib.Op, leaves: ops_lib.Leaves) -> Any:
   """Returns the op's cost b_w * b_a * MACs / 1e9 (Eq. 1) for one input."""
   return op.expected(leaves, _bits, _bits) * (op_macs(op, leaves) / 1e9)
 
 
-def op_weight_bits(op: Op, leaves: Leaves) -> Any:
+def op_weight_bits(op: ops_lib.Op, leaves: ops_lib.Leaves) -> Any:
   """Returns the bits of the op's weights, without scales."""
   return op_weights(op, leaves) * op.expected(leaves, _bits, _one)
 
 
-def op_mbit(op: Op, leaves: Leaves) -> Any:
+def op_mbit(op: ops_lib.Op, leaves: ops_lib.Leaves) -> Any:
   """Returns the megabits of the op's weights and of its scales.
 
   One float32 scale per output channel, and one for the activations, where the
@@ -251,7 +87,7 @@ class Kind(NamedTuple):
   """
 
   unit: str
-  of_op: Callable[[Op, Leaves], Any]
+  of_op: Callable[[ops_lib.Op, ops_lib.Leaves], Any]
   sides: tuple[str, ...] = ()
   counts_calls: bool = False
   of_parameters: Callable[[int], float] | None = None
@@ -289,8 +125,8 @@ class Cost:
   """
 
   kind: str
-  ops: tuple[Op, ...]
-  others: Mapping[str, PerChannel]
+  ops: tuple[ops_lib.Op, ...]
+  others: Mapping[str, ops_lib.PerChannel]
   constant: float
   decision_of: Mapping[str, str]
 
@@ -299,7 +135,7 @@ class Cost:
     """The unit of the cost, as it is printed."""
     return KINDS[self.kind].unit
 
-  def of_op(self, op: Op, leaves: Leaves) -> Any:
+  def of_op(self, op: ops_lib.Op, leaves: ops_lib.Leaves) -> Any:
     """Returns the part of the cost [] that one op causes, in the unit."""
     kind = KINDS[self.kind]
     cost = kind.of_op(op, leaves)
@@ -307,13 +143,13 @@ class Cost:
       cost = cost / sum(op_weights(o, leaves) for o in self.ops)
     return cost
 
-  def of_leaves(self, leaves: Leaves) -> Any:
+  def of_leaves(self, leaves: ops_lib.Leaves) -> Any:
     """Returns the (expected) cost [] of {path of a leaf: [K]}."""
     cost = self.constant + sum(self.of_op(op, leaves) for op in self.ops)
     of_parameters = KINDS[self.kind].of_parameters
     for leaf, other in self.others.items():
       if of_parameters is not None:
-        active = _dot(leaves[leaf], other.channels.counts)
+        active = ops_lib.dot(leaves[leaf], other.channels.counts)
         cost = cost + active * of_parameters(other.params)
     return cost
 
@@ -339,9 +175,9 @@ class Cost:
 
 def make(
   kind: str,
-  ops: tuple[Op, ...],
+  ops: tuple[ops_lib.Op, ...],
   params: int,
-  others: Mapping[str, PerChannel],
+  others: Mapping[str, ops_lib.PerChannel],
   decision_of: Mapping[str, str],
 ) -> Cost:
   """Returns a cost function.

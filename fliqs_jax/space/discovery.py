@@ -10,7 +10,7 @@ from flax import traverse_util
 import flax.linen as nn
 import jax
 
-from fliqs_jax.space import cost_model
+from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes as sizes_lib
@@ -109,29 +109,27 @@ def _caller(path: str, sown: tuple[Any, ...]) -> str:
   return path.rpartition('/')[0] if shape.kind == 'attend' else path
 
 
-def _ops(
-  cost: Mapping[str, Any], calls: list[str]
-) -> tuple[cost_model.Op, ...]:
+def _ops(cost: Mapping[str, Any], calls: list[str]) -> tuple[ops_lib.Op, ...]:
   order = {path: i for i, path in reversed(list(enumerate(calls)))}
-  ops: list[tuple[int, cost_model.Op]] = []
+  ops: list[tuple[int, ops_lib.Op]] = []
   for path, sown in _sown_ops(cost):
     place = order[_caller(path, sown)]
     for shape in sown:  # A shared layer is counted once per call.
-      if isinstance(shape, cost_model.Stacked):
+      if isinstance(shape, ops_lib.Stacked):
         ops += [
           (
             place,
-            cost_model.Op(f'{path}/@{i}', shape.shape, path, shape.shared),
+            ops_lib.Op(f'{path}/@{i}', shape.shape, path, shape.shared),
           )
           for i in range(shape.length)
         ]
       else:
-        ops.append((place, cost_model.Op(path, shape)))
+        ops.append((place, ops_lib.Op(path, shape)))
   return tuple(op for _, op in sorted(ops, key=lambda placed: placed[0]))
 
 
 def _format_decisions(
-  ops: tuple[cost_model.Op, ...], spec: quant_spec.QuantSpec | None
+  ops: tuple[ops_lib.Op, ...], spec: quant_spec.QuantSpec | None
 ) -> tuple[search_space.FormatDecision, ...]:
   decisions: dict[str, search_space.FormatDecision] = {}
   groups = spec.groups if spec else ()
@@ -165,7 +163,7 @@ def _format_decisions(
   return tuple(decisions.values())
 
 
-def _others(cost: Mapping[str, Any]) -> dict[str, cost_model.PerChannel]:
+def _others(cost: Mapping[str, Any]) -> dict[str, ops_lib.PerChannel]:
   """Returns {path of a leaf: parameters that follow it}."""
   return {
     '/'.join((path.rpartition('/')[0], other.leaf)): other

@@ -19,6 +19,7 @@ import numpy as np
 
 from fliqs_jax.numerics import formats
 from fliqs_jax.space import cost_model
+from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import sizes as sizes_lib
 
@@ -127,9 +128,9 @@ class SearchSpace:
 
   formats: tuple[FormatDecision, ...]
   open_sizes: tuple[SizeDecision, ...]
-  ops: tuple[cost_model.Op, ...]
+  ops: tuple[ops_lib.Op, ...]
   params: int
-  others: Mapping[str, cost_model.PerChannel] = dataclasses.field(
+  others: Mapping[str, ops_lib.PerChannel] = dataclasses.field(
     default_factory=dict
   )
 
@@ -137,6 +138,11 @@ class SearchSpace:
   def decisions(self) -> tuple[Decision, ...]:
     """All decisions, formats first."""
     return (*self.formats, *self.open_sizes)
+
+  @property
+  def decision_of(self) -> dict[str, str]:
+    """{path of a leaf of `arch`: name of the decision that it follows}."""
+    return {leaf: d.name for d in self.decisions for leaf in d.leaves}
 
   @property
   def size(self) -> float:
@@ -157,13 +163,8 @@ class SearchSpace:
     Raises:
       ValueError: unknown kind.
     """
-    decision_of = {
-      leaf: decision.name
-      for decision in self.decisions
-      for leaf in decision.leaves
-    }
     return cost_model.make(
-      kind, self.ops, self.params, self.others, decision_of
+      kind, self.ops, self.params, self.others, self.decision_of
     )
 
   def relative_cost(
@@ -178,7 +179,7 @@ class SearchSpace:
 
   def leaves(self, choices: Mapping[str, Any]) -> dict[str, Any]:
     """Returns {arch leaf's path: [K]} for {decision: [K]}."""
-    return {leaf: choices[d.name] for d in self.decisions for leaf in d.leaves}
+    return {leaf: choices[name] for leaf, name in self.decision_of.items()}
 
   def expand(self, choices: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the `arch` collection for {decision: [K] one-hot}."""

@@ -15,7 +15,7 @@ from fliqs_jax.layers import operands as operands_lib
 from fliqs_jax.layers import quant_layers
 from fliqs_jax.numerics import clipping
 from fliqs_jax.numerics import formats
-from fliqs_jax.space import cost_model
+from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import quant_spec
 from tests import helpers
 from tests.layers import cases
@@ -656,7 +656,7 @@ def test_a_layer_records_its_macs_its_weights_and_its_channels(case):
   kernel = variables['params']['kernel'].shape
   summed = np.prod([kernel[axis] for axis in case.summed])
   # Every output is a sum over the summed axes of the kernel.
-  assert op == cost_model.OpShape(
+  assert op == ops_lib.OpShape(
     kind=case.kind,
     macs=y.size * summed,
     weights=np.prod(kernel),

@@ -1,0 +1,177 @@
+"""Ops of a model: their shapes, the leaves they read, and expected values.
+
+An op's numbers are known from shapes when the model is traced; `cost_model`
+makes costs of them.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+from flax import struct
+import numpy as np
+
+from fliqs_jax.numerics import formats
+
+Leaves = Mapping[str, Any]  # {leaf's path: [K] one-hot or probability}
+FormatValue = Callable[[formats.NumericFormat], int]
+
+
+@struct.dataclass
+class OpShape:
+  """The shape of one quantizable op; all fields are static.
+
+  Attributes:
+    kind: `conv`, or what it is more precisely: `pointwise` (1x1), `depthwise`
+      (each output sees one of several inputs); `dense`, `einsum`, `embed`, or
+      `attend` (a product of attention).
+    macs: multiply-accumulates for the input that the model was traced with.
+    weights: number of weights.
+    channels: number of weight scales, one per output channel.
+    weight_menu: formats of the weights, or None where not quantized.
+    act_menu: formats of the input activations, or None.
+    tied: whether one decision sets both.
+    decided: (name of a leaf, what it picks from), where sizes are decided
+      about; the numbers above are those of the largest.
+    spare: number of weights of branches other than the largest.
+  """
+
+  kind: str = struct.field(pytree_node=False)
+  macs: int = struct.field(pytree_node=False)
+  weights: int = struct.field(pytree_node=False)
+  channels: int = struct.field(pytree_node=False)
+  weight_menu: tuple[formats.NumericFormat, ...] | None = struct.field(
+    pytree_node=False
+  )
+  act_menu: tuple[formats.NumericFormat, ...] | None = struct.field(
+    pytree_node=False
+  )
+  tied: bool = struct.field(pytree_node=False)
+  decided: tuple[tuple[str, Any], ...] = struct.field(
+    pytree_node=False, default=()
+  )
+  spare: int = struct.field(pytree_node=False, default=0)
+
+  def leaves(self) -> dict[str, tuple[Any, ...]]:
+    """Returns {name of an arch leaf of this layer: what it picks from}."""
+    picked = {name: size.labels for name, size in self.decided}
+    return self.format_leaves() | picked
+
+  def format_leaves(self) -> dict[str, tuple[formats.NumericFormat, ...]]:
+    """Returns {name of an arch leaf of a format: its menu}."""
+    if self.tied and self.weight_menu is not None:
+      return {'format': self.weight_menu}
+    menus = {'weights': self.weight_menu, 'activations': self.act_menu}
+    return {name: menu for name, menu in menus.items() if menu is not None}
+
+
+@struct.dataclass
+class PerChannel:
+  """Parameters outside of ops that follow channels: biases, batch norm.
+
+  Attributes:
+    leaf: name of the arch leaf that picks the channels.
+    channels: `sizes.Channels`; or the same with numbers of parameters.
+    params: how many for each channel.
+  """
+
+  leaf: str = struct.field(pytree_node=False)
+  channels: Any = struct.field(pytree_node=False)
+  params: int = struct.field(pytree_node=False)
+
+  @property
+  def allocated(self) -> int:
+    """Number of parameters of all channels."""
+    return self.params * self.channels.size
+
+
+@struct.dataclass
+class Stacked:
+  """The same op in all iterations of a scan, or slices of a vmap; all static.
+
+  Attributes:
+    shape: shape of the op in one iteration.
+    length: number of iterations that have weights of their own.
+    shared: whether one decision governs all of them.
+  """
+
+  shape: OpShape = struct.field(pytree_node=False)
+  length: int = struct.field(pytree_node=False)
+  shared: bool = struct.field(pytree_node=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+  """One op of a model: its layer's path and its shape.
+
+  Attributes:
+    path: path of its layer; that of an iteration of a scan ends in `/@3`.
+    shape: shape of the op.
+    stack: path of the scanned layer without the iteration; empty if not
+      scanned.
+    shared: whether all iterations share one decision.
+  """
+
+  path: str
+  shape: OpShape
+  stack: str = ''
+  shared: bool = False
+
+  @property
+  def layer(self) -> str:
+    """The path that the rules of a spec see."""
+    return self.stack or self.path
+
+  def leaf(self, name: str) -> str:
+    """Returns the path of one of the op's leaves in `arch`."""
+    return f'{self.path}/{name}' if self.path else name
+
+  def expected(
+    self, leaves: Leaves, weight_value: FormatValue, act_value: FormatValue
+  ) -> Any:
+    """Returns E[weight_value(format) * act_value(format)] under `leaves`.
+
+    One decision that sets both sides is summed over the products; two
+    decisions are independent, so their expectations multiply.
+    """
+    shape = self.shape
+    if shape.tied and shape.weight_menu is not None:
+      return dot(
+        leaves[self.leaf('format')],
+        [weight_value(f) * act_value(f) for f in shape.weight_menu],
+      )
+    result = 1.0
+    for name, menu, value in (
+      ('weights', shape.weight_menu, weight_value),
+      ('activations', shape.act_menu, act_value),
+    ):
+      if menu is None:
+        result = result * value(formats.BF16)
+      else:
+        result = result * dot(leaves[self.leaf(name)], [value(f) for f in menu])
+    return result
+
+  def active_share(self, leaves: Leaves, *names: str) -> Any:
+    """Returns the expected share [] of the allocated numbers that is active.
+
+    Args:
+      leaves: {leaf's path: [K] one-hot or probability}.
+      names: names of the size leaves that count, of `sizes.LEAVES`.
+    """
+    factors: dict[str, np.ndarray] = {}
+    leaf_of: dict[str, str] = {}
+    for name, size in self.shape.decided:
+      if name in names:
+        shares = np.asarray(size.shares)
+        factors[size.decision] = factors.get(size.decision, 1.0) * shares
+        leaf_of[size.decision] = self.leaf(name)
+    result: Any = 1.0
+    for decision, shares in factors.items():
+      result = result * dot(leaves[leaf_of[decision]], shares)
+    return result
+
+
+def dot(leaf: Any, values: Any) -> Any:
+  """Returns the sum [] of a leaf [K] times values [K]."""
+  # Not a matmul, whose default precision rounds to bf16 on TPU.
+  return (leaf * np.asarray(values, np.float32)).sum(-1)
