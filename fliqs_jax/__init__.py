@@ -1,8 +1,8 @@
 """FLIQS in JAX: one-shot search for the numeric format of every layer.
 
-The names that a Flax user needs to build a model with these layers and to run
-the fused search step in a training loop of their own; README.md has an example.
-Everything else is reached through its module.
+These are the names that a Flax user needs to build a model with our layers and
+to run the fused search step in a training loop of their own; README.md has an
+example. All other names are in the modules.
 """
 
 from fliqs_jax.intercept.coverage import coverage

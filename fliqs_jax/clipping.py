@@ -1,7 +1,7 @@
 """Compute the table of clipping thresholds from synthetic tensors (A.8).
 
 python -m fliqs_jax.clipping           # prints the table; a few seconds
-python -m fliqs_jax.clipping --write   # and replaces the package's table
+python -m fliqs_jax.clipping --write   # also replaces the package's table
 
 `numerics.clipping` says how a threshold is chosen, and why.
 """

@@ -3,9 +3,9 @@ r"""Print the cost of a network, layer by layer, from shapes alone.
 python -m fliqs_jax.cost --model=mobilenetv2 [--width=0.5] [--format=INT8]
     [--image_size=192] [--classes=1000] [--json]
 
-For one input, at one uniform format. Prints a table and the total; with --json
-the last line is an object with gbops, gmacs, params and layers. No parameter is
-allocated.
+The cost is that of one input with every layer at one format. The command prints
+a table and the total; with --json the last line is an object with gbops, gmacs,
+params and layers. No parameter is allocated.
 """
 
 import argparse
@@ -30,23 +30,24 @@ def space_of(
   image_size: int | None = None,
   classes: int = 1000,
 ) -> search_space.SearchSpace:
-  """Returns the ops of a network with one format everywhere.
+  """Returns the search space of a network whose layers all have one format.
 
   Args:
-    name: one of `models.MODELS`.
-    numeric_format: of every layer.
+    name: name of the network, a key of `models.MODELS`.
+    numeric_format: name of the format of every layer.
     width: multiplier of the channels; None: as published.
     image_size: height and width of the input in pixels; None: as published.
-    classes: size of the output.
+    classes: number of outputs.
 
   Raises:
-    ValueError: unknown network or format, or a width that it does not have.
+    ValueError: the network or the format is unknown, a number is too small, or
+      the network has no width or sees no images.
   """
   spec = quant_spec.QuantSpec(numeric_format, exclude=models.unquantized(name))
   config = models.published(name)
   if width is not None:
     if 'width' not in config:
-      raise ValueError(f'--width={width}: {name} has no width')
+      raise ValueError(f'--width={width}: {name} has no width; omit the flag')
     if width <= 0:
       raise ValueError(f'--width={width} must be positive')
     config |= dict(width=width)
@@ -58,7 +59,9 @@ def space_of(
     shape = (image_size, image_size, inputs[2]) if image_size else inputs
     inputs = jax.ShapeDtypeStruct(shape, jnp.float32)
   elif image_size is not None:
-    raise ValueError(f'--image_size={image_size}: {name} does not see images')
+    raise ValueError(
+      f'--image_size={image_size}: {name} does not see images; omit the flag'
+    )
   one = jax.tree.map(
     lambda spec: jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype), inputs
   )
@@ -68,7 +71,7 @@ def space_of(
 def totals(space: search_space.SearchSpace) -> dict[str, float]:
   """Returns gbops, gmacs, params and layers of a space with nothing open.
 
-  Layers are those that are quantized, as the paper counts them.
+  `layers` is the number of quantized layers, as the paper counts them.
   """
   return dict(
     gbops=float(space.cost('bops')(space.only())),
@@ -79,7 +82,10 @@ def totals(space: search_space.SearchSpace) -> dict[str, float]:
 
 
 def table(space: search_space.SearchSpace) -> str:
-  """Returns a line per layer: kind, format, MACs, parameters, GBOPs, share."""
+  """Returns a table with one line per layer, and a line of totals.
+
+  The columns are kind, format, MACs, weights, GBOPs and share of the GBOPs.
+  """
   leaves = space.leaves(space.only())
   formats_of = space.assignment(space.only())
   total = totals(space)
@@ -105,7 +111,7 @@ def table(space: search_space.SearchSpace) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-  """Prints the table; a mistake of the user's ends in one line, status 2."""
+  """Prints the table; a user's mistake gives one line and status 2."""
   parser = argparse.ArgumentParser(prog='python -m fliqs_jax.cost')
   parser.add_argument('--model', required=True, help=', '.join(models.MODELS))
   parser.add_argument('--width', type=float)

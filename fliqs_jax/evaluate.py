@@ -2,9 +2,10 @@ r"""Evaluate one assignment with the weights of a finished run.
 
 python -m fliqs_jax.evaluate WORKDIR [--arch=OTHER/arch.json | --format=INT8]
 
-Restores the last checkpoint, fixes every decision as asked (the run's own found
-architecture if nothing is), settles the statistics for it and evaluates it on
-the test split. Prints one JSON object. Nothing in WORKDIR changes.
+The command restores the last checkpoint, fixes every decision as the flag says
+(without a flag: as the run selected), settles the running statistics for this
+architecture and evaluates it on the test split. It prints one JSON object.
+Nothing in WORKDIR changes.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from fliqs_jax.run import evaluation
 
 
 def main(argv: Sequence[str]) -> int:
-  """Prints the metrics; a mistake of the user's ends in one line, status 2."""
+  """Prints the metrics; a user's mistake gives one line and status 2."""
   parser = argparse.ArgumentParser(prog='python -m fliqs_jax.evaluate')
   parser.add_argument('workdir')
   parser.add_argument('--arch', default='')

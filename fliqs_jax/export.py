@@ -1,13 +1,14 @@
-r"""Write a finished run's model in real low-bit form; check such an export.
+r"""Write a finished run's model in packed low-bit form, or check an export.
 
 python -m fliqs_jax.export WORKDIR --out=DIR [--target=native] [--examples=8]
 python -m fliqs_jax.export --verify DIR
 
-The found architecture (or that of `--arch`, or a uniform `--format`), settled
-as `evaluate` does it. `artifact` lists the files of DIR; `serving.load(DIR)`
-serves them. `--target=native` refuses formats that no stock type holds.
-`--verify` takes the exports of `export_model`, too; their modules are not known
-here, so it runs their StableHLO programs.
+The model has the architecture that the run selected, or that of `--arch`, or
+one uniform `--format`; its statistics are settled as in `evaluate`.
+`serving.export_files` lists the files of DIR, and `serving.load(DIR)` serves
+them. `--target=native` refuses a format that no type of ml_dtypes holds.
+`--verify` also takes an export of `export_model`; its module is not known here,
+so its StableHLO program runs instead.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from fliqs_jax.serving import stored_layers
 
 TARGETS = ('packed', 'native')
 
-# What a user looks for here.
+# A user looks for these two names here.
 export_model = model_export.export_model
 verify = model_export.verify
 
@@ -49,20 +50,24 @@ def export(
   """Writes the model of a finished run to a directory.
 
   Args:
-    workdir: of a run that reached its last step.
-    out: a directory that is empty or does not exist.
-    arch: path of an arch.json, in place of the found architecture.
-    numeric_format: a uniform format, in place of the found architecture.
-    target: `packed` takes every format; `native` only those whose grid a type
-      of ml_dtypes holds.
-    examples: test examples to store with the outputs that they must give.
+    workdir: directory of a run that reached its last step.
+    out: directory to write, which is empty or does not exist.
+    arch: path of an arch.json whose architecture replaces the run's own; '' for
+      the run's own.
+    numeric_format: name of one format for every layer, which replaces the run's
+      architecture; '' for the run's own.
+    target: `packed`, which takes every format, or `native`, which takes only
+      formats whose grid a type of ml_dtypes holds.
+    examples: number of test examples to store, with the outputs that the
+      served model must give for them.
 
   Returns:
-    The manifest.
+    The manifest, plain JSON values, as in `manifest.json`.
 
   Raises:
-    ValueError: an unfinished run, an architecture that its space lacks, a
-      directory in use, or a format that the target lacks.
+    ValueError: the run is not finished, its space lacks the architecture, the
+      directory is not empty, the target lacks a format, or an option is
+      unknown.
   """
   if target not in TARGETS:
     raise ValueError(f'target={target!r} is unknown; allowed: packed, native')
@@ -72,7 +77,7 @@ def export(
   run = evaluation.restore(str(workdir))
   choices = evaluation.choose(run, arch, numeric_format)
   space = run.experiment.space
-  if space.sizes(choices) and not space.is_fixed:  # Not what is dead.
+  if space.sizes(choices) and not space.is_fixed:  # Drop inactive channels.
     run = slicing.sliced(run, choices, arch)
     choices = run.choices
   experiment = run.experiment
@@ -118,7 +123,7 @@ def _check_target(target: str, assignment: stored_layers.Assignment) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-  """Exports or verifies; a mistake of the user's ends in one line, status 2."""
+  """Exports or verifies; a user's mistake gives one line and status 2."""
   parser = argparse.ArgumentParser(prog='python -m fliqs_jax.export')
   parser.add_argument('workdir', nargs='?')
   parser.add_argument('--out')

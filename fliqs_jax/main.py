@@ -1,9 +1,10 @@
-"""The door: flags of a run.
+"""Start a run from a config, or resume it.
 
 python -m fliqs_jax.main --config=configs/digits.py:space=int_l --workdir=DIR
 
-Exit status 0: finished; 2: a mistake of the user's, or training diverged; 75:
-asked to stop by SIGTERM, and saved; any other: crashed.
+Exit status 0: the run finished. 2: the user made a mistake, or training
+diverged. 75: a SIGTERM stopped the run, and its state is saved. Any other: the
+run crashed.
 """
 
 from collections.abc import Sequence
@@ -26,10 +27,10 @@ _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A file of configs/, with its arguments after a colon.'
 )
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Where the run leaves its files, and resumes from.'
+  'workdir', None, 'Directory of the files of the run, from which it resumes.'
 )
 _PROFILE_STEPS = flags.DEFINE_string(
-  'profile_steps', '', 'N:M profiles these steps into WORKDIR/profile.'
+  'profile_steps', '', 'N:M profiles steps N to M - 1 into WORKDIR/profile.'
 )
 _JOIN_TIMEOUT = flags.DEFINE_integer(
   'join_timeout', 300, 'Seconds to wait for the other processes.', 1
@@ -37,7 +38,7 @@ _JOIN_TIMEOUT = flags.DEFINE_integer(
 _DEAD_AFTER = flags.DEFINE_integer(
   'dead_after',
   60,
-  'Seconds without a sign of life of one process after which all end.',
+  'Seconds without a heartbeat of one process after which all processes end.',
   1,
 )
 flags.mark_flags_as_required(['config', 'workdir'])
@@ -46,10 +47,10 @@ _CRASHED, _MISTAKE, _PREEMPTED = 1, 2, 75
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the search; a mistake of the user's ends in one line, status 2."""
+  """Runs the search; a user's mistake gives one line and status 2."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
-  # Only this project's own lines: libraries have a hundred to say per save.
+  # Log only this project's lines: libraries log a hundred for each checkpoint.
   absl_logging.set_verbosity(absl_logging.ERROR)
   log = logging.getLogger('fliqs_jax')
   log.setLevel(logging.INFO)
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
       'command resumes the run: %s',
       ' '.join(str(error).split())[-300:],
     )
-    os._exit(_CRASHED)  # Leaving in peace would wait for the others.
+    os._exit(_CRASHED)  # A normal exit would wait for the other processes.
 
 
 if __name__ == '__main__':

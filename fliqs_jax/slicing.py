@@ -1,12 +1,12 @@
-r"""Make the found network out of the searched one: what is dead is cut away.
+r"""Cut the inactive channels and unused kernels out of a searched network.
 
 python -m fliqs_jax.slicing WORKDIR --out=DIR
 
-Reads a finished run and writes the run of the network that it found: channels
-that are not live and kernels that were not chosen are gone from parameters,
-statistics and compute. DIR is a workdir as any other, for `evaluate` and
-`report`; its arch.json builds the same network from nothing. Prints one JSON
-object: the test metrics of the sliced network.
+The command reads a finished run and writes the run of the resulting network:
+its parameters, statistics and computation lack inactive channels and kernels
+that were not selected. DIR is a workdir for `evaluate` and `report`; a config
+with its arch.json builds the same network. The command prints one JSON object:
+the test metrics of the sliced network.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from fliqs_jax.run import slicing
 
 
 def main(argv: Sequence[str]) -> int:
-  """Prints the metrics; a mistake of the user's ends in one line, status 2."""
+  """Prints the metrics; a user's mistake gives one line and status 2."""
   parser = argparse.ArgumentParser(prog='python -m fliqs_jax.slicing')
   parser.add_argument('workdir')
   parser.add_argument('--out', required=True)

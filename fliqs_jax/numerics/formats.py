@@ -133,5 +133,7 @@ def menu(
     )
   names = [choice.name for choice in choices]
   if len(set(names)) < len(names):
-    raise ValueError(f'a menu names a format twice: {", ".join(names)}')
+    raise ValueError(
+      f'a menu names a format twice: {", ".join(names)}; name each once'
+    )
   return choices

@@ -243,10 +243,21 @@ def bounds(cost: Cost) -> tuple[float, float]:
 
 
 def uniform(cost: Cost, numeric_format: str) -> float:
-  """Returns the cost with every quantized side of every layer at one format.
+  """Returns the cost of a model whose layers all have one format.
 
-  Sizes are the published ones. The format need not be on the layers' menus: it
-  is a yardstick for targets.
+  Every quantized side of every layer has the format, and sizes are the
+  published ones. The format need not be on any menu: targets are multiples of
+  this cost.
+
+  Args:
+    cost: a cost of the model, the result of `SearchSpace.cost`.
+    numeric_format: name of the format, such as `INT4`, `E4M3` or `BF16`.
+
+  Returns:
+    The cost in the unit of `cost`; for `bops` b_w * b_a * MACs / 1e9 (Eq. 1).
+
+  Raises:
+    ValueError: the format is unknown.
   """
   choice = (formats.parse(numeric_format),)
   leaves = {

@@ -1,4 +1,4 @@
-"""Finds a model's decisions by tracing it."""
+"""Finds the decisions and ops of a model by tracing it."""
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
@@ -32,6 +32,10 @@ def find(
       groups joined. None: the model's own `spec`, if it has one.
     **kwargs: keyword arguments of the model's call, static.
 
+  Returns:
+    The search space: a decision for each layer and each size that is open, in
+    the order of calls, and the model's ops with their MACs and weights.
+
   Raises:
     ValueError: the model has no quantizable layer, or `spec` does not fit it.
   """
@@ -56,14 +60,15 @@ def find(
   callers = {_caller(path, sown) for path, sown in _sown_ops(cost)}
   if not callers <= set(calls):
     # nn.jit has traced the first of several equal modules and repeated the
-    # result for the others; see each of them.
+    # result for the others; without jit each of them is traced.
     calls.clear()
     with jax.disable_jit():
       each = jax.eval_shape(init, *args)['cost']
     if each != cost:
       raise ValueError(
-        'nn.jit takes modules for equal that a rule of the spec tells apart by '
-        'their paths, and would give all of them the formats of the first'
+        'the spec has a rule for some of several modules that nn.jit treats as '
+        'equal, so that all would have the formats of the first; write the '
+        'rule for all of these modules, or remove nn.jit'
       )
   ops = _ops(cost, calls)
   if not ops:

@@ -22,18 +22,19 @@ class OpShape:
   """The shape of one quantizable op; all fields are static.
 
   Attributes:
-    kind: `conv`, or what it is more precisely: `pointwise` (1x1), `depthwise`
-      (each output sees one of several inputs); `dense`, `einsum`, `embed`, or
-      `attend` (a product of attention).
+    kind: `pointwise` (a 1x1 convolution), `depthwise` (a convolution whose
+      outputs each read one of several input channels), `conv` (any other),
+      `dense`, `einsum`, `embed` or `attend` (a product of attention).
     macs: multiply-accumulates for the input that the model was traced with.
     weights: number of weights.
     channels: number of weight scales, one per output channel.
-    weight_menu: formats of the weights, or None where not quantized.
-    act_menu: formats of the input activations, or None.
-    tied: whether one decision sets both.
-    decided: (name of a leaf, what it picks from), where sizes are decided
-      about; the numbers above are those of the largest.
-    spare: number of weights of branches other than the largest.
+    weight_menu: formats of the weights; None if they are not quantized.
+    act_menu: formats of the input activations; None if they are not quantized.
+    tied: whether one decision sets the formats of both.
+    decided: pairs of the name of a size leaf and the `sizes.Channels` or
+      `sizes.Kernel` that it picks from. `macs`, `weights` and `channels` are
+      those of the largest sizes.
+    spare: number of weights of the kernel's branches other than the largest.
   """
 
   kind: str = struct.field(pytree_node=False)
@@ -71,8 +72,9 @@ class PerChannel:
 
   Attributes:
     leaf: name of the arch leaf that picks the channels.
-    channels: `sizes.Channels`; or the same with numbers of parameters.
-    params: how many for each channel.
+    channels: `sizes.Channels` that the leaf picks from; its counts may also be
+      numbers of parameters.
+    params: number of parameters for each channel (for each count).
   """
 
   leaf: str = struct.field(pytree_node=False)
@@ -81,7 +83,7 @@ class PerChannel:
 
   @property
   def allocated(self) -> int:
-    """Number of parameters of all channels."""
+    """The number of parameters of all allocated channels."""
     return self.params * self.channels.size
 
 

@@ -15,12 +15,12 @@ Menu = tuple[formats.NumericFormat, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-  """The formats one layer may use.
+  """The formats that one layer may use.
 
   Attributes:
-    weights: menu of the weights, or None where they are not quantized.
-    activations: menu of the input activations, or None.
-    tied: whether one decision sets both (the paper's way).
+    weights: menu of the weights; None if they are not quantized.
+    activations: menu of the input activations; None if they are not quantized.
+    tied: whether one decision sets both formats, as in the paper.
   """
 
   weights: Menu | None
@@ -30,26 +30,34 @@ class Choices:
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
-  """How the layers of a model are quantized.
+  """Rules that say which formats each layer of a model may use.
 
-  Patterns are globs over a layer's path, `stage0/block1/conv2`, in which `*`
-  also crosses slashes. Layers whose path no pattern matches use `formats`.
+  A pattern is a glob over a layer's path, such as `stage0/block1/conv2`; `*`
+  also matches slashes. A layer whose path no pattern matches uses `formats`.
+  A ValueError names the key of a wrong rule, `quant.mode` for `mode`.
 
   Attributes:
-    formats: a named space (`int_s`, ...), a format's name, or a list of names.
+    formats: a named space (`int_s`, `int_l`, `fp_s`, `fp_l`: Table 5), the name
+      of a format, or a list of names. It becomes a tuple of K formats.
     mode: `tied` (one decision sets weights and activations), `weights` or
-      `activations` (only those are quantized), or `separate` (two decisions).
-    exclude: patterns of layers that stay unquantized; they count as BF16.
-    menus: (pattern, formats) pairs: layers with a menu of their own; a menu of
-      one format fixes the layer to it.
-    groups: (name, pattern) pairs: layers that share one decision.
-    weight_clip: per-channel threshold of weights: `absmax`, or a multiple of
-      their standard deviation as in `clipping.multiples`.
-    act_clip: per-tensor threshold of activations, a multiple of their profiled
-      standard deviation: a table's or a number, as in `clipping.multiples`, or
-      `profiled`: the layer's own, which `calibration.profiled_clips` fills in.
-    assignment: {layer path: (weights, activations)} in names of formats, None
-      where unquantized: every layer fixed, as an arch.json has it.
+      `activations` (only that side is quantized), or `separate` (each side has
+      a decision).
+    exclude: patterns of layers that are not quantized; costs count them as
+      BF16.
+    menus: pairs of a pattern and the formats that its layers may use instead of
+      `formats`; one format fixes the layers to it.
+    groups: pairs of a name and a pattern, whose layers share one decision of
+      that name.
+    weight_clip: threshold of the weights, one per output channel: `absmax`, or
+      a multiple of their standard deviation: `gaussian`, `laplacian` (tables of
+      one multiple per format, A.8) or a positive number.
+    act_clip: threshold of the activations, one per tensor, a multiple of their
+      running standard deviation: `gaussian`, `laplacian`, a positive number
+      (Table 4: 4), or `profiled`, a multiple per layer and format that
+      `calibration.profiled_clips` measures.
+    assignment: {layer path: (weights, activations)}, names of formats or None
+      for an unquantized side, as in arch.json. It fixes every layer; None: no
+      layer is fixed by it.
   """
 
   formats: Any = 'int_s'
@@ -67,9 +75,8 @@ class QuantSpec:
         f'quant.mode={self.mode!r} is unknown; allowed: {", ".join(MODES)}'
       )
 
-    def set_field(
-      name: str, value: Any
-    ) -> None:  # What a layer holds must be hashable.
+    # The fields of a linen layer must be hashable, so lists become tuples.
+    def set_field(name: str, value: Any) -> None:
       object.__setattr__(self, name, value)
 
     set_field('formats', formats.menu(self.formats))
@@ -82,7 +89,7 @@ class QuantSpec:
 
   @property
   def first_act_clip(self) -> str | float:
-    """The clip that holds until activations are profiled."""
+    """The `act_clip` that is used until activations are profiled."""
     return 'laplacian' if self.act_clip == 'profiled' else self.act_clip
 
   def _check_clips(self) -> None:
@@ -105,7 +112,7 @@ class QuantSpec:
         raise ValueError(f'quant.{key}: {error}') from None
 
   def choices(self, path: str) -> Choices:
-    """Returns what the layer at `path` may choose from."""
+    """Returns the formats that the layer at `path` may use."""
     if self.assignment is not None:
       return self._choices(*self._assigned(path))
     if any(fnmatch.fnmatchcase(path, pattern) for pattern in self.exclude):
@@ -116,19 +123,19 @@ class QuantSpec:
     return self._choices(self.formats, self.formats)
 
   def _assigned(self, path: str) -> tuple[Menu | None, Menu | None]:
-    """Returns the menus of one format that an assignment has for a layer."""
-    steps = {
+    """Returns the menus, of one format each, that the assignment gives."""
+    iterations = {
       sides
       for name, sides in self.assignment
       if name == path or name.rpartition('/@')[0] == path
     }
-    if len(steps) > 1:
+    if len(iterations) > 1:
       raise ValueError(
-        f'quant.arch: the steps of {path}, which is scanned, have different '
-        'formats, and one program cannot fix them; leave the formats open and '
-        'apply the model to space.expand(space.choices(assignment))'
+        f'quant.arch: the iterations of {path}, which is scanned, have '
+        'different formats, and one program cannot fix them; leave the formats '
+        'open and apply the model to space.expand(space.choices(assignment))'
       )
-    return next(iter(steps), (None, None))
+    return next(iter(iterations), (None, None))
 
   def _choices(self, weights: Menu | None, activations: Menu | None) -> Choices:
     return Choices(
@@ -137,26 +144,30 @@ class QuantSpec:
       self.mode == 'tied' and weights is not None,
     )
 
-  def check(self, paths: Iterable[str], steps: Iterable[str] = ()) -> None:
+  def check(self, paths: Iterable[str], iterations: Iterable[str] = ()) -> None:
     """Checks the rules against the paths of a model's layers.
 
     Args:
-      paths: of the layers.
-      steps: of the steps of scanned layers, which may be grouped one by one.
+      paths: path of each layer.
+      iterations: path of each iteration of each scanned layer, such as
+        `blocks/up/@2`; a group may name iterations.
 
     Raises:
       ValueError: a pattern matches no layer, two rules match one layer, or an
         assignment does not fit; the message names every such layer.
     """
-    paths, steps = list(paths), list(steps)
+    paths, iterations = list(paths), list(iterations)
     listed = ', '.join(paths)
     if self.assignment is not None:
-      stacks = {step.rpartition('/@')[0] for step in steps}
-      self._check_assignment([p for p in paths if p not in stacks] + steps)
+      stacks = {path.rpartition('/@')[0] for path in iterations}
+      self._check_assignment([p for p in paths if p not in stacks] + iterations)
     rules = [('quant.exclude', pattern) for pattern in self.exclude]
     rules += [('quant.menus', pattern) for pattern, _ in self.menus]
     groups = [(f'quant.groups[{name}]', p) for name, p in self.groups]
-    for rules_of_a_kind, names in ((rules, paths), (groups, paths + steps)):
+    for rules_of_a_kind, names in (
+      (rules, paths),
+      (groups, paths + iterations),
+    ):
       owner: dict[str, str] = {}
       for key, pattern in rules_of_a_kind:
         matched = fnmatch.filter(names, pattern)
@@ -182,7 +193,15 @@ class QuantSpec:
 
 
 def check_layers(paths: Iterable[str], named: Iterable[str]) -> None:
-  """Raises ValueError unless an assignment names just the model's layers."""
+  """Checks that an assignment names exactly the layers of a model.
+
+  Args:
+    paths: path of each layer of the model.
+    named: paths that the assignment names.
+
+  Raises:
+    ValueError: layers are missing or surplus; the message names them.
+  """
   paths, named = list(paths), list(named)
   missing = [path for path in paths if path not in named]
   surplus = [path for path in named if path not in paths]
@@ -205,13 +224,14 @@ def _freeze(
     if mode == 'tied' and weights != activations:
       raise ValueError(
         f'quant.arch: {path} has weights {weights} and activations '
-        f"{activations}, which quant.mode='tied' cannot say; use 'separate'"
+        f"{activations}, but quant.mode='tied' allows one format for both; use "
+        "'separate'"
       )
     for side, name in (('weights', weights), ('activations', activations)):
       if name and mode in {'weights', 'activations'} - {side}:
         raise ValueError(
-          f'quant.arch: {path} has {side} {name}, which quant.mode={mode!r} '
-          "cannot say; use 'separate'"
+          f'quant.arch: {path} has {side} {name}, but quant.mode={mode!r} '
+          f"leaves {side} unquantized; use 'separate'"
         )
     frozen.append((path, (_only(weights), _only(activations))))
   return tuple(frozen)

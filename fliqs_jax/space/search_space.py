@@ -3,7 +3,7 @@
 Formats, numbers of channels and sizes of kernels are decisions. A policy or an
 architecture here is a dict {decision: [K]}; the `arch` collection that the
 model reads holds a leaf per layer. Where every decision governs one layer the
-two are the same tree; `SearchSpace.expand` leads from one to the other.
+two are the same tree; `SearchSpace.expand` turns the dict into the collection.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -115,7 +115,10 @@ _SIDES = {'format': 0, 'weights': 0, 'activations': 1}
 
 @dataclasses.dataclass(frozen=True)
 class SearchSpace:
-  """The decisions of a model, and what its cost depends on.
+  """The decisions of a model, and the ops of which its cost is made.
+
+  `choices` in the methods is an architecture {decision: [K] float32 one-hot},
+  or a policy's probabilities where a method returns an expectation.
 
   Attributes:
     formats: decisions about formats, in the order in which the model calls its
@@ -123,7 +126,8 @@ class SearchSpace:
     open_sizes: decisions about channels and kernels.
     ops: the model's ops, quantized or not, in the order of calls.
     params: number of the model's parameters.
-    others: {path of a leaf: parameters outside of ops that follow it}.
+    others: {path of a leaf of `arch`: the parameters outside of ops whose
+      number the leaf picks}.
   """
 
   formats: tuple[FormatDecision, ...]
@@ -170,11 +174,16 @@ class SearchSpace:
   def relative_cost(
     self, cost: cost_model.Cost, target: float
   ) -> Callable[[Mapping[str, Any]], Any]:
-    """Returns {decision: [K]} -> (expected) cost / target."""
+    """Returns the function from {decision: [K]} to cost / target, float32 [].
+
+    Args:
+      cost: a cost of the model.
+      target: the cost that the search aims at, in the unit of `cost`.
+    """
     return lambda choices: cost(choices) / target
 
   def zeros(self) -> dict[str, jax.Array]:
-    """Returns the logits of the uniform policy."""
+    """Returns {decision: [K] float32 zeros}, the logits of a uniform policy."""
     return {d.name: jnp.zeros(len(d.labels)) for d in self.decisions}
 
   def leaves(self, choices: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,7 +238,10 @@ class SearchSpace:
       ValueError: something is open.
     """
     if not self.is_fixed:
-      raise ValueError('the space has open decisions')
+      raise ValueError(
+        'the space has open decisions; select an architecture by `uniform`, '
+        '`choices` or the argmax of a policy'
+      )
     return {d.name: np.ones(1, np.float32) for d in self.decisions}
 
   def choices(
@@ -305,10 +317,13 @@ class SearchSpace:
     }
 
   def check_sizes(self, sizes: Mapping[str, int]) -> None:
-    """Checks that sizes are for just the decisions that there are.
+    """Checks that sizes name exactly the decisions about sizes.
+
+    Args:
+      sizes: {decision: number}, the `sizes` of an arch.json.
 
     Raises:
-      ValueError: naming those that are missing and those that are surplus.
+      ValueError: decisions are missing or surplus; the message names them.
     """
     own = {d.name for d in self.open_sizes}
     if own != set(sizes):

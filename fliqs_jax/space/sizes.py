@@ -101,7 +101,7 @@ class Kernel:
 
   @property
   def counts(self) -> tuple[int, ...]:
-    """The sizes, as `Channels` has counts."""
+    """[K] heights and widths in pixels; see `Channels.counts`."""
     return self.labels
 
   @property
@@ -130,9 +130,9 @@ class Sizes:
     kernels: sizes to choose from for those kernels that the network leaves
       open, in pixels; (): as published.
     kernel_weights: `branches` (TuNAS) or `masked`; see `Kernel`.
-    found: {decision: chosen label}, the `sizes` of an arch.json. Decisions of a
-      kind that it does not name at all are as published.
-    is_served: whether the network is only served: then it has no leaves.
+    found: {decision: selected label}, the `sizes` of an arch.json. If it names
+      no decision of a kind, all sizes of that kind are as published.
+    is_served: whether the network is only served, and so has no leaves.
   """
 
   widths: tuple[float, ...] = ()
@@ -144,8 +144,8 @@ class Sizes:
   def __post_init__(self):
     object.__setattr__(self, 'widths', tuple(self.widths))
     object.__setattr__(self, 'kernels', tuple(self.kernels))
-    # What a module holds must be hashable; an arch.json without sizes says as
-    # much as none.
+    # The fields of a linen module must be hashable. An arch.json without sizes
+    # has the same meaning as None.
     found = tuple(sorted(dict(self.found or ()).items())) or None
     object.__setattr__(self, 'found', found)
     if self.kernel_weights not in (BRANCHES, MASKED):
