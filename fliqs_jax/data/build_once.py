@@ -1,4 +1,4 @@
-"""Builds a large directory once: whole or not at all, by one process."""
+"""Builds a large directory once, by one process, completely or not at all."""
 
 from collections.abc import Iterator
 import contextlib
@@ -9,20 +9,20 @@ import pathlib
 
 @contextlib.contextmanager
 def directory(path: pathlib.Path) -> Iterator[pathlib.Path | None]:
-  """Yields where to write what becomes `path` when the block ends well.
+  """Yields a directory to fill, which is renamed to `path` after the block.
 
-  A second process waits for the first, and finds `path` made. A kill or an
-  error leaves the unfinished directory, PATH.incomplete, and the next start is
-  given it again, so that nothing piles up and work may be kept.
+  A second process waits until the first has made `path`. A kill or an error
+  leaves the unfinished directory, PATH.incomplete; the next call yields it
+  again, so that unfinished directories do not accumulate and work can be kept.
 
   Args:
     path: the directory to make.
 
   Yields:
-    The unfinished directory; None if `path` is there.
+    The unfinished directory; None if `path` exists.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  # The system frees the lock with the process, whatever kills it.
+  # The system releases the lock when the process ends, however it ends.
   with path.with_name(f'.{path.name}.lock').open('w') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     if path.exists():

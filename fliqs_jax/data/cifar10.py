@@ -9,7 +9,7 @@ from fliqs_jax.data import tfds_records
 NAME = 'cifar10'
 AUGMENTATIONS = ('none', 'crop_flip')
 
-# Of the training images.
+# Mean and standard deviation of each channel of the training images.
 _MEAN = tuple(255 * mean for mean in (0.4914, 0.4822, 0.4465))
 _STD = tuple(255 * std for std in (0.2470, 0.2435, 0.2616))
 
@@ -40,14 +40,15 @@ def dataset(data_dir: str, augment: str = 'crop_flip') -> dataset_lib.Dataset:
   """Returns CIFAR-10's splits 'train' and 'test'.
 
   Args:
-    data_dir: where TFDS prepared it, as ArrayRecord: a local directory or a
-      bucket (gs://, needs gcsfs; not tested); '' for TFDS's own place.
-    augment: of training images. 'crop_flip': moved by up to 4 pixels each way,
-      zeros entering, and mirrored every other time. 'none': unchanged.
+    data_dir: directory in which TFDS prepared the data set as ArrayRecord,
+      local or in a bucket (gs://, needs gcsfs; not tested); '' for TFDS's own.
+    augment: augmentation of training images. 'crop_flip' moves an image by up
+      to 4 pixels in each direction, fills with zeros, and mirrors every other
+      image. 'none' changes nothing.
 
   Raises:
-    ValueError: for an unknown augmentation, or if it is not prepared; nothing
-      is downloaded.
+    ValueError: the augmentation is unknown, or the data set is not prepared;
+      nothing is downloaded.
   """
   if augment not in AUGMENTATIONS:
     raise ValueError(

@@ -1,11 +1,12 @@
-"""Converts what TFDS prepared as TFRecord to ArrayRecord, once.
+"""Converts a data set that TFDS prepared as TFRecord to ArrayRecord, once.
 
 python -m fliqs_jax.data.convert DATA_DIR/imagenet2012/5.1.0 \
     NEW_DATA_DIR/imagenet2012/5.1.0
 
-The records themselves stay as they are. Needs TensorFlow, which checks the
-records it reads: pip install 'fliqs_jax[tensorflow]'. Local directories only.
-A killed conversion goes on where it was; the target appears when it is whole.
+The records are not changed. The command needs TensorFlow, which checks the
+records that it reads: pip install 'fliqs_jax[tensorflow]'. Directories must be
+local. A killed conversion continues with the next shard; the target exists only
+when it is complete.
 """
 
 import argparse
@@ -25,20 +26,20 @@ from fliqs_jax.runtime import files
 _LOG = logging.getLogger(__name__)
 
 _TEMPLATE = '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
-# As TFDS writes: a record can be read without its neighbours.
+# The option of TFDS: a record can be read without its neighbours.
 _OPTIONS = 'group_size:1'
 
 
 def convert(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Makes `target` from `source`, unless it is there.
+  """Makes `target` from `source`, unless it exists.
 
   Args:
     source: a directory with the dataset_info.json of a TFRecord data set.
     target: the directory to make.
 
   Raises:
-    ValueError: if `source` is none, or does not hold what its
-      dataset_info.json says, or if TensorFlow is missing.
+    ValueError: `source` is no such directory or differs from its
+      dataset_info.json, `target` is in use, or TensorFlow is missing.
   """
   info = _read_info(source)
   shards = _shards(info)
@@ -51,7 +52,7 @@ def convert(source: pathlib.Path, target: pathlib.Path) -> None:
   _import_tensorflow()
   with build_once.directory(target) as unfinished:
     if unfinished is None:
-      raise ValueError(f'{target} exists; name a directory to be made')
+      raise ValueError(f'{target} exists; name a directory that does not exist')
     for path in source.iterdir():
       if '.tfrecord' not in path.name and path.is_file():
         shutil.copyfile(path, unfinished / path.name)
@@ -76,7 +77,10 @@ def _read_info(source: pathlib.Path) -> dict:
     ) from error
   found = tfds_records.file_format(info)
   if found != 'tfrecord':
-    raise ValueError(f'{source} is prepared as {found}, not as tfrecord')
+    raise ValueError(
+      f'{source} is prepared as {found}, not as tfrecord; name the directory '
+      'of a TFRecord data set'
+    )
   return info
 
 
@@ -101,7 +105,7 @@ def _shards(info: dict) -> list[tuple[str, str, int]]:
 
 
 def _convert_shard(old: pathlib.Path, new: pathlib.Path, length: int) -> None:
-  if new.exists():  # Whole: from an earlier start.
+  if new.exists():  # An earlier start has completed this shard.
     return
   scratch = new.with_name(f'.{new.name}.tmp')
   writer = array_record_module.ArrayRecordWriter(str(scratch), _OPTIONS)
@@ -124,23 +128,25 @@ def _import_tensorflow():
     import tensorflow
   except ImportError as error:
     raise ValueError(
-      'converting needs TensorFlow, and nothing else here does: '
+      'the conversion needs TensorFlow: '
       f"pip install 'fliqs_jax[tensorflow]' ({error})"
     ) from error
   return tensorflow
 
 
 def _records(path: pathlib.Path) -> Iterator[bytes]:
-  """Yields the records of a TFRecord file, checksums verified."""
+  """Yields the records of a TFRecord file after checking their checksums."""
   tensorflow = _import_tensorflow()
   try:
     yield from tensorflow.data.TFRecordDataset(str(path)).as_numpy_iterator()
   except tensorflow.errors.DataLossError as error:
-    raise ValueError(f'{path} is damaged: {error.message}') from error
+    raise ValueError(
+      f'{path} is damaged: {error.message}; prepare the data set again'
+    ) from error
 
 
 def main(argv: Sequence[str]) -> int:
-  """Converts; a mistake of the user's ends in one line, status 2."""
+  """Converts; a user's mistake gives one line and status 2."""
   parser = argparse.ArgumentParser(prog='python -m fliqs_jax.data.convert')
   parser.add_argument('source', metavar='SOURCE_DIR')
   parser.add_argument('target', metavar='TARGET_DIR')

@@ -1,8 +1,8 @@
 """Criteo's display advertising data: 13 integers and 26 categories to a click.
 
-From the file train.txt of the Kaggle challenge, which a user puts into
-`data_dir`; its lines are in the order of seven days, and so are its rows, so
-that a split such as 'train[90%:]' is later than one before it.
+The user puts the file train.txt of the Kaggle challenge into `data_dir`. Its
+lines, and so the rows, are in the order of seven days: the examples of
+'train[90%:]' come after those of 'train[:90%]'.
 """
 
 import functools
@@ -36,13 +36,13 @@ class Rows:
 def log_transform(integers: np.ndarray) -> np.ndarray:
   """Returns log(x + 1) in float32, and 0 for x < 0 and where x is missing.
 
-  Counts, most of them, with long tails; the few negative ones are -1 to -3.
+  Most columns are counts with long tails; the few negative values are -1 to -3.
 
   Args:
-    integers: int32 [...], `criteo_store.MISSING` where there is none.
+    integers: int32 [...]; a missing one is `criteo_store.MISSING`.
   """
-  # In float64: float32 has no 2**31 - 1, and the last bit of a float32
-  # logarithm is another one on every machine.
+  # In float64: float32 cannot express 2**31 - 1, and the last bit of a float32
+  # logarithm differs between machines.
   return np.log1p(np.maximum(integers, 0).astype(np.float64)).astype(np.float32)
 
 
@@ -51,12 +51,12 @@ def bucket_ids(
 ) -> np.ndarray:
   """Returns int32 [N, 26], the bucket of each category in its own column.
 
-  Bucket 0 is for what is missing. Category c of column i = 0 .. 25 is in bucket
-  1 + mix(i * 2**32 + c) % (buckets - 1), with `random_bits.mix`.
+  Bucket 0 is for missing categories. Category c of column i = 0 .. 25 is in
+  bucket 1 + mix(i * 2**32 + c) % (buckets - 1), with `random_bits.mix`.
 
   Args:
-    categories: uint32 [N, 26].
-    missing: uint32 [N], bit i for column i.
+    categories: uint32 [N, 26] categories.
+    missing: uint32 [N]; bit i is set if the category of column i is missing.
     buckets: number of buckets of a column, at least 2.
   """
   columns = np.arange(categories.shape[1], dtype=np.uint64)
@@ -67,7 +67,7 @@ def bucket_ids(
 
 
 def inputs(columns: dataset_lib.Columns, buckets: int) -> dataset_lib.Columns:
-  """Returns what a model sees of rows: 'dense' [N, 13] and 'ids' [N, 26]."""
+  """Returns the inputs of a model: 'dense' [N, 13] and 'ids' [N, 26]."""
   return dict(
     dense=log_transform(columns['integers']),
     ids=bucket_ids(columns['categories'], columns['missing'], buckets),
@@ -80,8 +80,8 @@ def table(
   """Returns the data set whose splits are rows of type `criteo_store.ROW`.
 
   Args:
-    name: of the data set.
-    splits: rows by split.
+    name: name of the data set.
+    splits: {name of a split: its rows}.
     buckets: number of buckets that the categories of a column share.
   """
   from_rows = functools.partial(inputs, buckets=buckets)
@@ -101,15 +101,15 @@ def table(
 
 
 def check_buckets(buckets: int) -> None:
-  """Checks the config key of that name.
+  """Checks the value of the config key `data.buckets`.
 
   Raises:
-    ValueError: for fewer than 2, or more than an int32 can name.
+    ValueError: it is below 2, or too large for an int32.
   """
   if not 2 <= buckets < 2**31:
     raise ValueError(
-      f'config.data.buckets={buckets} must be from 2 to {2**31 - 1}: one is '
-      'for missing categories'
+      f'config.data.buckets={buckets} must be from 2 to {2**31 - 1}: one '
+      'bucket is for missing categories'
     )
 
 
@@ -119,15 +119,15 @@ def dataset(
   """Returns Criteo's only labelled split, 'train'; converts it on first use.
 
   Args:
-    data_dir: a local directory with train.txt; criteo_store, which is made
-      beside it, needs 7.5 GB for the whole of it.
+    data_dir: a local directory with train.txt; the directory criteo_store,
+      which is made beside the file, needs 7.5 GB for all its lines.
     buckets: number of buckets that the categories of a column share.
-    max_bad_lines: how many malformed lines may be left out; each is written to
-      criteo_store/info.json, and the first are named in the log at every start.
+    max_bad_lines: largest number of malformed lines that may be left out. Each
+      is written to criteo_store/info.json, and each start logs the first ones.
 
   Raises:
-    ValueError: for values that cannot work, a missing file, or more malformed
-      lines; the message names them.
+    ValueError: a value is not allowed, the file is missing, or more lines are
+      malformed; the message names them.
   """
   check_buckets(buckets)
   if max_bad_lines < 0:

@@ -1,4 +1,4 @@
-"""From Criteo's TSV to rows of fixed width that are mapped into memory.
+"""Conversion of Criteo's TSV to rows of fixed width, mapped into memory.
 
 The format is that of the Kaggle display advertising challenge, 40 fields with
 tabs between them and no header: a label, 0 or 1; 13 integers; 26 categories,
@@ -27,14 +27,14 @@ _LOG = logging.getLogger(__name__)
 NUM_INTEGERS, NUM_CATEGORIES = 13, 26
 _NUM_FIELDS = 1 + NUM_INTEGERS + NUM_CATEGORIES
 
-# An integer that is not there.
+# The value of a missing integer.
 MISSING = -(2**31)
 
 ROW = np.dtype(
   [
     ('integers', '<i4', NUM_INTEGERS),
     ('categories', '<u4', NUM_CATEGORIES),
-    # Bit i: category i is not there. Its number could be any, zero too.
+    # Bit i is set if category i is missing: any number, also zero, is valid.
     ('missing', '<u4'),
     ('label', '<u4'),
   ]
@@ -46,7 +46,7 @@ _BLOCK_BYTES = 1 << 22
 _BLOCKS_PER_LINE_OF_LOG = 256  # A GB.
 _NAMED = 5  # Malformed lines that an error or a warning names.
 
-# What each byte is worth as a digit; 255 for no digit.
+# The value of each byte as a digit; 255 for a byte that is no digit.
 _DIGITS = np.full(256, 255, np.uint8)
 for _characters, _first in (b'0123456789', 0), (b'abcdef', 10), (b'ABCDEF', 10):
   _DIGITS[list(_characters)] = _first + np.arange(len(_characters))
@@ -54,11 +54,11 @@ for _characters, _first in (b'0123456789', 0), (b'abcdef', 10), (b'ABCDEF', 10):
 
 @dataclasses.dataclass(frozen=True)
 class Malformed:
-  """A line that is not what it must be.
+  """A malformed line of the TSV.
 
   Attributes:
-    line: its number; the first is 1.
-    problem: what is wrong.
+    line: number of the line, from 1.
+    problem: the predicate of a sentence about the line, such as `has 3 fields`.
   """
 
   line: int
@@ -71,13 +71,13 @@ def open_rows(
   """Returns the well-formed lines of a TSV as [N] of type ROW, not yet read.
 
   Args:
-    source: the TSV; may be gone once it is converted.
-    store: the converted directory; made on first use.
-    max_bad_lines: how many malformed lines may be left out.
+    source: the TSV; it may be deleted after the conversion.
+    store: the converted directory, which is made on first use.
+    max_bad_lines: largest number of malformed lines that may be left out.
 
   Raises:
-    ValueError: if there are more malformed lines, if there is no TSV, or if it
-      is not the one that was converted.
+    ValueError: more lines are malformed, the TSV is missing, or it is not the
+      one that was converted.
   """
   if not store.exists():
     _convert(source, store, max_bad_lines)
@@ -90,8 +90,9 @@ def open_rows(
     rows_bytes,
   ):
     raise ValueError(
-      f'{store} was not made from this {source.name}, or by another version of '
-      'this program, or is damaged; delete it, and it is made again'
+      f'{store} was not made from this {source.name}, was made by another '
+      'version of this program, or is damaged; delete it, and the next start '
+      'makes it again'
     )
   bad = [Malformed(**line) for line in info['malformed']]
   if len(bad) > max_bad_lines:
@@ -106,7 +107,8 @@ def _too_many(
 ) -> str:
   return (
     f'config.data.max_bad_lines={max_bad_lines} is exceeded: '
-    f'{_describe(source, bad)}; repair them, or allow so many to be left out'
+    f'{_describe(source, bad)}; repair them, or raise this number to leave '
+    'them out'
   )
 
 
@@ -123,8 +125,8 @@ def _convert(
 ) -> None:
   if not source.exists():
     raise ValueError(
-      f'{source} does not exist: it must be the labelled file of the Kaggle '
-      'display advertising challenge, 40 fields with tabs between them'
+      f'{source} does not exist; put the labelled file of the Kaggle display '
+      'advertising challenge there, 40 fields with tabs between them'
     )
   with build_once.directory(store) as unfinished:
     if unfinished is None:  # Another process has just made it.
@@ -142,10 +144,13 @@ def _convert(
         rows += len(parsed)
         out.write(parsed.tobytes())
       out.flush()
-      # Without it a power cut may keep the new name and lose the bytes.
+      # Without fsync a power cut could keep the new name but lose the bytes.
       os.fsync(out.fileno())
     if not rows:
-      raise ValueError(f'{source} holds no line of 40 fields')
+      raise ValueError(
+        f'{source} holds no line of 40 fields with tabs between them; put '
+        "Criteo's labelled file there"
+      )
     files.write_json(
       unfinished / _INFO,
       dict(
@@ -168,7 +173,7 @@ def _blocks(lines: typing.BinaryIO) -> Iterator[tuple[bytes, int]]:
     elif len(rest) > _BLOCK_BYTES:
       raise ValueError(
         f'{lines.name} is no TSV: line {line} does not end within '
-        f'{len(rest)} bytes'
+        f"{len(rest)} bytes; put Criteo's labelled file there"
       )
   if rest:
     yield rest + b'\n', line
@@ -180,12 +185,15 @@ def parse(
   """Returns the rows of the well-formed lines, and the malformed lines.
 
   Args:
-    block: whole lines, each with its newline.
-    first_line: number of the first.
+    block: complete lines, each with its newline.
+    first_line: number of the block's first line in the file, from 1.
+
+  Returns:
+    [N] rows of type ROW, and a `Malformed` for each other line.
   """
   text = np.frombuffer(block, np.uint8)
   separators = np.flatnonzero((text == ord('\t')) | (text == ord('\n')))
-  # Of each line, the index in `separators` of its newline.
+  # [lines] the index in `separators` of each line's newline.
   newlines = np.flatnonzero(text[separators] == ord('\n'))
   num_fields = np.diff(newlines, prepend=-1)
   good = num_fields == _NUM_FIELDS

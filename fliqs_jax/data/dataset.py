@@ -1,4 +1,4 @@
-"""The interface between one data set and the pipeline."""
+"""Interface between one data set and the pipeline."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -16,9 +16,10 @@ class Examples(Protocol):
     """Returns their number."""
 
   def __getitem__(self, numbers: np.ndarray) -> Columns:
-    """Returns columns of N rows, 'label' among them, for int64 [N].
+    """Returns columns of N rows, among them 'label', for int64 numbers [N].
 
-    What is no array, such as encoded images, is an array of objects.
+    A column whose values are no arrays, such as encoded images, is an array of
+    objects.
     """
 
 
@@ -37,13 +38,13 @@ class Arrays:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """What one example gives to one input of a model.
+  """Shape and dtype of one example of one input of a model.
 
-  Has what `jax.eval_shape` asks of an argument.
+  `jax.eval_shape` takes it as an argument.
 
   Attributes:
-    shape: without the batch.
-    dtype: of the batch.
+    shape: shape of one example, without the batch.
+    dtype: dtype of the input.
   """
 
   shape: tuple[int, ...]
@@ -56,22 +57,22 @@ class Dataset:
 
   Invariants:
     * `len(open(split)) == split_sizes[split]`, in a fixed order.
-    * All randomness of `train_inputs` comes from `bits`: a batch is then a
-      function of the step, whoever computes it.
-    * Row i of a batch depends on row i of what it is made of, and on no other.
+    * All randomness of `train_inputs` comes from its random bits, so a batch is
+      a function of the step, whichever process computes it.
+    * Row i of a batch depends on row i of the opened columns only.
 
   Attributes:
-    name: what `config.data.name` calls it.
-    num_classes: labels are 0 .. num_classes - 1.
-    inputs: what a model is called with, by name; no name is 'label' or 'mask'.
-    split_sizes: number of examples of each named split. Known before `open`,
-      so that a config is refused before anything is decoded.
-    open: from a split's name to its `Examples`.
-    train_inputs: from columns as opened, and uint64 [N], 64 random bits per
-      example, to an array [N, ...] for every one of `inputs`. Decodes, crops,
-      augments, normalises.
-    eval_inputs: the same without `bits`, for valid and test.
-    threads: how many batches are prepared ahead, each by its own thread.
+    name: name of the data set in `config.data.name`.
+    num_classes: number of classes; labels are 0 .. num_classes - 1.
+    inputs: {name: `Spec`} of the model's inputs; no name is 'label' or 'mask'.
+    split_sizes: {split: number of examples}. It is known before `open`, so that
+      a wrong config is refused before anything is decoded.
+    open: name of a split -> its `Examples`.
+    train_inputs: (columns of `Examples`, uint64 [N] random bits) -> an array
+      [N, ...] for each of `inputs`: decoded, augmented and normalised.
+    eval_inputs: columns of `Examples` -> an array [N, ...] for each of
+      `inputs`, not augmented; for valid and test.
+    threads: number of batches that are prepared ahead, each by a thread.
   """
 
   name: str
@@ -85,13 +86,13 @@ class Dataset:
 
 
 def model_inputs(named: Mapping[str, Any]) -> Any:
-  """Returns what a model is called with.
+  """Returns the argument of a model's call.
 
   Args:
-    named: a batch, or the `inputs` of a data set.
+    named: a batch, or the `inputs` of a data set: values by name.
 
   Returns:
-    The only input, or a dict of all by name if there are several.
+    The value of the only input; {name: value} if there are several inputs.
   """
   inputs = {k: v for k, v in named.items() if k not in ('label', 'mask')}
   return inputs if len(inputs) > 1 else next(iter(inputs.values()))

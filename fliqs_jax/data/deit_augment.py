@@ -1,9 +1,9 @@
 """Augmentation of DeiT's recipe: RandAugment and random erasing.
 
-As in timm, which DeiT's recipe is written for: 'rand-m9-mstd0.5-inc1' with two
-operations, and erasing in 'pixel' mode. Departures: posterizing keeps at least
-one bit, without which Pillow refuses; erasing works on bytes, so its noise is
-clipped at black and white, and has 256 levels.
+Both are as in timm, for which DeiT's recipe is written: 'rand-m9-mstd0.5-inc1'
+with two operations, and erasing in 'pixel' mode. There are two differences.
+Posterizing keeps at least one bit, which Pillow requires. Erasing works on
+bytes, so its noise is clipped at black and white and has 256 levels.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ _ERASED_AREA = (0.02, 1 / 3)  # Share of the image.
 _ERASED_ASPECT = (0.3, 1 / 0.3)
 _ATTEMPTS = 10
 
-# A strength from 0 to 1, a random sign, the colour that enters.
+# (image, strength in [0, 1], sign -1 or 1, colour of the borders) -> image.
 _Operation = Callable[[Image.Image, float, int, tuple], Image.Image]
 
 
@@ -115,9 +115,9 @@ def randaugment(
   """Returns the image after two random operations of magnitude 9 of 10.
 
   Args:
-    image: RGB.
-    draws: where the randomness comes from.
-    fill: the colour that enters at the borders.
+    image: an RGB image.
+    draws: the source of all randomness.
+    fill: RGB colour, 0 to 255, of pixels beyond the borders.
   """
   names = list(OPERATIONS)
   for _ in range(_OPERATIONS):
@@ -149,13 +149,13 @@ def erase(
   mean: tuple[float, ...],
   std: tuple[float, ...],
 ) -> None:
-  """Overwrites a random rectangle with noise, each pixel and channel its own.
+  """Overwrites a random rectangle with normal noise for each pixel and channel.
 
   Args:
-    pixels: uint8 [H, W, C], changed in place.
-    draws: where the randomness comes from.
-    mean: [C] of the noise.
-    std: [C] of the noise.
+    pixels: uint8 [H, W, C] image, changed in place.
+    draws: the source of all randomness.
+    mean: [C] mean of the noise, 0 to 255.
+    std: [C] standard deviation of the noise.
   """
   height, width, channels = pixels.shape
   for _ in range(_ATTEMPTS):

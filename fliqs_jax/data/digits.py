@@ -1,7 +1,7 @@
-"""1797 real handwritten digits, 8x8 grey, that come with scikit-learn.
+"""Digits of scikit-learn: 1797 real handwritten ones, 8x8 grey.
 
-The smallest real data there is: no download, and a search on it takes minutes
-on a laptop. Prepared once with TFDS, as ArrayRecord: the way of any larger set.
+They need no download, and a search on them takes minutes on a laptop. TFDS
+prepares them once as ArrayRecord, as it does larger data sets.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
   """TFDS builder of scikit-learn's digits: every fifth of a class is test."""
 
   VERSION = tfds.core.Version('1.0.0')
-  # There are no checksums beside this file to look for; to look, TFDS imports
+  # There are no checksums beside this file. To look for them, TFDS would import
   # importlib_resources, which it does not declare (tensorflow/datasets#11212).
   code_path = None
 
@@ -50,8 +50,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     return {split: self._generate_examples(split) for split in _SPLIT_SIZES}
 
   def _generate_examples(self, split: str):
-    # Needed once per data_dir, and a second of every later start if it were
-    # imported above.
+    # The import takes a second and is needed once per data_dir.
     from sklearn import datasets
 
     digits = datasets.load_digits()
@@ -59,7 +58,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     for rank, index in enumerate(by_class):
       if (split == 'test') == (rank % 5 == 0):
         pixels = (digits.images[index] * _PIXEL_SCALE).astype(np.uint8)
-        # Encoded here: TFDS would use TensorFlow to encode an array.
+        # To encode an array, TFDS would use TensorFlow.
         png = io.BytesIO()
         Image.fromarray(pixels).save(png, format='PNG')
         png.seek(0)
@@ -67,21 +66,21 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str) -> pathlib.Path:
-  """Prepares the set below `data_dir` unless it is there; returns its place.
+  """Prepares the digits below `data_dir` unless they exist; returns their path.
 
-  Everything is written to a directory of its own and renamed when complete, so
-  that neither a kill nor a second process at the same time can leave half a set
-  where a whole one is looked for. (TFDS does likewise, but names its directory
-  with Python's global random numbers, which two runs may have seeded alike, and
-  fails where another process was faster.) After a kill, an `incomplete.*`
-  directory may be left; nobody reads it.
+  All files are written to a directory of their own, which is renamed when it is
+  complete. So neither a kill nor a second process can leave an incomplete data
+  set under the final name. (TFDS renames, too, but names its directory with
+  Python's global random numbers, which two runs may have seeded equally, and
+  fails if another process was faster.) A kill may leave a directory
+  `incomplete.*`, which nothing reads.
 
   Args:
-    data_dir: where data sets are kept; '' for the user's cache.
+    data_dir: directory of data sets; '' for the user's cache.
 
   Raises:
-    ValueError: if `data_dir` is not a local directory that can be written to,
-      or holds something else in the place of the set.
+    ValueError: `data_dir` is not a local directory that can be written, or
+      something else has the path of the data set.
   """
   if '://' in data_dir:
     raise ValueError(
@@ -100,18 +99,18 @@ def prepare(data_dir: str) -> pathlib.Path:
         return directory
       raise ValueError(
         f'config.data.data_dir={data_dir!r}: {directory} is not a prepared '
-        'TFDS data set; delete it, and it is prepared again'
+        'TFDS data set; delete it, and the next start prepares it again'
       )
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='incomplete.', dir=root) as scratch:
       builder = Digits(data_dir=scratch)
-      # TFDS prints that it downloads, and that it keeps the scratch directory.
+      # TFDS prints that it downloads, and the name of a scratch directory.
       with contextlib.redirect_stdout(None):
         builder.download_and_prepare(file_format='array_record')
       try:
         os.rename(builder.data_dir, directory)
       except OSError:
-        if not directory.exists():  # If it does, another process was faster.
+        if not directory.exists():  # Otherwise another process was faster.
           raise
   except OSError as error:
     raise ValueError(
@@ -132,12 +131,12 @@ def _open(data_dir: str, split: str) -> dataset_lib.Arrays:
 
 
 def dataset(data_dir: str) -> dataset_lib.Dataset:
-  """Returns the digits; `open` prepares them below `data_dir` if need be.
+  """Returns the digits; `open` prepares them below `data_dir` if necessary.
 
-  Training images are moved by up to one pixel each way.
+  Training images are moved by up to one pixel in each direction.
 
   Args:
-    data_dir: where data sets are kept; '' for the user's cache.
+    data_dir: directory of data sets; '' for the user's cache.
   """
   normalise = images.normaliser(mean=(73.4,), std=(90.3,))  # Of 'train'.
   return dataset_lib.Dataset(

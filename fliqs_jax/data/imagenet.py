@@ -25,7 +25,7 @@ from fliqs_jax.data import tfds_records
 NAME = 'imagenet2012'
 AUGMENTATIONS = ('none', 'crop_flip', 'randaugment')
 
-# Of the training images, as everybody uses them.
+# The usual mean and standard deviation of each channel of the training images.
 _MEAN = tuple(255 * mean for mean in (0.485, 0.456, 0.406))
 _STD = tuple(255 * std for std in (0.229, 0.224, 0.225))
 
@@ -50,10 +50,10 @@ _HOW_TO_PREPARE = (
 def random_crop_box(
   width: int, height: int, draws: random_bits.Draws
 ) -> tuple[int, int, int, int]:
-  """Returns (left, upper, right, lower) of a training crop.
+  """Returns (left, upper, right, lower) of a training crop, in pixels.
 
-  Area and aspect ratio are drawn until the crop fits; after ten times it is
-  the largest in the middle of an allowed aspect, as in torchvision.
+  Area and aspect ratio are drawn until the crop fits. After ten draws the crop
+  is the largest central one with an allowed aspect ratio, as in torchvision.
   """
   for _ in range(_ATTEMPTS):
     area = width * height * draws.uniform(*_AREA)
@@ -77,8 +77,8 @@ def train_crop(
   """Returns a random crop as a size x size image, mirrored every other time."""
   width, height = image.size
   left, upper, right, lower = random_crop_box(width, height, draws)
-  # A JPEG can be decoded at a half, quarter or eighth: three times faster for
-  # a photograph of 1600x1200. Not below what the crop needs.
+  # A JPEG can be decoded at a half, a quarter or an eighth of its size: three
+  # times faster for 1600x1200 pixels. The crop must not need enlarging.
   image.draft(
     None,
     (size * width // (right - left), size * height // (lower - upper)),
@@ -92,10 +92,10 @@ def train_crop(
 
 
 def eval_crop(image: Image.Image, size: int) -> Image.Image:
-  """Returns the size x size centre of an image whose shorter side is resized.
+  """Returns the size x size centre of an image after resizing.
 
-  To size / 0.875, rounded: 256 for 224. Only the centre is computed, which
-  equals resizing all of it and cropping.
+  The shorter side becomes size / 0.875, rounded: 256 for 224. Only the centre
+  is computed; the result equals resizing the whole image and cropping it.
   """
   shorter = round(size / _EVAL_RATIO)
   # Rounded as torchvision rounds them.
@@ -111,17 +111,17 @@ def eval_crop(image: Image.Image, size: int) -> Image.Image:
 def _resize(
   image: Image.Image, size: int, box: tuple[float, float, float, float]
 ) -> Image.Image:
-  # Grey, and CMYK where somebody prepared with a TFDS that left it.
+  # Some images are grey, and CMYK if an older TFDS prepared them.
   if image.mode != 'RGB':
     image = image.convert('RGB')
   return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 class _Crops:
-  """From encoded images to normalised crops, a core per image.
+  """Makes normalised crops of encoded images, on one core per image.
 
-  The images of one batch are decoded in parallel. With a thread per batch, as
-  many batches as cores would lie in memory, 1.2 GB each at 2048 images.
+  The images of one batch are decoded in parallel. With one thread per batch
+  there would be one batch per core in memory, 1.2 GB each for 2048 images.
   """
 
   def __init__(self, size: int, augment: str, random_erasing: float):
@@ -170,13 +170,14 @@ class _Crops:
         try:
           image = Image.open(io.BytesIO(columns['image'][row]))
           result[row] = self._normalise(pixels(image, row))
-        except (OSError, SyntaxError) as error:  # Of PIL, for broken data.
+        except (OSError, SyntaxError) as error:  # PIL's, for damaged data.
           raise ValueError(
             f'{columns["file_name"][row].decode()} of {NAME!r} cannot be '
             f'decoded: {error}; prepare the data set again'
           ) from error
 
-    list(self._pool.map(fill, range(0, count, _CHUNK)))  # Raises what it does.
+    # The list raises an error of `fill`.
+    list(self._pool.map(fill, range(0, count, _CHUNK)))
     return dict(image=result)
 
 
@@ -189,16 +190,18 @@ def dataset(
   """Returns ImageNet's splits 'train' and 'validation'.
 
   Args:
-    data_dir: where TFDS prepared it, as ArrayRecord: a local directory or a
-      bucket (gs://, needs gcsfs; not tested); '' for TFDS's own place.
-    image_size: height and width of an image in a batch.
-    augment: of training images. 'crop_flip': 8 to 100 % of the image, aspect
-      ratio 3/4 to 4/3, mirrored every other time. 'randaugment': the same, then
-      RandAugment as DeiT uses it. 'none': the evaluation crop.
-    random_erasing: share of training images in which a rectangle is noise.
+    data_dir: directory in which TFDS prepared the data set as ArrayRecord,
+      local or in a bucket (gs://, needs gcsfs; not tested); '' for TFDS's own.
+    image_size: height and width of an image in a batch, in pixels.
+    augment: augmentation of training images. 'crop_flip' shows 8 to 100 % of an
+      image at an aspect ratio of 3/4 to 4/3 and mirrors every other image.
+      'randaugment' does the same and then DeiT's RandAugment. 'none' shows the
+      evaluation crop.
+    random_erasing: share, in [0, 1], of training images in which a rectangle is
+      overwritten with noise.
 
   Raises:
-    ValueError: for values that cannot work, or if it is not prepared; nothing
+    ValueError: a value is not allowed, or the data set is not prepared; nothing
       is downloaded.
   """
   if image_size < 1:
@@ -215,7 +218,7 @@ def dataset(
     )
   prepared = tfds_records.find(NAME, data_dir, _HOW_TO_PREPARE)
   sizes = dict(prepared.split_sizes)
-  sizes.pop('test', None)  # Without labels.
+  sizes.pop('test', None)  # It has no labels.
   crops = _Crops(image_size, augment, random_erasing)
   return dataset_lib.Dataset(
     name=NAME,

@@ -19,14 +19,14 @@ def normaliser(
   """Returns the function from uint8 [..., C] to (x - mean) / std in float32.
 
   Args:
-    mean: [C] of the training images, 0 to 255.
-    std: [C], their standard deviation.
+    mean: [C] mean of the training images, 0 to 255.
+    std: [C] standard deviation of the training images.
   """
   means, stds = np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
   def normalise(images: np.ndarray) -> np.ndarray:
-    # A whole row at a time: NumPy loops over the last axis, and over one of
-    # three channels it takes five times as long.
+    # One row at a time: NumPy loops over the last axis, and a loop over three
+    # channels takes five times as long.
     *outer, width, channels = images.shape
     result = np.subtract(
       images.reshape(*outer, width * channels), np.tile(means, width)
@@ -38,21 +38,21 @@ def normaliser(
 
 
 def shift(images: np.ndarray, bits: np.ndarray, most: int) -> np.ndarray:
-  """Moves every image by up to `most` pixels each way; zeros enter.
+  """Moves each image by up to `most` pixels each way and fills with zeros.
 
-  The same as padding with `most` zeros all around and cropping at random.
+  The result equals padding with `most` zeros on each side and a random crop.
 
   Args:
-    images: uint8 [N, H, W, C].
-    bits: uint64 [N], random.
-    most: at least 0.
+    images: uint8 [N, H, W, C] images.
+    bits: uint64 [N] random bits.
+    most: largest distance in pixels, at least 0.
 
   Returns:
     uint8 [N, H, W, C].
   """
   count, height, width, _ = np.shape(images)
   padded = np.pad(images, ((0, 0), (most, most), (most, most), (0, 0)))
-  # Equally likely ways, but for a few in 2**62.
+  # The distances are equally likely, up to a few in 2**62.
   ways = np.uint64(2 * most + 1)
   down, right = (bits % ways).astype(int), (bits // ways % ways).astype(int)
   rows = down[:, None] + np.arange(height)
@@ -63,11 +63,11 @@ def shift(images: np.ndarray, bits: np.ndarray, most: int) -> np.ndarray:
 
 
 def flip(images: np.ndarray, bits: np.ndarray) -> np.ndarray:
-  """Mirrors every other image, by the highest bit, left to right.
+  """Mirrors the images whose highest bit is set, left to right.
 
   Args:
-    images: [N, H, W, C].
-    bits: uint64 [N], random.
+    images: [N, H, W, C] images.
+    bits: uint64 [N] random bits.
   """
   mirrored = (bits >> np.uint64(63)).astype(bool)
   return np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)

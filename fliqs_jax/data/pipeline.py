@@ -1,9 +1,9 @@
-"""A stream's batches, each a pure function of the step; Grain prepares ahead.
+"""Batches of a stream, each a pure function of the step, prepared by Grain.
 
 One element of the Grain data set is one step's batch, not one example. Grain's
 own shuffle, repeat, slice and batch cost 23 us of Python per example, 6 ms per
 step at 128 train and 128 valid examples; for a whole batch at once, in NumPy,
-they cost next to nothing. Grain runs the threads.
+they cost very little. Grain runs the threads.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +18,10 @@ from fliqs_jax.data import dataset as dataset_lib
 from fliqs_jax.data import splits
 
 Batch = dict[str, np.ndarray]
-# From example numbers, int64 [N], to their columns.
+# Numbers of examples, int64 [N] -> their columns.
 Reader = Callable[[np.ndarray], dataset_lib.Columns]
 
-_WORDS_AT_ONCE = 1 << 20  # 32 MB; all for Criteo's 46 million would be 1.5 GB.
+_WORDS_AT_ONCE = 1 << 20  # 32 MB; Criteo's 46 million at once need 1.5 GB.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Part:
   Attributes:
     dataset: the data set.
     read: reads examples 0 .. num_examples - 1 of the stream by number.
-    num_examples: of the stream.
-    batch_size: rows of a global batch.
-    rows: those of them that this process reads, contiguous.
+    num_examples: number of examples of the stream.
+    batch_size: number of rows of a batch of all processes.
+    rows: contiguous range of the rows that this process reads.
   """
 
   dataset: dataset_lib.Dataset
@@ -59,11 +59,12 @@ def reader(
 
   Args:
     dataset: the data set.
-    open_split: its `open`, or the same with a memory.
-    ranges: which examples; number 0 is the first of the first range.
+    open_split: name of a split -> `Examples`; the data set's `open`, cached if
+      streams share a split.
+    ranges: ranges of the examples; number 0 is the first of the first range.
 
   Raises:
-    ValueError: if a split does not have the size that the data set says.
+    ValueError: a split does not have the size in `split_sizes`.
   """
   opened = [open_split(named.split) for named in ranges]
   for named, examples in zip(ranges, opened):
@@ -97,16 +98,16 @@ def reader(
 def endless(
   part: Part, seed: tuple[int, int], augment: bool
 ) -> Callable[[int], Iterator[Batch]]:
-  """Returns a function from a step to the shuffled batches from there on.
+  """Returns a function from a step to the shuffled batches from that step on.
 
   Position p shows an example of epoch p // num_examples. Epochs follow each
   other without a gap: a batch may hold the end of one and the start of the
   next, and every example appears exactly once in every epoch.
 
   Args:
-    part: what to read.
-    seed: two numbers that no other stream shares.
-    augment: whether examples go through `train_inputs` or `eval_inputs`.
+    part: the part of the stream to read.
+    seed: two numbers that no other stream has.
+    augment: whether `train_inputs` makes the batches, not `eval_inputs`.
   """
   dataset = part.dataset
   sequence = np.random.SeedSequence(seed)
@@ -126,7 +127,7 @@ def endless(
       numbers[now] = order(int(epoch))[offsets[now]]
     columns = part.read(numbers)
     if augment:
-      # Counted by position: the same bits whichever process reads a row.
+      # The bits depend on the position, not on the process that reads the row.
       bits = _random_words((bits_key, 0), int(positions[0]), len(positions))
       inputs = dataset.train_inputs(columns, bits)
     else:
@@ -136,7 +137,7 @@ def endless(
   def from_step(start_step: int) -> Iterator[Batch]:
     if start_step < 0:
       raise ValueError(f'start_step={start_step} must not be negative')
-    # Ends where positions would no longer fit 64 bits.
+    # Positions of later steps would need more than 64 bits.
     stop = sys.maxsize // part.batch_size
     return _iterate(batch_at, start_step, stop, dataset.threads)
 
@@ -144,13 +145,13 @@ def endless(
 
 
 def one_pass(part: Part) -> Callable[[], Iterator[Batch]]:
-  """Returns a function to the batches of one pass, in order.
+  """Returns a function that returns the batches of one pass, in order.
 
-  The last batch is filled up with repeated examples. Batches have one more
-  field, 'mask', float32 [N]: 1 for an example, 0 for what fills up.
+  Repeated examples fill the last batch. Batches have one more field, 'mask',
+  float32 [N]: 1 for an example, 0 for a repeated one.
 
   Args:
-    part: what to read.
+    part: the part of the stream to read.
   """
 
   def batch_at(step: int) -> Batch:
@@ -169,16 +170,17 @@ def one_pass(part: Part) -> Callable[[], Iterator[Batch]]:
 def _random_words(key: tuple[int, int], start: int, count: int) -> np.ndarray:
   """Returns uint64 [count], words start, start + 1, ... of sequence `key`.
 
-  Philox counts: no word depends on the ones before. Its raw words are all we
-  use of NumPy's randomness, because later versions may draw anything else
+  Philox computes each word from a counter, not from the word before. Only its
+  raw words are used, because later versions of NumPy may draw anything else
   differently.
   """
-  key = np.array(key, np.uint64)
   words = np.empty(count, np.uint64)
   for first in range(0, count, _WORDS_AT_ONCE):
     some = words[first : first + _WORDS_AT_ONCE]
-    generator = np.random.Philox(key=key, counter=start + first)
-    # Every count gives four words; we take the first.
+    generator = np.random.Philox(
+      key=np.array(key, np.uint64), counter=start + first
+    )
+    # Each count gives four words, of which the first is used.
     some[:] = generator.random_raw(4 * len(some))[::4]
   return words
 
@@ -189,11 +191,12 @@ def _batch(
   columns: dataset_lib.Columns,
 ) -> Batch:
   labels = columns['label']
-  # A one-hot vector of another label is zero: wrong without a word.
+  # The one-hot vector of another label would be zero, without an error.
   if min(labels) < 0 or max(labels) >= dataset.num_classes:
     raise ValueError(
       f'{dataset.name!r} has labels from {min(labels)} to {max(labels)} where '
-      f'they must be from 0 to {dataset.num_classes - 1}'
+      f'they must be from 0 to {dataset.num_classes - 1}; correct the labels '
+      'or num_classes'
     )
   return {**inputs, 'label': labels.astype(np.int32)}
 

@@ -1,7 +1,7 @@
 """SplitMix64: many random numbers from 64 bits, and a hash of integers.
 
-Written down here, because a library may draw otherwise in its next version: a
-resumed run must draw the same, and an id must stay in its bucket.
+They are written here because the next version of a library may draw other
+numbers, while a resumed run must draw the same and an id must keep its bucket.
 """
 
 from collections.abc import Iterator
@@ -15,12 +15,13 @@ _BLOCK = 32  # Words at once: a call of NumPy costs as much as a hundred words.
 
 
 def mix(words: np.ndarray) -> np.ndarray:
-  """Returns uint64 [...], one to one with `words`, of which every bit depends.
+  """Returns uint64 [...], a bijection of `words` that mixes all their bits.
 
-  One step of SplitMix64 (Steele, Lea and Flood 2014) from each word as state.
+  It is one iteration of SplitMix64 (Steele, Lea and Flood 2014) with each word
+  as the state.
 
   Args:
-    words: uint64 [...], at least one dimension: NumPy warns if a scalar wraps.
+    words: uint64 [...], not a scalar: NumPy warns if a scalar overflows.
   """
   words = words + _STEP
   words = (words ^ (words >> np.uint64(30))) * _FACTORS[0]

@@ -1,8 +1,8 @@
 """Parsing of split strings such as 'train[:80%]' into example numbers.
 
-The grammar and the rounding are those of TFDS, so that a string means the same
-here and there. Read here, because also data sets that never touch TFDS need it,
-and because mistakes must be found before a data set is opened.
+The grammar and the rounding are those of TFDS, so a string has the same meaning
+in both. The parser is here because data sets without TFDS use it, too, and
+because mistakes must be reported before a data set is opened.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,13 +39,13 @@ def parse(
   """Returns the ranges that a split string names, in its order.
 
   Args:
-    key: the config key that holds `spec`; for messages only.
+    key: the config key of `spec`, which error messages name.
     spec: the split string.
     split_sizes: number of examples of every named split.
 
   Raises:
-    ValueError: for a malformed string, an unknown split, a range that reaches
-      beyond its split, or an empty one.
+    ValueError: the string is malformed, a split is unknown, or a range is empty
+      or reaches beyond its split.
   """
   parts = re.split(r'\s*\+\s*', spec)
   return tuple(_parse_part(key, spec, part, split_sizes) for part in parts)
@@ -97,14 +97,14 @@ def _parse_part(
 def check_disjoint(
   specs: Mapping[str, str], ranges: Mapping[str, Sequence[Range]]
 ) -> None:
-  """Checks that no example is named twice, by one key or by two.
+  """Checks that no two ranges share an example.
 
   Args:
-    specs: split string of each config key; for messages only.
-    ranges: the ranges that each key names.
+    specs: {config key: split string}, which error messages name.
+    ranges: {config key: the ranges of its split string}.
 
   Raises:
-    ValueError: if two ranges share an example.
+    ValueError: two ranges share an example.
   """
   named = sorted((r, key) for key in ranges for r in ranges[key])
   for (left, left_key), (right, right_key) in itertools.pairwise(named):
@@ -112,5 +112,6 @@ def check_disjoint(
       raise ValueError(
         f'{left_key}={specs[left_key]!r} and {right_key}={specs[right_key]!r} '
         f'overlap: {left} and {right}; weights learn on train, the controller '
-        'on valid, and test is reported, so no example may serve twice'
+        'on valid, and test is reported, so each example may be in one of them '
+        'only'
       )

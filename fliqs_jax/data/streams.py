@@ -1,4 +1,4 @@
-"""From `config.data` to the streams of a run; refuses what cannot work."""
+"""Streams of a run: made from `config.data`, which is checked."""
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
@@ -10,7 +10,7 @@ import numpy as np
 from fliqs_jax.data import dataset as dataset_lib
 from fliqs_jax.data import splits
 
-# The imports inside functions: what only some runs need, only they pay for.
+# Imports inside functions: only the runs that need a data set import its code.
 
 
 def _digits(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
@@ -100,27 +100,26 @@ class Streams:
   """Disjoint streams of batches; weights learn on train, the policy on valid.
 
   A batch is a dict of NumPy arrays, the rows of this process:
-    * one [B, ...] for every one of `inputs`; 'image', float32 [B, H, W, C],
-      normalised, where the data are images. `model_inputs(batch)` is what a
-      model is called with.
+    * an array [B, ...] for each of `inputs`; images are normalised, float32
+      [B, H, W, C]. `model_inputs(batch)` is the argument of a model's call.
     * 'label': int32 [B].
     * 'mask': float32 [B], in test only: 1 for an example, 0 for padding.
 
   Invariants:
-    * A batch is a function of config, seed and step: `train(n)` yields what
-      `train(0)` yields from its n-th batch on, and reads nothing before.
-    * The batches of processes 0, 1, ... at one step, one below the other, are
-      the batch of a single process, bit for bit.
+    * A batch is a function of config, seed and step: `train(n)` yields the
+      batches of `train(0)` from the n-th on, and reads no earlier one.
+    * The rows of processes 0, 1, ... at one step, concatenated, are the batch
+      of a single process, bit for bit.
     * Shapes never change.
 
   Attributes:
     num_classes: number of classes.
-    inputs: shape and type of one example of every input, by name.
+    inputs: {name: shape and dtype of one example of that input}.
     num_examples: number of examples of 'train', 'valid' and 'test'.
-    train: from a step to endless shuffled, augmented batches from there on;
-      every example once per epoch.
-    valid: the same in an order of its own, not augmented.
-    test: one pass over the test examples in their own order.
+    train: step -> endless shuffled, augmented batches from that step on; each
+      epoch shows every example once.
+    valid: step -> endless batches in another random order, not augmented.
+    test: () -> the batches of one pass over the test examples in their order.
   """
 
   num_classes: int
@@ -132,7 +131,7 @@ class Streams:
 
   @property
   def input_shape(self) -> tuple[int, int, int]:
-    """(H, W, C) of the images; a KeyError where the data are none."""
+    """The shape (H, W, C) of an image; a KeyError if the data are no images."""
     return self.inputs['image'].shape
 
 
@@ -147,24 +146,24 @@ def make_streams(
   """Opens the data set that a config names, preparing it on first use.
 
   Args:
-    config: `config.data`, with exactly the keys `name` (one of DATASETS),
-      `data_dir` ('' for the usual place), `train_split`, `valid_split`,
+    config: `config.data`, with exactly these keys: `name` (one of DATASETS),
+      `data_dir` ('' for the usual directory), `train_split`, `valid_split`,
       `test_split` (TFDS split strings), `batch_size`, `valid_batch_size`,
-      `test_batch_size` (of all processes together), and those that the data
-      set takes: cifar10 `augment`; imagenet2012 `image_size`, `augment`,
+      `test_batch_size` (examples of all processes together), and the keys of
+      the data set: cifar10 `augment`; imagenet2012 `image_size`, `augment`,
       `random_erasing`; criteo `buckets`, `max_bad_lines`; synthetic
       `image_size`, `num_classes`; synthetic_criteo `buckets`.
-    seed: not negative; orders the examples and draws the augmentation.
-    process_index: which part of every batch to read.
-    process_count: into how many parts a batch is divided.
-    dataset: a data set of your own in place of a known one; `config.name` must
-      be its name.
+    seed: number, at least 0, that determines order and augmentation.
+    process_index: index of this process, which selects its part of each batch.
+    process_count: number of processes, and so of parts of each batch.
+    dataset: the user's own data set instead of one of DATASETS; `config.name`
+      must be its name. None: `config.name` selects one of DATASETS.
 
   Raises:
-    ValueError: for missing or unknown keys, an unknown data set, splits that
-      are malformed, empty or overlap, batch sizes below 1, larger than their
-      split or not divisible by `process_count`, a negative seed, and a
-      `data_dir` that cannot be used or data that are broken.
+    ValueError: a key is missing or unknown, the data set is unknown, a split is
+      malformed, empty or overlaps another, a batch size is below 1, larger than
+      its split or not divisible by `process_count`, the seed is negative,
+      `data_dir` cannot be used, or data are damaged.
   """
   _check_keys(config, dataset)
   if seed < 0:
@@ -248,7 +247,7 @@ def _find_dataset(
 def _ranges(
   config: ml_collections.ConfigDict, split_sizes: Mapping[str, int]
 ) -> dict[str, tuple[splits.Range, ...]]:
-  """Returns what each stream reads; no two read the same example."""
+  """Returns the ranges that each stream reads, which share no example."""
   specs = {f'config.data.{k}': config[k] for k in _SPLIT_KEYS.values()}
   ranges = {
     key: splits.parse(key, spec, split_sizes) for key, spec in specs.items()
@@ -270,8 +269,8 @@ def _rows(
   if not 1 <= size <= num_examples:
     raise ValueError(
       f'config.data.{key}={size} must be at least 1 and at most '
-      f'{num_examples}, the examples in config.data.{_SPLIT_KEYS[stream]}='
-      f'{config[_SPLIT_KEYS[stream]]!r}'
+      f'{num_examples}, the number of examples in '
+      f'config.data.{_SPLIT_KEYS[stream]}={config[_SPLIT_KEYS[stream]]!r}'
     )
   if rest := size % process_count:
     nearest = [size - rest, size - rest + process_count]

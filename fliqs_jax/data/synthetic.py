@@ -1,6 +1,6 @@
-"""Data made of a pattern and noise: to try things out, with no disk.
+"""Synthetic data, made of a pattern and noise, for trials without a disk.
 
-Images as a network sees them, and rows as of Criteo; both can be learned.
+There are images, and rows like Criteo's; a model can learn both.
 """
 
 import numpy as np
@@ -11,16 +11,17 @@ from fliqs_jax.data import dataset as dataset_lib
 from fliqs_jax.data import images as images_lib
 from fliqs_jax.data import random_bits
 
-# A pattern is this many flat blocks high and wide: coarse enough to survive
-# strides and pooling, and tiny whatever the size of the image.
+# Number of uniform blocks of a pattern in each direction: coarse enough for
+# strides and pooling.
 _BLOCKS = 4
 
-# Categories of a column of clicks; the n-th is seen about 1/n as often.
+# Number of categories of a column of clicks; the frequency of the n-th is about
+# proportional to 1/n.
 _CATEGORIES = 100
 
 
 def _random_bytes(shape: tuple[int, ...], *key: int) -> np.ndarray:
-  """Returns uint8 `shape`, the same for the same two numbers, everywhere."""
+  """Returns uint8 `shape`, a function of the two numbers on every machine."""
   generator = np.random.Philox(key=np.array(key, np.uint64))
   size = int(np.prod(shape))
   words = generator.random_raw(-(-size // 8)).astype('<u8')
@@ -50,17 +51,17 @@ def images(
 ) -> dataset_lib.Dataset:
   """Returns a learnable set of images with splits 'train' and 'test'.
 
-  Half of every pixel is the pattern of its class, half is noise of its own;
-  both splits show the same patterns. Classes are equally frequent.
+  A pixel is the mean of the pattern of its class and of independent noise; both
+  splits show the same patterns. Classes are equally frequent.
 
   Args:
-    input_shape: (H, W, C) of an image.
+    input_shape: shape (H, W, C) of an image.
     num_classes: number of classes.
-    num_train: examples of 'train'.
-    num_test: examples of 'test'.
+    num_train: number of examples of 'train'.
+    num_test: number of examples of 'test'.
 
   Raises:
-    ValueError: if any of these is below 1.
+    ValueError: one of these numbers is below 1.
   """
   if min(*input_shape, num_classes, num_train, num_test) < 1:
     raise ValueError(
@@ -69,7 +70,7 @@ def images(
     )
   sizes = dict(train=num_train, test=num_test)
   channels = input_shape[-1]
-  # Of the mean of two independent uniform bytes.
+  # Mean and standard deviation of the mean of two independent uniform bytes.
   normalise = images_lib.normaliser((127.0,) * channels, (52.0,) * channels)
   return dataset_lib.Dataset(
     name='synthetic',
@@ -102,7 +103,7 @@ def _clicks(size: int, split: int) -> np.ndarray:
   bits = 1 << np.arange(criteo_store.NUM_CATEGORIES, dtype=np.uint32)
   absent_ids = (_uniform(split, 4, ids_shape) < 0.1).astype(np.uint32)
   rows['missing'] = absent_ids @ bits
-  # What a click hangs on: the parity of every category, and the first count.
+  # A click depends on the parity of every category and on the first count.
   odd = (rows['categories'] % 2) * (1 - absent_ids)
   score = (odd.sum(1) - 8.0) / 2 + criteo.log_transform(rows['integers'])[:, 0]
   rows['label'] = _uniform(split, 5, (size,)) < 1 / (1 + np.exp(2 - score))
@@ -116,11 +117,11 @@ def clicks(
 
   Args:
     buckets: number of buckets that the categories of a column share.
-    num_train: examples of 'train'.
-    num_test: examples of 'test'.
+    num_train: number of examples of 'train'.
+    num_test: number of examples of 'test'.
 
   Raises:
-    ValueError: for a number of buckets that cannot be.
+    ValueError: the number of buckets is not allowed.
   """
   criteo.check_buckets(buckets)
   splits = dict(train=_clicks(num_train, 0), test=_clicks(num_test, 1))

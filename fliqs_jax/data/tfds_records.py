@@ -20,18 +20,18 @@ INFO = 'dataset_info.json'
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """A data set that is ready to be read.
+  """A data set that TFDS has prepared.
 
   Attributes:
-    directory: that holds its dataset_info.json.
-    split_sizes: number of examples of every split.
+    directory: the directory of its dataset_info.json.
+    split_sizes: {split: number of examples}.
   """
 
   directory: os.PathLike[str]
   split_sizes: Mapping[str, int]
 
   def open(self, split: str) -> dataset_lib.Examples:
-    """Returns the examples of a split; images as they are encoded."""
+    """Returns the examples of a split; images stay encoded."""
     return _Records(self.directory, split)
 
 
@@ -39,14 +39,14 @@ def find(name: str, data_dir: str, how_to_prepare: str) -> Prepared:
   """Finds the newest version of a prepared data set.
 
   Args:
-    name: of the data set in TFDS.
-    data_dir: where data sets are kept; '' for TFDS's own place.
-    how_to_prepare: a shell command, for who has not; {data_dir} stands for the
-      directory.
+    name: name of the data set in TFDS.
+    data_dir: directory of data sets; '' for TFDS's own.
+    how_to_prepare: a shell command that prepares the data set, for the error
+      message; {data_dir} is replaced by the directory.
 
   Raises:
-    ValueError: if there is none, or in a format without random access; the
-      message says what to do.
+    ValueError: the data set is not prepared, or in a format without random
+      access; the message says what to do.
   """
   place = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
   key = f'config.data.data_dir={data_dir!r}'
@@ -55,7 +55,7 @@ def find(name: str, data_dir: str, how_to_prepare: str) -> Prepared:
     versions = {}
     if (root / name).is_dir():
       for path in (root / name).iterdir():
-        # TFDS names what it has not finished 'incomplete...'.
+        # TFDS names an unfinished directory 'incomplete...'.
         if _version(path.name) and (path / INFO).exists():
           versions[_version(path.name)] = path
     if not versions:
@@ -72,16 +72,18 @@ def find(name: str, data_dir: str, how_to_prepare: str) -> Prepared:
       for split in info['splits']
     }
   except (OSError, ImportError, KeyError, json.JSONDecodeError) as error:
-    # A bucket whose library is missing is an ImportError; a KeyError is an
-    # unknown kind of bucket, or a description without splits.
-    raise ValueError(f'{key} cannot be read: {error!r}') from error
+    # A missing library of buckets raises an ImportError; an unknown kind of
+    # bucket, or a description without splits, a KeyError.
+    raise ValueError(
+      f'{key} cannot be read: {error!r}; name a directory of TFDS data sets'
+    ) from error
   _check_format(key, name, directory, file_format(info))
   return Prepared(directory, sizes)
 
 
 def file_format(info: Mapping[str, object]) -> str:
   """Returns the format of the shards, from the content of dataset_info.json."""
-  # Versions of TFDS that knew no other format did not write it down.
+  # Old versions of TFDS had one format only and did not store its name.
   return str(info['fileFormat']) if 'fileFormat' in info else 'tfrecord'
 
 
@@ -104,7 +106,7 @@ def _check_format(
       'config.data.data_dir to NEW_DATA_DIR'
     )
   else:
-    # The parts of a split are wrong in TFDS's reader of parquet.
+    # TFDS's reader of parquet returns wrong examples for a part of a split.
     remedy = "prepare it again with file_format='array_record'"
   raise ValueError(
     f'{key}: {directory} is prepared as {found}, which has no random access; '
@@ -116,7 +118,7 @@ class _Records:
   """The examples of one split: a column per feature, encoded as stored."""
 
   def __init__(self, directory: os.PathLike[str], split: str):
-    import tensorflow_datasets as tfds  # A second, if imported above.
+    import tensorflow_datasets as tfds  # The import takes a second.
 
     builder = tfds.builder_from_directory(directory)
     images = [
