@@ -125,8 +125,9 @@ def _convert(
 ) -> None:
   if not source.exists():
     raise ValueError(
-      f'{source} does not exist; put the labelled file of the Kaggle display '
-      'advertising challenge there, 40 fields with tabs between them'
+      f'{source} does not exist: it must be the labelled file of the Kaggle '
+      'display advertising challenge, 40 fields with tabs between them; put '
+      'it there'
     )
   with build_once.directory(store) as unfinished:
     if unfinished is None:  # Another process has just made it.
