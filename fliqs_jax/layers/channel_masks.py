@@ -29,7 +29,7 @@ def size_leaf(
     choice: the K sizes that the leaf picks from.
 
   Returns:
-    [K] one-hot, or for the branches of a kernel also their weights.
+    [K] one-hot; for a kernel of branches it may also be their weights.
 
   Raises:
     ValueError: the leaf is known and picks no size.
@@ -76,9 +76,9 @@ class Mask(nn.Module):
       return x
     if self.channels.size != x.shape[-1]:
       raise ValueError(
-        f'{"/".join(self.path)}: {self.channels.decision} is of a tensor of '
-        f'{self.channels.size} channels, but the input has {x.shape[-1]}; give '
-        'the layer the `Channels` of its input'
+        f'{"/".join(self.path)}: {self.channels.decision} is the decision of a '
+        f'tensor of {self.channels.size} channels, but the input has '
+        f'{x.shape[-1]}; give the layer the `Channels` of its input'
       )
     one_hot = size_leaf(self, 'channels', self.channels)
     if len(self.channels.labels) == 1:

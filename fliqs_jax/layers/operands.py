@@ -92,7 +92,7 @@ class Operands:
     self.spec = spec or module.spec
     self.state = state or module
     self.choices = self.spec.choices('/'.join(module.path))
-    # As in linen: the type that inputs and parameters promote to, unless given.
+    # As in linen: the given type, or that to which inputs and weights promote.
     self.dtype = module.dtype or jnp.result_type(inputs, module.param_dtype)
     self.sizes = {
       name: size
@@ -154,7 +154,7 @@ class Operands:
     )
 
   def keep(self, *arrays: jax.Array | None, dtype: Any) -> tuple:
-    """Replaces linen's `promote_dtype`: operands stay float32 until rounded."""
+    """Replaces linen's `promote_dtype`: operands are float32 until rounded."""
     del dtype  # The op itself casts, after quantization.
     return tuple(a if a is None else a.astype(jnp.float32) for a in arrays)
 
@@ -198,7 +198,7 @@ class Operands:
     Args:
       x: [...] float32 activations.
       menu: [K] formats.
-      one_hot: [K] picks the format.
+      one_hot: [K] leaf of `arch` that picks the format.
     """
     stats = self._statistics(menu)
     if self.module.is_initializing():

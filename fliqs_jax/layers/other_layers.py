@@ -1,9 +1,9 @@
-"""Quantized ops of linen layers that let no op of theirs be replaced.
+"""Quantized ops of linen layers whose op cannot be replaced.
 
-Like `layers`, for what an intercepted model may hold besides: ConvTranspose,
-ConvLocal, Embed, and the products of attention. Where linen multiplies itself,
-the operands are put on the grid just before (`promote_dtype`), and scales and
-bias follow its result.
+These are ConvTranspose, ConvLocal, Embed and the products of attention, which
+only intercepted models have. If linen itself multiplies, `promote_dtype` puts
+the operands on the grid before, and the scales and the bias are applied to the
+result.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from fliqs_jax.numerics import float_ops
 from fliqs_jax.numerics import quantize
 from fliqs_jax.space import quant_spec
 
-# The products of attention: linen's field, and the name under its path.
+# {linen's field of a product of attention: the product's name below its path}.
 PRODUCTS = {
   'qk_attn_weights_einsum_cls': 'qk',
   'attn_weights_value_einsum_cls': 'av',
@@ -32,7 +32,15 @@ PRODUCTS = {
 def conv_transpose(
   operands: operands_lib.Operands, inputs: jax.Array
 ) -> jax.Array:
-  """`nn.ConvTranspose` with quantized operands; a scale per output channel."""
+  """Applies `nn.ConvTranspose` to quantized operands.
+
+  Args:
+    operands: the operands of the layer, with a scale per output channel.
+    inputs: [..., H, W, C] the layer's input.
+
+  Returns:
+    [..., H', W', features] of the layer's dtype.
+  """
   operands.has_integer_op = False
   module = operands.module
   after = []
@@ -42,7 +50,7 @@ def conv_transpose(
     channel = w.ndim - (2 if module.transpose_kernel else 1)
     summed = tuple(i for i in range(w.ndim) if i != channel)
     x_q, w_q = operands(x, w, summed)
-    # Every input meets every tap, whatever the strides.
+    # Each input is multiplied by each tap, for any strides.
     macs = x.size * math.prod(w.shape[:-2]) * module.features
     operands.record('conv', macs, w.size, module.features)
     after.extend((x_q.scale, _flat(w_q.scale), bias))
@@ -58,7 +66,15 @@ def conv_transpose(
 
 
 def conv_local(operands: operands_lib.Operands, inputs: jax.Array) -> jax.Array:
-  """`nn.ConvLocal` with quantized operands; a scale per output and place."""
+  """Applies `nn.ConvLocal` to quantized operands.
+
+  Args:
+    operands: the operands of the layer, with a scale per output and position.
+    inputs: [..., H, W, C] the layer's input.
+
+  Returns:
+    [..., H', W', features] of the layer's dtype.
+  """
   operands.has_integer_op = False
   module = operands.module
   after = []
@@ -87,13 +103,13 @@ def conv_local(operands: operands_lib.Operands, inputs: jax.Array) -> jax.Array:
 
 
 def _nothing(bias):
-  # Linen adds what it is given; the bias comes after the scales.
+  # Linen must add zeros: the bias is added after the scales.
   return None if bias is None else jnp.zeros_like(bias)
 
 
 def _finish(operands, y, x_scale, w_scale, bias):
   """Scales the result of linen's op, adds the bias and rounds once."""
-  # Where weights are not quantized there is one scale, 1.
+  # Weights that are not quantized have one scale, 1.
   w_scale = _below(w_scale, y) if w_scale.ndim else w_scale
   y = quantize.rescale(y, x_scale, w_scale)
   y = float_ops.computed_once(y, w_scale)
@@ -113,15 +129,17 @@ def _below(small, y):
 def embed(
   operands: operands_lib.Operands, inputs: jax.Array, method: str
 ) -> jax.Array:
-  """`nn.Embed` with a quantized table; a scale per row, as `attend` needs it.
+  """Applies `nn.Embed` with a quantized table, whose rows each have a scale.
 
   Args:
-    operands: of the layer; activations stay as they are.
-    inputs: integers [...] to look up, or queries [..., features] to `attend`.
-    method: `__call__` or `attend`.
+    operands: the operands of the layer; its activations are not quantized.
+    inputs: for `__call__` int [...], rows to look up; for `attend` float
+      [..., features], queries.
+    method: the method that is called, `__call__` or `attend`.
 
   Returns:
-    [..., features], or [..., num_embeddings].
+    For `__call__` [..., features] rows, for `attend` [..., num_embeddings]
+    products with all rows; both of the layer's dtype.
   """
   operands.has_integer_op = False
   choices = operands.choices
@@ -134,7 +152,7 @@ def embed(
     operands.record('embed', 0, table.size, rows)
     w_scale = jnp.broadcast_to(w.scale, (rows, 1))
     y = w.values.astype(jnp.float32) * w_scale
-    if rows == 1:  # Linen's way, whatever the index.
+    if rows == 1:  # As in linen, the only row for every index.
       y = jnp.broadcast_to(y, (*inputs.shape, features))
     else:
       y = jnp.take(y, inputs, axis=0)
@@ -148,15 +166,14 @@ def attention(
   module: nn.MultiHeadDotProductAttention,
   operands: Callable[[str, jax.Array], operands_lib.Operands],
 ) -> nn.Module:
-  """Returns the attention with quantized products of scores and of values.
+  """Returns an attention layer whose two products are quantized.
 
-  They go by the names `qk` and `av` under the attention's path. Their second
-  operands, keys and values, are on the side of the weights.
+  The products are named `qk` (queries and keys) and `av` (attention weights and
+  values) below the layer's path. Keys and values have the format `weights`.
 
   Args:
-    module: the attention.
-    operands: `(name, first operand) -> Operands` of a product, which take both
-      operands.
+    module: the attention layer.
+    operands: (name of a product, its first operand) -> its `Product`.
   """
   products = {}
   for field, name in PRODUCTS.items():
@@ -168,7 +185,12 @@ def attention(
 def product_choices(
   spec: quant_spec.QuantSpec, path: str
 ) -> quant_spec.Choices:
-  """Returns what a product of two activations may choose from."""
+  """Returns the formats that a product of two activations may use.
+
+  Args:
+    spec: the rules of the model.
+    path: path of the product, such as `block0/attention/qk`.
+  """
   choices = spec.choices(path)
   if spec.mode == 'weights':
     return quant_spec.Choices(None, None, False)
@@ -181,8 +203,8 @@ def product_choices(
 class Product(operands_lib.Operands):
   """The operands of a product of two activations, both quantized per tensor.
 
-  As of `operands.Operands`, but called with the two, and `state` is that of a
-  part, `qk` or `av`.
+  It differs from `operands.Operands` in two points: a call takes both operands,
+  and `state` holds the variables of a part of the layer, `qk` or `av`.
   """
 
   def __init__(
@@ -199,7 +221,7 @@ class Product(operands_lib.Operands):
   def __call__(
     self, lhs: jax.Array, rhs: jax.Array
   ) -> tuple[quantize.Quantized, quantize.Quantized]:
-    """Returns both operands on their grids."""
+    """Returns both operands [...] on their grids."""
     x = self._quantized('activations', lhs)
     w = self._quantized('weights', rhs)
     if not self.module.is_initializing():
@@ -210,8 +232,8 @@ class Product(operands_lib.Operands):
   def _quantized(self, side, x):
     """Returns an operand on its grid.
 
-    The threshold of the attention weights is the softmax's bound, 1: they are
-    nothing like a Laplacian.
+    The threshold of the attention weights is the bound of the softmax, 1: their
+    distribution is far from a Laplacian one.
     """
     menu, x = getattr(self.choices, side), x.astype(jnp.float32)
     if menu is None:
@@ -231,7 +253,7 @@ class Product(operands_lib.Operands):
 
 
 def _product(operands_of, name, einsum_str, lhs, rhs) -> jax.Array:
-  """`jnp.einsum` of two activations, both on their grids."""
+  """Returns `jnp.einsum` of two activations that are put on their grids."""
   operands = operands_of(name, lhs)
   if not operands.module.is_initializing() and not operands.is_quantized:
     return jnp.einsum(einsum_str, lhs, rhs)

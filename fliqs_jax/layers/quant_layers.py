@@ -1,16 +1,16 @@
-"""Linen's own layers with a quantized op: they read `arch`, keep `quant_stats`.
+"""Linen's own layers with a quantized op, whose formats `arch` selects.
 
 Each layer is the linen layer of the same name (same parameters, same options)
 in which the one multiplication is replaced: both operands are put on the grid
-of a format that the `arch` collection chooses, the op runs on grid values with
+of a format that the `arch` collection selects, the op runs on grid values with
 a float32 accumulator, and the scales are applied to its result.
 
-Where the sizes of a layer are decided about, inactive input channels and
-inactive taps of its kernel enter neither scales nor statistics.
+If the sizes of a layer are open, inactive input channels and inactive taps of
+its kernel have no influence on scales and statistics.
 
 Collections, per layer:
-  arch: `format` [K] one-hot, or `weights` and `activations` [K]; where sizes
-    are decided about, `input_channels`, `output_channels` and `kernel` [K].
+  arch: `format` [K] one-hot, or `weights` and `activations` [K]; if sizes are
+    open, `input_channels`, `output_channels` and `kernel` [K].
   quant_stats: `mean`, `mean_square` [], running moments of the input; `count`
     [], batches seen; `active` [], whether activations are quantized yet; `clip`
     [K], threshold of each format as a multiple of the standard deviation.
@@ -38,12 +38,17 @@ from fliqs_jax.space import sizes
 class QuantConv(nn.Conv):
   """`nn.Conv` (any stride, dilation, groups) with a searchable format.
 
+  Its other fields are those of `nn.Conv`. Operands are quantized as in Eq. 10
+  and 11, one scale per output channel for the weights and one for the input.
+
   Attributes:
     spec: the formats that the layer may use, by rules on the layer's path.
-    input_channels: the active channels of the input; None: all.
-    output_channels: the active channels of the output; None: all.
-    kernel: the sizes of the kernel that are open, of which `kernel_size` is the
-      largest; needs `SAME` padding. None: `kernel_size` alone.
+    input_channels: the possible numbers of active channels of the input; None:
+      all are active.
+    output_channels: the possible numbers of active channels of the output;
+      None: all are active.
+    kernel: the possible sizes of the kernel, of which `kernel_size` is the
+      largest; needs `SAME` padding. None: `kernel_size` is the only one.
   """
 
   spec: quant_spec.QuantSpec = quant_spec.QuantSpec()
@@ -56,7 +61,8 @@ class QuantConv(nn.Conv):
     """Applies the convolution: [..., H, W, C] to [..., H', W', features].
 
     Raises:
-      ValueError: a kernel of which the outermost taps see padding alone.
+      ValueError: a size of the kernel does not fit the padding, the dilation,
+        the stride or the size of the input.
     """
     if self.kernel is not None:
       _check_kernel(self, inputs.shape)
@@ -68,10 +74,15 @@ class QuantConv(nn.Conv):
 class QuantDense(nn.Dense):
   """`nn.Dense` with a searchable format.
 
+  Its other fields are those of `nn.Dense`. Operands are quantized as in Eq. 10
+  and 11, one scale per output channel for the weights and one for the input.
+
   Attributes:
     spec: the formats that the layer may use, by rules on the layer's path.
-    input_channels: the active channels of the input; None: all.
-    output_channels: the active channels of the output; None: all.
+    input_channels: the possible numbers of active channels of the input; None:
+      all are active.
+    output_channels: the possible numbers of active channels of the output;
+      None: all are active.
   """
 
   spec: quant_spec.QuantSpec = quant_spec.QuantSpec()
@@ -87,6 +98,9 @@ class QuantDense(nn.Dense):
 class QuantDenseGeneral(nn.DenseGeneral):
   """`nn.DenseGeneral` with a searchable format.
 
+  Its other fields are those of `nn.DenseGeneral`; operands are quantized as in
+  `QuantDense`.
+
   Attributes:
     spec: the formats that the layer may use, by rules on the layer's path.
   """
@@ -95,12 +109,15 @@ class QuantDenseGeneral(nn.DenseGeneral):
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
-    """Applies the layer over `axis` of the inputs."""
+    """Applies the layer: contracts the axes `axis` of [...] to `features`."""
     return apply(operands_lib.Operands(self, inputs), nn.DenseGeneral, inputs)
 
 
 class QuantEinsum(nn.Einsum):
   """`nn.Einsum` with a searchable format.
+
+  Its other fields are those of `nn.Einsum`; operands are quantized as in
+  `QuantDense`.
 
   Attributes:
     spec: the formats that the layer may use, by rules on the layer's path.
@@ -112,7 +129,7 @@ class QuantEinsum(nn.Einsum):
   def __call__(
     self, inputs: jax.Array, einsum_str: str | None = None
   ) -> jax.Array:
-    """Applies the contraction of the inputs with the kernel."""
+    """Contracts the inputs [...] with the kernel, as the einsum string says."""
     einsum_str = nn.merge_param('einsum_str', self.einsum_str, einsum_str)
     return apply_einsum(operands_lib.Operands(self, inputs), einsum_str, inputs)
 
@@ -120,7 +137,15 @@ class QuantEinsum(nn.Einsum):
 def with_spec(
   layer: type[nn.Module], spec: quant_spec.QuantSpec
 ) -> Callable[..., nn.Module]:
-  """Returns the layer's constructor with its `spec` given."""
+  """Returns the constructor of a layer with its `spec` given.
+
+  Args:
+    layer: a layer class that has a `spec`, such as `QuantConv`.
+    spec: the formats that the layers may use, by rules on their paths.
+
+  Returns:
+    A function that takes the other fields of the layer, as `nn.Conv` does.
+  """
   return functools.partial(layer, spec=spec)
 
 
@@ -142,20 +167,21 @@ def apply(
   """Applies a linen layer, with the module's fields, to quantized operands.
 
   Args:
-    operands: of the module.
+    operands: the operands of the module.
     linen_class: `nn.Conv`, `nn.Dense` or `nn.DenseGeneral`.
-    inputs: as of the layer.
+    inputs: [...] the input of the linen layer.
 
   Raises:
-    ValueError: the module was given an op of its own.
+    ValueError: the module has an op of its own in the field that quantization
+      replaces.
   """
   module = operands.module
   field, _ = _HOOKS[linen_class]
   for given in (field, f'{field}_cls'):
     if getattr(module, given) is not None:
       raise ValueError(
-        f'{type(module).__name__} was given {given}, which is what '
-        'quantization replaces'
+        f'{type(module).__name__} has {given}, a field that quantization '
+        'replaces; leave it at its default'
       )
   return with_op(operands, linen_class, inputs)
 
@@ -205,40 +231,42 @@ def _convolved(operands, x, w, window_strides, padding, **kwargs) -> jax.Array:
 
 
 def _check_kernel(module: QuantConv, shape: tuple[int, ...]) -> None:
-  """Refuses sizes of a kernel that the layer cannot have."""
+  """Raises ValueError for sizes of a kernel that the layer cannot have."""
   kernel, path = module.kernel, '/'.join(module.path)
   if module.padding != 'SAME':
     raise ValueError(
-      f'{path}: padding={module.padding!r} fits kernels of one size; a kernel '
-      "that is decided about needs 'SAME'"
+      f'{path}: padding={module.padding!r} fits kernels of one size only; a '
+      "kernel of several sizes needs padding='SAME'"
     )
   dilations = module.input_dilation, module.kernel_dilation
   is_dilated = any(d not in (None, 1, (1, 1)) for d in dilations)
   if kernel.has_branches and (is_dilated or module.mask is not None):
     raise ValueError(
-      f'{path}: branches of a kernel can have neither dilation nor mask'
+      f'{path}: branches of a kernel can have neither dilation nor mask; use '
+      "sizes.kernel_weights='masked' or one size"
     )
   strides = module.strides or 1
   stride = strides if isinstance(strides, int) else max(strides)
   if kernel.is_masked and min(kernel.labels) < stride:
     raise ValueError(
-      f'{path}: at a stride of {stride} the pixels that a kernel of '
-      f'{min(kernel.labels)} sees are not those under the centre of a larger '
-      f'one; leave it out of sizes.kernels={kernel.labels}'
+      f'{path}: at a stride of {stride} a kernel of {min(kernel.labels)} reads '
+      'other pixels than the centre of a larger one; remove it from '
+      f'sizes.kernels={kernel.labels}'
     )
   height, width = shape[-3:-1]
   if len(kernel.labels) > 1 and kernel.size > 2 * min(height, width) - 1:
     raise ValueError(
       f'{path}: on a map of {height}x{width} the outermost taps of a kernel of '
-      f'{kernel.size} see nothing but padding; leave {kernel.size} out of '
+      f'{kernel.size} see only padding; remove {kernel.size} from '
       f'sizes.kernels={kernel.labels} or use larger images'
     )
 
 
 def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
-  """A convolution with a kernel of its own for each size, one of them used.
+  """Applies a convolution that has a kernel for each size, and uses one.
 
-  Where the leaf is no one-hot, all are, weighted by it (the warm-up of TuNAS).
+  If the leaf is not one-hot, the result is the mean of all branches, weighted
+  by the leaf (the warm-up of TuNAS).
   """
   operands = operands_lib.Operands(module, inputs)
   leaf, labels = operands.leaves['kernel'], module.kernel.labels
@@ -322,7 +350,16 @@ def _dot_general(
 def apply_einsum(
   operands: operands_lib.Operands, einsum_str: str, inputs: jax.Array
 ) -> jax.Array:
-  """`nn.Einsum` with quantized operands; scales and bias follow its result."""
+  """Applies `nn.Einsum` to quantized operands.
+
+  Args:
+    operands: the operands of the layer.
+    einsum_str: the contraction of the input and the kernel.
+    inputs: [...] the layer's input.
+
+  Returns:
+    [...] of the layer's dtype: the scaled result plus the bias.
+  """
   after = []
 
   def quantized(x, w, bias, dtype):
@@ -354,7 +391,7 @@ def apply_einsum(
   y = twin(
     module,
     nn.Einsum,
-    einsum_str=None,  # Given with the call.
+    einsum_str=None,  # An argument of the call.
     promote_dtype=quantized,
     preferred_element_type=operands.accumulator,
   )(inputs, einsum_str).astype(jnp.float32)
@@ -363,7 +400,7 @@ def apply_einsum(
   return (y if bias is None else y + bias).astype(operands.dtype)
 
 
-# Where linen lets an op be replaced, and by what.
+# {linen class: (the field for its op, the quantized op)}.
 _HOOKS = {
   nn.Conv: ('conv_general_dilated', _conv),
   nn.Dense: ('dot_general', _dot_general),

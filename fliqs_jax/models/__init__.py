@@ -1,4 +1,4 @@
-"""Networks by name. Plain Flax: conv and dense layers come in as arguments."""
+"""Networks by name: plain Flax modules that take their layers as arguments."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -20,11 +20,12 @@ from fliqs_jax.space import sizes as sizes_lib
 
 
 class Network(NamedTuple):
-  """A network under a name.
+  """A named network.
 
   Attributes:
-    module: its class.
-    fixed: fields that the name decides; no keys of a config.
+    module: the class of the network.
+    fixed: {field: value} of the fields that the name decides, which are no keys
+      of a config.
   """
 
   module: type[nn.Module]
@@ -53,15 +54,18 @@ MODELS: dict[str, Network] = {
 
 AS_PUBLISHED = sizes_lib.Sizes()  # Nothing is open.
 
-# What `build` itself gives a model; not keys of a config.
+# Fields that `build` sets, which are no keys of a config.
 _GIVEN = ('conv', 'dense', 'norm', 'num_classes', 'sizes', 'parent', 'name')
 
 
 def published(name: str) -> dict[str, Any]:
   """Returns the `model` section of a config for a network as published.
 
+  Args:
+    name: name of the network, a key of `MODELS`.
+
   Raises:
-    ValueError: unknown name.
+    ValueError: the name is unknown.
   """
   network = _network(name)
   keys = {f.name: f.default for f in dataclasses.fields(network.module)}
@@ -72,8 +76,11 @@ def published(name: str) -> dict[str, Any]:
 def unquantized(name: str) -> tuple[str, ...]:
   """Returns patterns of layers that the paper leaves at 16 bits.
 
+  Args:
+    name: name of the network, a key of `MODELS`.
+
   Raises:
-    ValueError: unknown name.
+    ValueError: the name is unknown.
   """
   return getattr(_network(name).module, 'unquantized', ())
 
@@ -87,10 +94,10 @@ def build(
   """Returns the network that a config names, with searchable layers.
 
   Args:
-    config: `config.model`; `construct` describes it.
-    num_classes: size of its output.
-    spec: which formats its layers may use.
-    sizes: which of its sizes are open.
+    config: the `model` section of a config; `construct` describes it.
+    num_classes: number of outputs of the network.
+    spec: the formats that its layers may use, by rules on their paths.
+    sizes: the open sizes of the network, or the selected ones.
 
   Raises:
     ValueError: `construct` refuses the config or the sizes.
@@ -114,16 +121,16 @@ def construct(
   """Returns the network that a config names, of given layers.
 
   Args:
-    config: `name`, one of MODELS, and values for every other field of that
-      network.
-    num_classes: size of its output.
-    sizes: which of its sizes are open, or what they were found to be.
-    **constructors: `conv`, `dense` and `norm`; those that a network lacks are
-      ignored.
+    config: `name`, a key of `MODELS`, and a value for every other field of
+      that network.
+    num_classes: number of outputs of the network.
+    sizes: the open sizes of the network, or the selected ones.
+    **constructors: constructors of layers, `conv`, `dense` and `norm`; those
+      that the network does not take are ignored.
 
   Raises:
-    ValueError: unknown name, unknown or missing keys, sizes that the network
-      cannot leave open.
+    ValueError: the name is unknown, keys are unknown or missing, or the network
+      has no sizes that can be open.
   """
   keys = dict(config)
   name = keys.pop('name', None)
@@ -132,12 +139,12 @@ def construct(
   if sorted(config) != sorted(expected):
     raise ValueError(
       f'the keys of model {name} are {", ".join(expected)}; got '
-      f'{", ".join(config)}'
+      f'{", ".join(config)}; give exactly the former'
     )
   fields = network.module.__dataclass_fields__
   if sizes != AS_PUBLISHED and 'sizes' not in fields:
     raise ValueError(
-      f'model {name} has no sizes to decide about; set sizes.widths and '
+      f'model {name} has no sizes to search; set sizes.widths and '
       'sizes.kernels to ()'
     )
   given = dict(num_classes=num_classes, sizes=sizes, **constructors)

@@ -1,17 +1,17 @@
 """DeiT: Touvron et al. 2020 (arXiv:2012.12877), without distillation.
 
-A ViT (Dosovitskiy et al. 2020, arXiv:2010.11929): patch embedding, class token,
-learned position embedding, pre-norm blocks, classifier on the class token. The
-products of attention, QK^T and AV, are neither quantized nor counted, and the
-classifier stays at 16 bits: so the paper's costs come out (Figures 20 and 26),
-except at 0.25x, where this network is 15 % cheaper than printed. Query, key and
-value are layers of their own: 73 quantized layers.
+It is a ViT (Dosovitskiy et al. 2020, arXiv:2010.11929): patch embedding, class
+token, learned position embedding, pre-norm blocks, and a classifier that reads
+the class token. The products of attention, QK^T and AV, are neither quantized
+nor counted, and the classifier stays at 16 bits. Its costs then equal the
+paper's (Figures 20 and 26), except at 0.25x, where this network is 15 % cheaper
+than printed. Query, key and value are separate layers: 73 quantized layers.
 
-It departs from Touvron et al. in these points:
+It differs from Touvron et al. in these points:
   * a width multiplier scales the hidden size while the number of heads stays
     (the paper is silent about heads; costs do not depend on them);
   * the patch embedding is initialised like every other layer; PyTorch's default
-    has the same spread, 0.021, but is uniform.
+    has the same standard deviation, 0.021, but is uniform.
 """
 
 from typing import Any, ClassVar
@@ -27,17 +27,19 @@ _INIT = nn.initializers.normal(0.02)
 
 
 class DeiT(nn.Module):
-  """DeiT-B with the defaults; Ti: 192 and 3 heads, S: 384 and 6 heads.
+  """DeiT; the defaults are DeiT-B.
+
+  DeiT-Ti has a hidden size of 192 and 3 heads, DeiT-S 384 and 6 heads.
 
   Attributes:
-    num_classes: size of the output.
-    hidden: size of a token.
-    heads: of attention.
-    width: multiplier of the size of a token.
-    depth: blocks.
-    patch: height and width of a patch in pixels.
-    drop_path: rate at which either half of the last block is dropped; it grows
-      linearly from 0 at the first block.
+    num_classes: number of outputs.
+    hidden: number of channels of a token.
+    heads: number of heads of attention.
+    width: multiplier of the number of channels of a token.
+    depth: number of blocks.
+    patch: height and width of a patch, in pixels.
+    drop_path: probability with which either half of the last block is dropped;
+      it grows linearly from 0 at the first block.
     conv: constructor of the patch embedding.
     dense: constructor of dense layers.
   """
@@ -65,8 +67,8 @@ class DeiT(nn.Module):
     hidden = int(self.hidden * self.width)
     if hidden < 1 or hidden % self.heads:
       raise ValueError(
-        f'model.width={self.width}: {hidden} channels cannot be shared among '
-        f'model.heads={self.heads}'
+        f'model.width={self.width}: {hidden} channels must be a positive '
+        f'multiple of model.heads={self.heads}'
       )
     super().__post_init__()
 
@@ -103,7 +105,7 @@ class DeiT(nn.Module):
     rates = np.linspace(0, self.drop_path, self.depth)
     for i, rate in enumerate(rates.tolist()):
       x = _Block(self.heads, rate, self.dense, name=f'block{i}')(x, train)
-    # The class token alone reaches the classifier.
+    # The classifier reads the class token only.
     x = nn.LayerNorm(epsilon=1e-6, name='norm')(x[:, 0])
     return self.dense(self.num_classes, kernel_init=_INIT, name='head')(x)
 

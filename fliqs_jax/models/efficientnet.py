@@ -1,13 +1,13 @@
 """EfficientNet B0 to B4: Tan and Le 2019 (arXiv:1905.11946), Table 1.
 
-As in the code that accompanies it (tensorflow/tpu, models/official): swish,
-squeeze-and-excitation in every block, channels `make_divisible(c * width)` with
-stem and head included, `ceil(n * depth)` blocks, drop connect that grows with
-the block.
+It follows the code of its authors (tensorflow/tpu, models/official): swish,
+squeeze-and-excitation in every block, `make_divisible(c * width)` channels,
+also in stem and head, `ceil(n * depth)` blocks, and a rate of drop connect that
+grows with the block.
 
 Squeeze-and-excitation is neither quantized nor counted: its layers are Flax's
-own, not of the given constructor. That is how the paper's costs (Figures 19
-and 25) come out; they cannot tell it from leaving it out. 50, 70, 70, 79 and 97
+own, not of the given constructor. The costs then equal the paper's (Figures 19
+and 25), which would be the same without these layers. 50, 70, 70, 79 and 97
 layers are counted.
 """
 
@@ -24,7 +24,7 @@ from fliqs_jax.space import sizes as sizes_lib
 
 between = sizes_lib.between
 
-# Multipliers of width and depth, pixels of the image, rate of dropout.
+# {variant: multiplier of width, of depth, image size in pixels, dropout rate}.
 _VARIANTS = {
   'b0': (1.0, 1.0, 224, 0.2),
   'b1': (1.0, 1.1, 240, 0.2),
@@ -32,7 +32,7 @@ _VARIANTS = {
   'b3': (1.2, 1.4, 300, 0.3),
   'b4': (1.4, 1.8, 380, 0.4),
 }
-# Kernel, expansion, channels, blocks, stride of the first block.
+# Each stage's kernel, expansion, channels, blocks, stride of the first block.
 _STAGES = (
   (3, 1, 16, 1, 1),
   (3, 6, 24, 2, 2),
@@ -44,25 +44,26 @@ _STAGES = (
 )
 _SQUEEZE = 0.25
 _FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
-# The original takes a depthwise kernel's fan-out without its channels.
+# The original computes a depthwise kernel's fan-out without its channels.
 _DEPTHWISE = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
 
 
 class EfficientNet(nn.Module):
-  """Inverted bottlenecks with squeeze-and-excitation, scaled as a compound.
+  """EfficientNet: inverted bottlenecks with squeeze-and-excitation.
 
   Open sizes: the channels of each stage, which its residual blocks share, and
   the kernel of each depthwise convolution. Expanded channels and those of
   squeeze-and-excitation follow the block's input.
 
   Attributes:
-    num_classes: size of the output.
-    variant: `b0` to `b4`.
-    width: multiplier of all channels, on top of the variant's.
-    depth: multiplier of the blocks of a stage, on top of the variant's.
-    drop_connect: rate at which the last block would be dropped; that of block i
-      of n is i/n of it, and only blocks with a shortcut can be dropped.
-    sizes: which sizes are open.
+    num_classes: number of outputs.
+    variant: name of the variant, `b0` to `b4`.
+    width: multiplier of all channels, besides the variant's.
+    depth: multiplier of the blocks of a stage, besides the variant's.
+    drop_connect: probability with which the last block would be dropped; that
+      of block i of n is i/n of it, and only a block with a shortcut can be
+      dropped.
+    sizes: the open sizes of the network, or the selected ones.
     conv: constructor of convolutions.
     dense: constructor of the classifier.
   """
@@ -91,7 +92,7 @@ class EfficientNet(nn.Module):
 
   @property
   def input_shape(self) -> tuple[int, int, int]:
-    """The image (H, W, C) that the variant is made for."""
+    """The shape (H, W, C) of an image for the variant."""
     size = _VARIANTS[self.variant][2]
     return size, size, 3
 
@@ -171,7 +172,7 @@ class _MBConv(nn.Module):
       name='depthwise',
     )(x)
     x = nn.swish(self.norm(channels=expanded, name='depthwise_norm')(x))
-    # Squeezed to a share of the block's own input, not of the expanded one.
+    # Squeezed to a share of the block's input, not of the expanded tensor.
     squeezed = self.inputs.scaled(lambda count: max(1, int(count * _SQUEEZE)))
     gate = x.mean(axis=(1, 2), keepdims=True)
     squeeze = between(channel_masks.Dense, expanded, squeezed)
@@ -182,7 +183,7 @@ class _MBConv(nn.Module):
     project = between(self.conv, expanded, self.outputs)
     x = project(kernel_size=(1, 1), name='project')(x)
     x = self.norm(channels=self.outputs, name='project_norm')(x)
-    # Stages that happen to be equally wide have no shortcut between them.
+    # Two stages of equal width have no shortcut between them.
     if residual.shape != x.shape or self.inputs != self.outputs:
       return x
     x = nn.Dropout(

@@ -1,11 +1,11 @@
 """InceptionV3: Szegedy et al. 2015 (arXiv:1512.00567), Table 1, on 224 pixels.
 
-A stand-in: with this stem every published cost (Figures 18 and 24) is met to
-0.11 %, but nothing says that it is the paper's network. The usual one (the code
-that accompanies Szegedy et al., TF-Slim's) is 5.5 % too cheap at 224 pixels,
-and stems were tried by the thousand until one fitted. 96 layers.
+The paper does not say which InceptionV3 it uses. With this stem every published
+cost (Figures 18 and 24) is met to 0.11 %; it was selected among thousands of
+stems, because the usual one (TF-Slim's, the code of the authors) is 5.5 % too
+cheap at 224 pixels. The network has 96 layers.
 
-It departs from TF-Slim's network in these points:
+It differs from TF-Slim's network in these points:
   * the stem is that of Table 1 (3x3 convolutions to 288 channels, no second
     pool), with paddings that fit the costs: SAME, SAME, VALID, VALID, VALID,
     VALID, SAME; so all three modules of the first size take 288 channels;
@@ -24,9 +24,10 @@ import jax.numpy as jnp
 
 _SMALLEST_IMAGE = 73  # Leaves one pixel after the last reduction.
 
-# Modules, branch by branch: TF-Slim's Mixed_5c, _6a, _7a, _7b and, of some
-# number of channels, _6b to _6e. A step of a branch: channels, kernel, stride;
-# stride 2 pads VALID. _FORK: 1x3 and 3x1 side by side. Pools are 3x3.
+# The branches of each module: TF-Slim's Mixed_5c, _6a, _7a, _7b and, for a
+# given number of channels, _6b to _6e. Each element of a branch is a
+# convolution: channels, kernel, stride; stride 2 pads VALID. _FORK is a 1x3 and
+# a 3x1 convolution of the same input. Pools are 3x3.
 _AVG_POOL = 'average pool'
 _MAX_POOL = 'max pool, stride 2'
 _FORK = (1, 3), (3, 1)
@@ -77,17 +78,17 @@ def _mixed_6(channels: int):
 
 
 class InceptionV3(nn.Module):
-  """Inception modules of three sizes, a reduction between each two.
+  """InceptionV3: modules of three sizes, with a reduction between two sizes.
 
   Attributes:
-    num_classes: size of the output.
+    num_classes: number of outputs.
     width: multiplier of all channels.
-    modules: inception modules of each size; the reductions come on top. Fewer
-      than the published ones are for tests and smoke runs.
-    norm_momentum: of the running averages of batch norm. TF-Slim's 0.9997 is
-      meant for many more and smaller batches; over the 30,200 steps of the
+    modules: number of inception modules of each size, without the reductions.
+      Tests and smoke runs use fewer than published.
+    norm_momentum: momentum of the running averages of batch norm. TF-Slim's
+      0.9997 is for many more and smaller batches; in the 30,200 steps of the
       paper's runs its averages would lag behind the weights.
-    dropout: rate before the classifier.
+    dropout: probability of dropout before the classifier.
     conv: constructor of convolutions.
     dense: constructor of dense layers.
   """
@@ -122,7 +123,7 @@ class InceptionV3(nn.Module):
     """Returns logits [N, num_classes] of images [N, H, W, 3].
 
     Raises:
-      ValueError: images of fewer than 73 pixels vanish on the way.
+      ValueError: height or width is below 73 pixels.
     """
     if min(x.shape[1:3]) < _SMALLEST_IMAGE:
       raise ValueError(
@@ -199,7 +200,7 @@ class _Mixed(nn.Module):
     return jnp.concatenate(outputs, axis=-1)
 
   def _step(self, heads: list, step: Any, name: str) -> list:
-    (x,) = heads  # A fork is the last step of its branch.
+    (x,) = heads  # A fork is the last element of its branch.
     if step == _AVG_POOL:
       return [nn.avg_pool(x, (3, 3), padding='SAME', count_include_pad=False)]
     if step == _MAX_POOL:

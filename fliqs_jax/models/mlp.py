@@ -1,6 +1,7 @@
-"""A multi-layer perceptron: the smallest network there is something to search.
+"""MLP: a multi-layer perceptron, the smallest network with decisions.
 
-Three matrix products with the defaults: enough for a whole run in a test.
+With the defaults it has three matrix products, enough for a whole run in a
+test.
 """
 
 from collections.abc import Sequence
@@ -19,9 +20,9 @@ class MLP(nn.Module):
   Open sizes: the width of each hidden layer.
 
   Attributes:
-    num_classes: size of the output.
+    num_classes: number of outputs.
     hidden: widths of the hidden layers.
-    sizes: which sizes are open.
+    sizes: the open sizes of the network, or the selected ones.
     dense: constructor of dense layers.
   """
 

@@ -1,8 +1,9 @@
 """MobileNetV2: Sandler et al. 2018 (arXiv:1801.04381), Table 2.
 
-The variant whose bit operations are the paper's (Figures 17 and 23): every
-channel count, the stem's included, is `make_divisible(c * width, 8)`, and the
-last 1x1 convolution never shrinks below 1280. 53 layers, 17 of them depthwise.
+This is the variant whose bit operations are the paper's (Figures 17 and 23):
+every number of channels, also the stem's, is `make_divisible(c * width, 8)`,
+and the last 1x1 convolution has at least 1280. It has 53 layers, 17 of them
+depthwise.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from fliqs_jax.space import sizes as sizes_lib
 
 between = sizes_lib.between
 
-# Expansion, channels, blocks.
+# Each stage's expansion, channels and blocks.
 _STAGES = (
   (1, 16, 1),
   (6, 24, 2),
@@ -31,27 +32,27 @@ _STAGES = (
 
 
 def make_divisible(channels: float, divisor: int = 8) -> int:
-  """Returns `channels` rounded to a multiple, at most a tenth below it."""
+  """Returns `channels` rounded to a multiple, at most 10 % below it."""
   rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
   return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
 class MobileNetV2(nn.Module):
-  """Inverted bottlenecks with linear projections.
+  """MobileNetV2: inverted bottlenecks with linear projections.
 
   Open sizes (section 6): the channels of each stage, which its residual blocks
   share, and the kernel of each depthwise convolution. Expanded channels follow
-  those that are expanded.
+  the block's input.
 
   Attributes:
-    num_classes: size of the output.
+    num_classes: number of outputs.
     width: multiplier of all channels.
-    depth: multiplier of the blocks of a stage, rounded up; not 1 only in tests
-      and smoke runs.
-    strides: of the stem and of the first block of each stage; others than the
-      published ones are for small images.
-    dropout: rate before the classifier.
-    sizes: which sizes are open.
+    depth: multiplier of the blocks of a stage, rounded up; only tests and smoke
+      runs use another value than 1.
+    strides: strides of the stem and of the first block of each stage; small
+      images need others than published.
+    dropout: probability of dropout before the classifier.
+    sizes: the open sizes of the network, or the selected ones.
     conv: constructor of convolutions.
     dense: constructor of dense layers.
   """
@@ -76,7 +77,7 @@ class MobileNetV2(nn.Module):
     if len(self.strides) != 1 + len(_STAGES) or min(self.strides) < 1:
       raise ValueError(
         f'model.strides={tuple(self.strides)} must be {1 + len(_STAGES)} '
-        'positive numbers: of the stem and of each stage'
+        'positive numbers: one for the stem and one for each stage'
       )
     super().__post_init__()
 
@@ -147,6 +148,6 @@ class _InvertedBottleneck(nn.Module):
     project = between(self.conv, hidden, self.outputs)
     x = project(kernel_size=(1, 1), name='project')(x)
     x = self.norm(channels=self.outputs, name='project_norm')(x)
-    # Stages that happen to be equally wide have no shortcut between them.
+    # Two stages of equal width have no shortcut between them.
     same = residual.shape == x.shape and self.inputs == self.outputs
     return x + residual if same else x

@@ -1,12 +1,12 @@
-"""The recommender of the paper's A.13: a low-rank MLP over Criteo's features.
+"""Recommender of the paper's A.13: a low-rank MLP over Criteo's features.
 
-Embedded categories and continuous features, concatenated, through four hidden
-layers, each a factorised product as in DCN-V2 (Wang et al. 2020,
-arXiv:2008.13535): W = U V, with nothing between the two. Widths and ranks are
-those that the paper's search multiplies. Of the rest A.13 is silent: the size
-and initialisation of the embedding and ReLU are those of DLRM on the same data
-(Naumov et al. 2019, arXiv:1906.00091, and its code); the number of buckets is
-ours.
+Embedded categories and continuous features are concatenated and pass four
+hidden layers. Each layer is a factorised product as in DCN-V2 (Wang et al.
+2020, arXiv:2008.13535): W = U V, without an activation between the two. Widths
+and ranks are those that the paper's search multiplies. A.13 does not describe
+the rest: the size and initialisation of the embedding, and ReLU, are those of
+DLRM on the same data (Naumov et al. 2019, arXiv:1906.00091, and its code); the
+number of buckets is our choice.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,21 +21,21 @@ from fliqs_jax.space import sizes as sizes_lib
 
 
 class Recommender(nn.Module):
-  """Logit of a click from 13 continuous and 26 categorical features.
+  """Recommender: the logit of a click from continuous and categorical features.
 
   Open sizes (A.13): rank and width of each hidden layer, which are the channels
   of V and of U.
 
   Attributes:
-    buckets: hash buckets of each categorical feature.
+    buckets: number of hash buckets of each categorical feature.
     embedding_dim: size of the vector of a category.
     hidden: widths of the hidden layers.
     ranks: ranks of the hidden layers' products.
-    sizes: which sizes are open.
+    sizes: the open sizes of the network, or the selected ones.
     dense: constructor of dense layers.
   """
 
-  # Of one example.
+  # The inputs of one example.
   input_shape: ClassVar[Mapping[str, jax.ShapeDtypeStruct]] = {
     'dense': jax.ShapeDtypeStruct((13,), jnp.float32),
     'ids': jax.ShapeDtypeStruct((26,), jnp.int32),
@@ -52,7 +52,7 @@ class Recommender(nn.Module):
     if len(self.hidden) != len(self.ranks):
       raise ValueError(
         f'model.hidden={tuple(self.hidden)} and model.ranks='
-        f'{tuple(self.ranks)} must have a number per layer each'
+        f'{tuple(self.ranks)} must each have one number per layer'
       )
     super().__post_init__()
 
@@ -61,13 +61,14 @@ class Recommender(nn.Module):
     """Returns logits [N]; their sigmoid is the probability of a click.
 
     Args:
-      x: `dense`, float [N, 13]; `ids`, int [N, 26], each in [0, buckets).
-      train: does not matter here.
+      x: `dense`, float [N, 13] features; `ids`, int [N, 26] buckets, each in
+        [0, buckets).
+      train: has no effect.
     """
     del train
     ids = x['ids']
     features = ids.shape[1]
-    # One table for all, so that a batch is one gather.
+    # One table for all features, so that a batch is one gather.
     first = jnp.arange(features, dtype=ids.dtype) * self.buckets
     limit = self.buckets**-0.5
     embedded = nn.Embed(

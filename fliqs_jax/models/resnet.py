@@ -1,7 +1,7 @@
 """ResNet for ImageNet: He et al. 2015 (arXiv:1512.03385), Table 1.
 
-The variant whose bit operations are the paper's (Figures 15, 16, 21, 22). It
-departs from He et al. in these points:
+This is the variant whose bit operations are the paper's (Figures 15, 16, 21,
+22). It differs from He et al. in these points:
   * a width multiplier scales all channels, the stem's included;
   * every stage begins with a 1x1 projection, also the first one, whose shape
     does not change in ResNet-18 and -34;
@@ -23,8 +23,8 @@ from fliqs_jax.space import sizes as sizes_lib
 
 between = sizes_lib.between
 
-# Blocks per stage, and whether they are bottlenecks. 10 and 14 are no networks
-# of He et al.: the smallest of either kind, for tests and smoke runs.
+# {depth: blocks per stage, whether they are bottlenecks}. He et al. have no 10
+# and 14, which are the smallest of either kind, for tests and smoke runs.
 DEPTHS = {
   10: ((1, 1, 1, 1), False),
   14: ((1, 1, 1, 1), True),
@@ -37,19 +37,22 @@ DEPTHS = {
 
 
 class ResNet(nn.Module):
-  """ResNet-18, -50 and their kin.
+  """ResNet for ImageNet: ResNet-18, ResNet-50 and others.
 
   Open sizes: the channels of each stage, which its blocks and shortcuts share,
-  and the inner channels of each block, one number for both of a bottleneck.
+  and the inner channels of each block, one number for both inner tensors of a
+  bottleneck.
 
   Attributes:
-    num_classes: size of the output.
-    depth: layers with parameters, projections not counted.
+    num_classes: number of outputs.
+    depth: number of layers with parameters, without projections; a key of
+      `DEPTHS`.
     width: multiplier of all channels.
-    sizes: which sizes are open.
+    sizes: the open sizes of the network, or the selected ones.
     conv: constructor of convolutions.
     dense: constructor of dense layers.
-    norm: constructor of batch norms, with the fields of `live.BatchNorm`.
+    norm: constructor of batch norms with the fields of
+      `channel_masks.BatchNorm`.
   """
 
   input_shape: ClassVar[tuple[int, int, int]] = (224, 224, 3)

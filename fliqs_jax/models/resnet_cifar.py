@@ -1,8 +1,8 @@
 """ResNet for small images: He et al. 2015 (arXiv:1512.03385), section 4.2.
 
-A 3x3 stem and three stages of n blocks of two 3x3 convolutions, depth 6n + 2.
-Departs from it in one point: where a stage changes the shape, the shortcut is a
-1x1 projection (their option B) instead of padding with zeros.
+It has a 3x3 stem and three stages of n blocks of two 3x3 convolutions: depth
+6n + 2. It differs from He et al. in one point: if a stage changes the shape,
+the shortcut is a 1x1 projection (their option B) instead of padding with zeros.
 """
 
 import functools
@@ -27,10 +27,10 @@ class ResNetCifar(nn.Module):
   channels of each block.
 
   Attributes:
-    num_classes: size of the output.
-    depth: 6n + 2 layers with parameters.
-    filters: channels of the first stage; they double at each stage.
-    sizes: which sizes are open.
+    num_classes: number of outputs.
+    depth: number of layers with parameters, 6n + 2.
+    filters: number of channels of the first stage; each stage doubles it.
+    sizes: the open sizes of the network, or the selected ones.
     conv: constructor of convolutions.
     dense: constructor of dense layers.
   """

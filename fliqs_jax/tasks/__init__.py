@@ -1,7 +1,7 @@
-"""Tasks: what is learnt and how it is judged, by name of `config.task`.
+"""Tasks by the name in `config.task`: losses, qualities and test metrics.
 
 A task is a module with `METRIC`, `output_shape`, `loss`, `QUALITIES`, `measure`
-and `summarize`; `classification` is the model of one.
+and `summarize`; `classification` is an example.
 """
 
 from fliqs_jax.tasks import classification

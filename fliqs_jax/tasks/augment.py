@@ -1,9 +1,8 @@
 """Mixup and cutmix: pure functions of a batch and a key, inside the step.
 
-Here and not among the data: the batch is mixed where it is used, at no cost to
-the machine that decodes, and whoever shards it need not know who mixes with
-whom. Labels leave as distributions, which a cross-entropy takes as it takes
-one-hot vectors.
+They are not in `data`: mixing inside the step costs the decoding machine no
+time, and a batch can be split over devices without regard to its pairs. Mixed
+labels are distributions, which a cross-entropy takes like one-hot vectors.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,30 +22,30 @@ def mixing(
 ) -> Callable[[jax.Array, Batch], dict[str, jax.Array]]:
   """Returns the function `(key, batch) -> batch` that mixes neighbours.
 
-  Mixup (Zhang et al. 2018) shows lambda x_i + (1 - lambda) x_j; cutmix (Yun et
-  al. 2019) shows x_i with a rectangle of x_j, lambda its share of what is left.
-  As in DeiT, lambda ~ Beta(a, a) is one for a batch, and where both are on,
-  each batch is mixed by one of them, at even odds.
+  Mixup (Zhang et al. 2018) shows lambda x_i + (1 - lambda) x_j. Cutmix (Yun et
+  al. 2019) shows x_i with a rectangle of x_j; lambda is the share of x_i that
+  remains. As in DeiT, all examples of a batch have the same lambda ~ Beta(a,
+  a); if both are on, each batch is mixed by one of them, with probability 1/2.
 
   Args:
-    num_classes: size C of the distributions.
-    mixup: a of mixup; 0 is never.
-    cutmix: a of cutmix; 0 is never.
+    num_classes: number of classes C.
+    mixup: parameter a of mixup; 0 switches it off.
+    cutmix: parameter a of cutmix; 0 switches it off.
 
   Returns:
     A function of a key and a batch with `image` [N, H, W, D] and `label` int
-    [N] to the same with mixed images, and labels float32 [N, C].
+    [N], which returns the batch with mixed images and labels float32 [N, C].
 
   Raises:
-    ValueError: if a parameter is negative, or both are 0.
+    ValueError: a parameter is negative, or both are 0.
   """
   if min(mixup, cutmix) < 0 or max(mixup, cutmix) == 0:
     raise ValueError(
       f'mixup={mixup} and cutmix={cutmix} must not be negative, and one of '
-      'them above 0'
+      'them must be above 0'
     )
 
-  # Constants of the step, where they cost nothing; None for what is off.
+  # Constants of the compiled step; None if the method is off.
   blended, pasted = (_quantiles(a) if a else None for a in (mixup, cutmix))
 
   def mix(key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
@@ -59,7 +58,7 @@ def mixing(
       shares.append(jnp.full(shape, jnp.asarray(blended)[level]))
     if pasted is not None:
       shares.append(_outside(place_key, jnp.asarray(pasted)[level], shape))
-    # Of one map, the first is the last.
+    # If one method is on, both indices select its map.
     share = jnp.where(jax.random.bernoulli(kind_key), shares[0], shares[-1])
     labels = jax.nn.one_hot(batch['label'], num_classes)
     return {
@@ -72,18 +71,18 @@ def mixing(
 
 
 def _blend(x: jax.Array, share: jax.Array) -> jax.Array:
-  """Returns `share` of every row and the rest of the next one.
+  """Returns `share` of each row plus 1 - `share` of the next row.
 
-  Rows are shuffled, so any other row would do; the next one is on the same
-  device, most of the time.
+  Rows are shuffled, so any other row is as good; the next one is usually on the
+  same device.
   """
   return share * x + (1 - share) * jnp.roll(x, -1, axis=0)
 
 
 def _quantiles(a: float) -> np.ndarray:
-  """Returns float32 [4096], as many equally likely values of Beta(a, a).
+  """Returns float32 [4096] equally likely values of Beta(a, a).
 
-  `jax.random.beta` takes two seconds to compile, for one number.
+  `jax.random.beta` would take two seconds to compile.
   """
   middles = (np.arange(_LEVELS) + 0.5) / _LEVELS
   return special.betaincinv(a, a, middles).astype(np.float32)
@@ -94,8 +93,9 @@ def _outside(
 ) -> jax.Array:
   """Returns float32 [H, W], 0 inside of a random rectangle and 1 outside.
 
-  Its centre is uniform and its sides sqrt(1 - kept) of the image's, cut off at
-  the borders, so that its mean, what counts for the label, may exceed `kept`.
+  The centre of the rectangle is uniform, and its sides are sqrt(1 - kept) of
+  the image's, cut off at the borders. So the mean of the result, which weights
+  the labels, may exceed `kept`.
   """
   size = jnp.asarray(shape)
   half = jnp.floor(size * jnp.sqrt(1 - kept)).astype(int) // 2

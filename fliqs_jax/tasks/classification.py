@@ -1,4 +1,4 @@
-"""The task of classification: loss, qualities, metrics of the test split."""
+"""Classification task: loss, qualities, metrics of the test split."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,8 +20,13 @@ def output_shape(num_classes: int) -> tuple[int, ...]:
 def loss(label_smoothing: float) -> Callable[..., Any]:
   """Returns the training loss (logits [N, C], batch) -> (scalar, metrics).
 
-  Softmax cross-entropy with label smoothing, mean over the batch (A.4). Labels
-  are classes, int [N], or distributions, float [N, C], as mixing makes them.
+  It is the softmax cross-entropy in nats with label smoothing, mean over the
+  batch (A.4). Labels are classes, int [N], or distributions, float [N, C],
+  which `augment.mixing` makes.
+
+  Args:
+    label_smoothing: share of the labels that is spread over all classes, in
+      [0, 1).
   """
 
   def smoothed_cross_entropy(logits: jax.Array, batch: Batch):
@@ -45,8 +50,8 @@ def accuracy(logits: jax.Array, batch: Batch) -> jax.Array:
 def minus_cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
   """Returns minus the mean cross-entropy [] in nats.
 
-  As a quality it has far less noise per image than accuracy; a point of
-  accuracy is worth about 0.03 of it.
+  As a quality it has far less noise per image than accuracy; 0.03 nats
+  correspond to about one percentage point of accuracy.
   """
   return -jnp.mean(_cross_entropy(logits, batch['label']))
 
@@ -58,8 +63,8 @@ def measure(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
   """Returns sums over the real examples of a padded batch.
 
   Args:
-    logits: [N, C].
-    batch: `label` int32 [N] and `mask` float32 [N], 0 where padding.
+    logits: [N, C] outputs of the model.
+    batch: `label` int32 [N], and `mask` float32 [N], 0 for padding.
 
   Returns:
     `correct`, `cross_entropy` (nats) and `examples`, each [].
@@ -73,7 +78,7 @@ def measure(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
 
 
 def summarize(sums: Mapping[str, float]) -> dict[str, float]:
-  """Returns accuracy, loss (nats) and number of examples from all the sums."""
+  """Returns accuracy, loss (nats) and number of examples of the whole split."""
   return dict(
     accuracy=float(sums['correct'] / sums['examples']),
     loss=float(sums['cross_entropy'] / sums['examples']),

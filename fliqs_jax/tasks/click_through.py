@@ -1,4 +1,4 @@
-"""The task of predicting clicks: a logit per example, judged by AUC (A.13)."""
+"""Click prediction task: a logit per example, judged by AUC (A.13)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ Batch = Mapping[str, jax.Array]
 
 METRIC = 'AUC'
 
-# Of the predicted probability, where ranks of a whole split are counted.
+# Bins of the predicted probability, which give the ranks of a whole split.
 _BINS = 2**16
 
 
@@ -32,8 +32,10 @@ def output_shape(num_classes: int) -> tuple[int, ...]:
 def loss(label_smoothing: float) -> Callable[..., Any]:
   """Returns the training loss (logits [N], batch) -> (scalar, metrics).
 
-  Sigmoid cross-entropy, mean over the batch; smoothing moves labels towards
-  one half.
+  It is the sigmoid cross-entropy in nats, mean over the batch.
+
+  Args:
+    label_smoothing: share of the labels that is replaced by 1/2, in [0, 1).
   """
 
   def smoothed_cross_entropy(logits: jax.Array, batch: Batch):
@@ -47,13 +49,14 @@ def loss(label_smoothing: float) -> Callable[..., Any]:
 def auc(logits: jax.Array, batch: Batch) -> jax.Array:
   """Returns the area under the ROC curve [] of one batch.
 
-  The chance that a click has a higher logit than a non-click, ties counting
-  half: Mann-Whitney's U over the number of pairs. 0.5 where there is no pair.
+  It is the probability that a click has a higher logit than a non-click, with
+  ties counted half: Mann-Whitney's U over the number of pairs. It is 0.5 if
+  there is no pair.
   """
   clicks = batch['label'].astype(jnp.float32)
   number = clicks.sum()
   pairs = number * (clicks.size - number)
-  # Ranks from their middle, so that float32 sums of them stay near zero.
+  # Ranks relative to their mean, so that their float32 sums stay near zero.
   ranks = jax.scipy.stats.rankdata(logits) - (clicks.size + 1) / 2
   above = jnp.sum(ranks * clicks) / jnp.maximum(pairs, 1)
   return jnp.where(pairs > 0, 0.5 + above, 0.5)
@@ -71,8 +74,8 @@ def measure(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
   """Returns sums over the real examples of a padded batch.
 
   Args:
-    logits: [N].
-    batch: `label` int32 [N] and `mask` float32 [N], 0 where padding.
+    logits: [N] outputs of the model.
+    batch: `label` int32 [N], and `mask` float32 [N], 0 for padding.
 
   Returns:
     `clicks` and `others` [65536], counts by bin of the predicted probability;
@@ -95,10 +98,10 @@ def measure(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
 
 
 def summarize(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-  """Returns AUC, loss (nats) and number of examples from all the sums.
+  """Returns AUC, loss (nats) and number of examples of the whole split.
 
-  Pairs in one of 65,536 bins count as ties: the AUC is off by at most half
-  their share of all pairs, and is NaN if there is no pair at all.
+  Pairs in the same of 65,536 bins count as ties: the error of the AUC is at
+  most half their share of all pairs. The AUC is NaN if there is no pair.
   """
   clicks, others = (
     np.asarray(sums[name], np.float64) for name in ('clicks', 'others')
