@@ -57,13 +57,15 @@ def space_of(
   inputs = model.input_shape
   if isinstance(inputs, tuple):
     shape = (image_size, image_size, inputs[2]) if image_size else inputs
-    inputs = jax.ShapeDtypeStruct(shape, jnp.float32)
-  elif image_size is not None:
+    example = jax.ShapeDtypeStruct(shape, jnp.float32)
+  elif image_size is None:
+    example = inputs
+  else:
     raise ValueError(
       f'--image_size={image_size}: {name} does not see images; omit the flag'
     )
   one = jax.tree.map(
-    lambda spec: jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype), inputs
+    lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), example
   )
   return discovery.find(model, one, spec=spec, train=False)
 

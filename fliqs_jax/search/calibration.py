@@ -1,8 +1,8 @@
 """Clipping multiples from real activations, at the end of phase one.
 
-The alternative to the pre-computed table ("Switchable Clipping", section 3):
-each layer gets, for each of its formats, the multiple of its standard deviation
-that quantizes its own activations best.
+They are the alternative to the pre-computed table ("Switchable Clipping",
+section 3): for each format of a layer, the multiple of the standard deviation
+that quantizes the layer's own activations best.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ import numpy as np
 from fliqs_jax.numerics import clipping
 from fliqs_jax.space import search_space
 
-# A sample of this many values fixes a multiple to about 1 %.
+# A sample of this size determines a multiple to about 1 %.
 _VALUES = 100_000
 
 
@@ -32,11 +32,11 @@ def profiled_clips(
   Args:
     apply: the model's `apply`.
     space: the model's decisions.
-    variables: params, arch and the other collections; `quant_stats` must have
-      seen at least one batch.
-    images: batches [N, H, W, C]; Table 10c: ten or so are plenty.
-    everywhere: where all processes can read an array, if the batches are split
-      over the devices of several.
+    variables: params, arch and the other collections; `quant_stats` must hold
+      statistics of at least one batch.
+    images: batches [N, H, W, C]; ten are enough (Table 10c).
+    everywhere: the sharding of an array that all processes can read, needed if
+      the batches are split over devices of several processes.
 
   Raises:
     ValueError: a layer's activations are all zero or not finite.
@@ -75,5 +75,5 @@ def profiled_clips(
 
 
 def _some(values: Any) -> Any:
-  """Returns evenly spaced values, about as many as are needed."""
+  """Returns evenly spaced values, about `_VALUES` of them."""
   return values.reshape(-1)[:: -(-values.size // _VALUES)]

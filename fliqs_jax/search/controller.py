@@ -1,4 +1,4 @@
-"""The controller's interface, its state, and the reward that it optimises."""
+"""Interface of a controller, its state, and the reward that it optimises."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class Controller(NamedTuple):
     init: tree of [K] logits -> state, which has a field `policy`.
     propose: (state, key, step) -> `samples` architectures, leaves [M, K].
     update: (state, architectures, qualities [M], step) -> (state, metrics).
-    samples: M, architectures a step.
+    samples: number M of architectures in each step.
   """
 
   init: Callable[[Any], Any]
@@ -29,7 +29,7 @@ class Controller(NamedTuple):
 
 @struct.dataclass
 class SearchState:
-  """What the controller remembers.
+  """State of a controller of `reinforce`.
 
   Attributes:
     policy: tree of [K] logits.
@@ -95,7 +95,11 @@ def expected_absolute_error(
 
 
 def check_gamma(gamma: float) -> None:
-  """Raises ValueError unless gamma is negative."""
+  """Checks the weight of the cost.
+
+  Raises:
+    ValueError: gamma is not negative.
+  """
   if gamma >= 0:
     raise ValueError(
       f'search.gamma={gamma} must be negative: Eq. 1 adds it to the quality, '

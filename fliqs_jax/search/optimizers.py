@@ -1,4 +1,4 @@
-"""Optimizers of the weights, as the networks' own recipes mean them."""
+"""Optimizers of the weights, as the networks' own recipes define them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -55,17 +55,17 @@ def make(
   """Returns an optimizer; only kernels decay, biases and norms do not.
 
   Args:
-    name: `sgd`, with heavy-ball momentum; `rmsprop`, TensorFlow's, as
-      EfficientNet's code calls it: decay 0.9, the mean of squares starts at 1,
-      epsilon 1e-3 inside the root, momentum of the scaled steps; `adamw`, b2
-      0.999, whose weight decay is apart from the gradient; or another key of
-      `OPTIMIZERS`.
+    name: `sgd`, with heavy-ball momentum; `rmsprop`, TensorFlow's as in
+      EfficientNet's code (decay 0.9, a mean of squares that starts at 1,
+      epsilon 1e-3 inside the root, momentum of the scaled updates); `adamw`,
+      with b2 0.999 and a weight decay that is not part of the gradient; or
+      another key of `OPTIMIZERS`.
     learning_rate: step -> learning rate.
-    momentum: momentum; of `adamw` b1.
+    momentum: momentum, in [0, 1); for `adamw` it is b1.
     weight_decay: weight decay; `sgd` and `rmsprop` add it to the gradient.
 
   Raises:
-    ValueError: unknown name.
+    ValueError: the name is unknown.
   """
   if name not in OPTIMIZERS:
     raise ValueError(
@@ -75,15 +75,16 @@ def make(
 
 
 def averaged(average: Any, params: Any, decay: float, step: Any) -> Any:
-  """Returns the running mean of the weights with those of one step in it.
+  """Returns the running mean of the weights after one more step.
+
+  The decay of early steps is (1 + step) / (10 + step), as in TensorFlow's
+  moving average with a number of updates.
 
   Args:
-    average: tree of the mean so far; at the start the parameters themselves.
+    average: tree of the mean before the step; at first, of the parameters.
     params: tree of the parameters after the step.
-    decay: decay of the mean in the long run, in [0, 1).
-    step: [] steps before this one; early on the mean forgets faster, with
-      (1 + step) / (10 + step), as TensorFlow's moving average with its number
-      of updates does.
+    decay: largest decay of the mean, in [0, 1).
+    step: [] number of steps before this one.
   """
   warmed = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
   return optax.incremental_update(params, average, 1 - warmed)

@@ -1,7 +1,7 @@
 """Softmax policies over trees of decisions (Eq. 2, 6).
 
-A policy is any tree of [K] logits, an architecture the same tree of [K]
-one-hots: a dict of decisions or a model's `arch` collection alike.
+A policy is a tree of [K] logits, an architecture the same tree of [K] one-hots.
+The tree may be a dict of decisions or a model's `arch` collection.
 """
 
 import functools
@@ -19,8 +19,8 @@ def probabilities(policy: Any) -> Any:
 def sample(policy: Any, key: jax.Array, n: int) -> Any:
   """Returns n architectures drawn from the policy, leaves [n, K] one-hot."""
   leaves, treedef = jax.tree.flatten(policy)
-  # One draw for all decisions: a generator per leaf would be most of the
-  # program.
+  # One draw for all decisions: a generator per leaf would make up most of the
+  # compiled program.
   uniform = jax.random.uniform(key, (len(leaves), n, 1))
 
   def draw(logits: jax.Array, u: jax.Array) -> jax.Array:  # [K], [n, 1]
@@ -31,10 +31,13 @@ def sample(policy: Any, key: jax.Array, n: int) -> Any:
 
 
 def argmax(policy: Any) -> Any:
-  """Returns the likeliest architecture, a tree of one-hot [K].
+  """Returns the architecture with the highest probability (Eq. 2).
 
   Args:
-    policy: tree of [K] logits.
+    policy: tree of [K] float logits, such as `state.search_state.policy`.
+
+  Returns:
+    The same tree of [K] float32 one-hot. Of equal logits the first one counts.
   """
   return jax.tree.map(
     lambda logits: jax.nn.one_hot(jnp.argmax(logits), logits.shape[-1]), policy

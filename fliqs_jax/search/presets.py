@@ -1,4 +1,4 @@
-"""Presets of the search: a controller and the config keys that go with it."""
+"""Presets of the search: controllers with their config keys."""
 
 from collections.abc import Callable
 import math
@@ -9,7 +9,7 @@ from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import reinforce
 from fliqs_jax.search import schedules
 
-# Where the search starts, a fraction of training (A.4).
+# The start of the search, a fraction of training (A.4).
 _START = 0.25
 # The steps for which A.4 gives its learning rate.
 _PAPER_STEPS, _PAPER_RATE = 30_200, 4.6e-3
@@ -24,7 +24,7 @@ class Preset(NamedTuple):
     keys: steps of training -> the `search` section of a config but `preset`:
       `start`, `freeze`, `gamma`, `quality`, `learning_rate`,
       `entropy_schedule`, `entropy_beta`.
-    has_leave_one_out: whether `parallel.leave_one_out` makes sense for it.
+    has_leave_one_out: whether the preset allows `parallel.leave_one_out`.
   """
 
   controller: Callable[..., controller_lib.Controller]
@@ -57,8 +57,8 @@ def _default_keys(steps: int) -> dict[str, Any]:
 
 
 # The names of `search.preset`. `paper` is the published controller (A.4; gamma
-# is not published), `default` the better one; WORKSPACE.md tells where each
-# number comes from. Another preset is another row.
+# is not published), `default` the better one; WORKSPACE.md has the source of
+# each number. Another preset is another row.
 PRESETS: dict[str, Preset] = {
   'paper': Preset(reinforce.paper, _paper_keys, has_leave_one_out=True),
   'default': Preset(reinforce.default, _default_keys),
@@ -72,11 +72,12 @@ def search_keys(
 
   Args:
     preset: `paper`, `default`, or another key of `PRESETS`.
-    steps: length of training; presets scale their learning rate by it.
+    steps: number of steps of training, by which presets scale their learning
+      rate.
     gamma: weight of the cost in units of the quality; None: the preset's.
 
   Raises:
-    ValueError: unknown preset.
+    ValueError: the preset is unknown.
   """
   keys = dict(preset=preset) | _preset(preset).keys(steps)
   return keys if gamma is None else keys | dict(gamma=gamma)
@@ -94,17 +95,25 @@ def make(
   """Returns the controller of a preset.
 
   Args:
-    preset: `paper`, `default`, or another key of `PRESETS`.
-    relative_cost: tree of [K] -> C / C_T [], `SearchSpace.relative_cost`.
-    phases: when the search starts and ends.
+    preset: `paper` (the published REINFORCE: Eq. 1, 3, 8; A.4), `default` (four
+      architectures in each step, cost in closed form), or another key of
+      `PRESETS`.
+    relative_cost: {decision: [K]} -> C / C_T [], the result of
+      `SearchSpace.relative_cost`.
+    phases: the steps at which the search starts and ends.
     replicas: the copies of the step in which the controller works.
     leave_one_out: whether the baseline of `paper` is the mean reward of the
       other replicas at the same step.
-    **overrides: `gamma`, `learning_rate`, `entropy_schedule`, `entropy_beta`
-      in place of the preset's own values, those of `search_keys`.
+    **overrides: values that replace those of `search_keys`: `gamma` (weight of
+      the cost in units of the quality, negative), `learning_rate`,
+      `entropy_schedule` and `entropy_beta` (Eq. 9).
+
+  Returns:
+    The controller: functions `init`, `propose` and `update`, and the number of
+    architectures in each step, `samples`.
 
   Raises:
-    ValueError: unknown preset, or values that cannot work.
+    ValueError: the preset or an override is unknown, or a value is not allowed.
   """
   allowed = ('gamma', 'learning_rate', 'entropy_schedule', 'entropy_beta')
   if unknown := sorted(set(overrides) - set(allowed)):
@@ -116,9 +125,9 @@ def make(
   if leave_one_out:
     if not _preset(preset).has_leave_one_out:
       raise ValueError(
-        'parallel.leave_one_out=True is a baseline in place of the running one '
-        f"of search.preset='paper'; the samples of {preset!r} are judged "
-        'against each other already'
+        'parallel.leave_one_out=True replaces the running baseline of '
+        f"search.preset='paper', but search.preset={preset!r} has none; set it "
+        'to False'
       )
     baseline = dict(leave_one_out=True)
   return _preset(preset).controller(

@@ -1,9 +1,9 @@
 """REINFORCE over a policy tree, in two forms (Eq. 1, 2, 3, 8).
 
-`paper` is the published controller: one architecture a step, the cost inside
-the reward. `default` judges four architectures on the same images and takes the
-gradient of the expected cost in closed form; WORKSPACE.md tells what each part
-is worth.
+`paper` is the published controller: one architecture in each step, the cost
+inside the reward. `default` judges four architectures on the same images and
+takes the gradient of the expected cost in closed form; WORKSPACE.md has the
+effect of each part.
 
 Signs: the paper writes ascent with r_bar - r; here a loss is descended,
 `-(r - baseline) log pi(arch) + beta_H H`, and gamma in Eq. 1 is negative.
@@ -23,18 +23,19 @@ from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import policy as policy_lib
 from fliqs_jax.search import schedules
 
-# Of the running mean of rewards: A.4 ("momentum of .95"), in TuNAS's reading.
+# Decay of the running mean of rewards: A.4's "momentum of .95", as in TuNAS.
 _BASELINE_DECAY = 0.95
 # The constants of `default` come from simulation (WORKSPACE.md): the decay of
-# the running mean of squared advantages; architectures a step; the factor by
-# which the learning rate grows over the search, the weight of the cost by its
-# root; the least scale of advantages, as a part of the largest and alone.
+# the running mean of squared advantages; the architectures in each step; the
+# factor by which the learning rate grows over the search (the weight of the
+# cost grows by its root); the least scale of advantages, relative to the
+# largest one and absolute.
 _SQUARES_DECAY = 0.99
 _SAMPLES = 4
 _RAMP = 10
 _LEAST_SCALE, _LEAST_POSITIVE = 0.1, 1e-8
 
-# A state and metrics.
+# The state after an update, and metrics.
 _Updated = tuple[controller_lib.SearchState, dict[str, jax.Array]]
 
 
@@ -50,17 +51,18 @@ def paper(
 ) -> controller_lib.Controller:
   """Returns the published controller (Eq. 1, 3, 8; A.4).
 
-  One architecture a step; zero-debiased running baseline, updated before the
-  advantage is formed; Adam without momentum; the entropy term as a plain
-  gradient step outside Adam, whose normalisation would let it freeze the policy
-  at random.
+  Each step has one architecture. The running baseline is zero-debiased and
+  updated before the advantage is formed. Adam has no momentum. The entropy term
+  is a plain gradient update outside Adam: Adam's normalisation would let it
+  freeze the policy at random.
 
   Args:
     relative_cost: tree of [K] -> C / C_T [].
-    phases: when the search starts and ends.
+    phases: the steps at which the search starts and ends.
     gamma: weight of the cost, negative, in units of the quality.
-    learning_rate: 4.6e-3 at 30,200 steps; scale by sqrt(30200 / steps).
-    entropy_weight: beta_H as a function of the progress of training.
+    learning_rate: learning rate of Adam: 4.6e-3 for 30,200 steps (A.4), scaled
+      by sqrt(30200 / steps) for others.
+    entropy_weight: progress of training -> beta_H [] (Eq. 9).
     replicas: the copies of the step, each with an architecture of its own; the
       policy learns from all of them.
     leave_one_out: whether the baseline is the mean reward of the other replicas
@@ -121,18 +123,19 @@ def default(
 ) -> controller_lib.Controller:
   """Returns the better controller: paired samples, cost in closed form.
 
-  Four architectures a step on the same validation images, each judged against
-  the mean of the others; the expected cost error differentiated exactly, its
-  weight growing by sqrt(10) and the learning rate by 10 over the search;
-  advantages and cost in units of the advantages' running scale.
+  Each step judges four architectures on the same validation images, each
+  relative to the mean of the others. The expected cost error is differentiated
+  exactly. Over the search its weight grows by sqrt(10) and the learning rate by
+  10. Advantages and cost are in units of the running scale of the advantages.
 
   Args:
     relative_cost: tree of [K] -> C / C_T [].
-    phases: when the search starts and ends.
+    phases: the steps at which the search starts and ends.
     gamma: weight of the cost, negative, in units of the quality: -0.1 for
       accuracy as a fraction, about -0.3 for cross-entropy in nats.
-    learning_rate: at the start of the search: 1 / sqrt(search steps).
-    entropy_weight: beta_H as a function of the progress of the search.
+    learning_rate: learning rate at the start of the search, usually
+      1 / sqrt(search steps).
+    entropy_weight: progress of the search -> beta_H [] (Eq. 9).
     replicas: the copies of the step, each with architectures and images of its
       own; the policy learns from all of them.
   """
@@ -153,7 +156,7 @@ def default(
     )
     scale = jnp.sqrt(square)
     peak = jnp.where(searching, jnp.maximum(state.peak, scale), 0.0)
-    # Where all qualities agree to the last bit there is nothing to scale by.
+    # If all qualities are equal to the last bit, the scale is zero.
     scale = jnp.maximum(
       jnp.maximum(scale, _LEAST_SCALE * peak), _LEAST_POSITIVE
     )
@@ -190,7 +193,7 @@ def default(
       updated, average=average, count=count, peak=peak
     )
     cost = jax.vmap(relative_cost)(archs)
-    # Without the ramp, so that rewards of different steps compare.
+    # Without the ramp, so that rewards of different steps can be compared.
     rewards = controller_lib.reward(
       qualities, controller_lib.absolute_error(cost), gamma
     )
@@ -247,7 +250,7 @@ def _controller(
 def _running_mean(
   state: controller_lib.SearchState, value: jax.Array, decay: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns the running mean with `value` in it, its count, and it unbiased."""
+  """Returns the running mean with `value`, its count, and the unbiased mean."""
   average = decay * state.average + (1 - decay) * value
   count = state.count + 1
   return average, count, average / (1 - decay ** count.astype(jnp.float32))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Of the exponential schedule of learning rates.
+# Number of stairs of the exponential learning rate, and the factor of each.
 _STAIRS, _STAIR = 150, 0.97
 
 ENTROPY = ('cosine', 'linear', 'constant', 'off')
@@ -16,14 +16,15 @@ ENTROPY = ('cosine', 'linear', 'constant', 'off')
 
 @dataclasses.dataclass(frozen=True)
 class Phases:
-  """The steps at which a run changes its ways (Figure 2a).
+  """The steps at which the phases of a run begin (Figure 2a).
 
   Attributes:
-    steps: length of training.
+    steps: number of steps of training.
     act_start: first step with quantized activations.
-    search_start: first step whose architecture the policy samples, and that
-      updates the policy; before it, architectures are uniformly random.
-    freeze: first step from which the policy is its argmax and learns no more.
+    search_start: first step that samples its architecture from the policy and
+      updates the policy; earlier architectures are uniformly random.
+    freeze: first step at which the policy is replaced by its argmax and does
+      not learn.
   """
 
   steps: int
@@ -45,7 +46,10 @@ class Phases:
     return (step >= self.search_start) & (step < self.freeze)
 
   def branch_probability(self, step: jax.Array) -> jax.Array:
-    """Returns how likely all branches learn together: 1 to 0 (A.4)."""
+    """Returns the probability that all branches learn together (A.4).
+
+    It falls from 1 to 0 before the search.
+    """
     return jnp.clip(1.0 - step / max(self.search_start, 1), 0.0, 1.0)
 
   @property
@@ -60,14 +64,21 @@ def phases(
   """Returns the phases of a run from fractions of training.
 
   Args:
-    steps: length of training.
-    act_start: when activation quantization begins, in [0, 1].
-    search_start: when the policy begins to learn, in [0, 1].
-    freeze: when the policy is replaced by its argmax, in [0, 1]; 1: never.
+    steps: number of steps of training, at least 1.
+    act_start: fraction of training, in [0, 1], at which activation quantization
+      begins (A.2: best at 0.15 to 0.2).
+    search_start: fraction of training, in [0, 1], at which the policy begins to
+      learn (A.4: 0.25).
+    freeze: fraction of training, in [0, 1], at which the policy is replaced by
+      its argmax; 1: never.
+
+  Returns:
+    The first step of each phase, counted from 0 (Figure 2a).
 
   Raises:
-    ValueError: a fraction outside of [0, 1], `search_start` before `act_start`,
-      or no step between `search_start` and `freeze`.
+    ValueError: `steps` is below 1, a fraction is outside of [0, 1],
+      `search_start` is before `act_start`, or no step is between `search_start`
+      and `freeze`.
   """
   if steps < 1:
     raise ValueError(f'train.steps={steps} must be at least 1')
@@ -100,11 +111,11 @@ def entropy_weight(kind: str, beta: float) -> Callable[[Any], jax.Array]:
   """Returns beta_H as a function of progress in [0, 1] (Eq. 9).
 
   Args:
-    kind: `cosine` (Eq. 9), `linear`, `constant` or `off`.
-    beta: its value at the end.
+    kind: kind of the schedule: `cosine` (Eq. 9), `linear`, `constant` or `off`.
+    beta: value of beta_H at the end, at least 0.
 
   Raises:
-    ValueError: for another kind, or a negative beta.
+    ValueError: the kind is unknown, or beta is negative.
   """
   if kind not in ENTROPY:
     raise ValueError(
@@ -131,19 +142,19 @@ def learning_rate(
   """Returns a learning rate schedule with linear warm-up from zero.
 
   Args:
-    kind: `cosine` to zero, `exponential` in 150 stairs of 0.97 (EfficientNet's
-      2.4 epochs each, of the paper's 360), or `constant`.
-    base: rate after warm-up.
-    steps: length of training.
-    warmup_steps: length of the warm-up.
+    kind: kind of the schedule: `cosine` to zero, `exponential` in 150 stairs of
+      0.97 (EfficientNet's 2.4 epochs each, of the paper's 360), or `constant`.
+    base: learning rate after the warm-up.
+    steps: number of steps of training.
+    warmup_steps: number of steps of the warm-up.
 
   Raises:
-    ValueError: for another kind.
+    ValueError: the kind is unknown.
   """
   if kind == 'cosine':
     decay = optax.cosine_decay_schedule(base, max(steps - warmup_steps, 1))
   elif kind == 'exponential':
-    # optax types the length of a stair as whole; a fraction works.
+    # optax declares the length of a stair as int, but a fraction works.
     stair: Any = steps / _STAIRS
     decay = optax.exponential_decay(base, stair, _STAIR, staircase=True)
   elif kind == 'constant':

@@ -1,4 +1,4 @@
-"""Everything a checkpoint must hold."""
+"""State of a run: everything that a checkpoint must hold."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,14 +18,15 @@ class TrainState:
   """The whole state of a run; the data position is a function of `step`.
 
   Attributes:
-    step: [] int32, steps taken.
+    step: [] int32 number of steps taken.
     params: the model's parameters.
-    average: their running mean, which is what is served; {} if none is kept.
-    opt_state: the weights' optimizer.
+    average: running mean of the parameters, which is served; {} if none is
+      kept.
+    opt_state: state of the optimizer of the weights.
     model_state: the model's other collections that change (`batch_stats`,
       `quant_stats`).
     search_state: the controller's state, policy included.
-    key: typed PRNG key [] of the run; each step folds its number in.
+    key: typed PRNG key [] of the run, into which each step folds its number.
   """
 
   step: jax.Array
@@ -55,14 +56,24 @@ def create(
   """Returns the state before the first step.
 
   Args:
-    model: the network, of our layers or made searchable.
-    space: the decisions of the model, by `find_decisions`.
+    model: the network, of our layers or made by `searchable`.
+    space: the decisions of the model, the result of `find_decisions`.
     optimizer: the optimizer of the weights.
     controller: the controller of the policy.
-    key: typed PRNG key [].
-    *args: positional arguments of the model's call.
-    keep_average: whether a running mean of the parameters is kept.
-    **kwargs: keyword arguments of the model's call.
+    key: typed PRNG key [], from which the keys of the initial weights and of
+      the run are made.
+    *args: positional arguments of the model's call, such as inputs [N, ...];
+      their values do not matter.
+    keep_average: whether a running mean of the parameters is kept, which
+      `ema_decay` of `search_step` needs.
+    **kwargs: keyword arguments of the model's call, static.
+
+  Returns:
+    The state, of arrays on the default device; the policy is uniform.
+
+  Raises:
+    ValueError: the model cannot be called with these arguments, or one of its
+      layers cannot be quantized.
   """
   init_key, run_key = jax.random.split(key)
   variables = dict(model.init(init_key, *args, **kwargs))
@@ -75,7 +86,7 @@ def create(
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    # A copy, because a step that is given the state may not own a buffer twice.
+    # A copy, because a step that donates the state may not own a buffer twice.
     average=jax.tree.map(jnp.copy, params) if keep_average else {},
     opt_state=optimizer.init(params),
     model_state=model_state,

@@ -1,9 +1,9 @@
-"""One fused search step and one eval step: pure functions.
+"""Steps of training, evaluation and settling: pure functions.
 
-The order is TuNAS's: the weights learn from the training batch, then the new
-weights are judged on the validation batch with the same architecture, and the
-policy learns from that. Weights never see the validation batch, the controller
-never the test split.
+The order of a fused search step is that of TuNAS: the weights learn from the
+training batch, then the new weights are judged on the validation batch with the
+same architecture, and the policy learns from that. The weights never learn from
+the validation batch, the controller never from the test split.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ from fliqs_jax.space import search_space
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 ModelState = Mapping[str, Any]
-# A model's `apply`; linen types it as loosely.
+# A model's `apply`; linen has no stricter type, either.
 Apply = Callable[..., Any]
 Loss = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
 Quality = Callable[[Any, Batch], jax.Array]
@@ -53,13 +53,17 @@ def search_step(
 ) -> Step:
   """Returns the step `(state, train_batch, valid_batch) -> (state, metrics)`.
 
+  The weights learn with an architecture that the controller proposes; the
+  updated weights are judged on the validation batch, and the controller learns
+  from the qualities (Figure 2a; Eq. 1, 3).
+
   Args:
     apply: the model's `apply`, called with (variables, inputs, train=...).
-    loss: (outputs, batch) -> (scalar, dict of scalars), on the training batch.
-    quality: (outputs, batch) -> scalar on the validation batch, more is better.
-    space: the model's decisions.
-    controller: proposes architectures and learns; its `samples` must divide the
-      validation batch. A space with nothing open is not judged at all.
+    loss: (outputs, training batch) -> (loss [], {name: metric []}).
+    quality: (outputs, validation batch) -> quality []; more is better.
+    space: the model's decisions. If none is open, nothing is judged.
+    controller: the controller that proposes architectures and learns; its
+      `samples` must divide the number of validation examples.
     optimizer: the optimizer of the weights.
     phases: the steps at which activation quantization and the search start.
     mix: (key, training batch) -> training batch, made by `augment.mixing`; None
@@ -73,8 +77,10 @@ def search_step(
       same as the controller's.
 
   Returns:
-    A pure function of a `TrainState` and two batches (dicts of inputs, which
-    the model is called with, and `label`), to be jitted with the state donated.
+    A pure function of a `TrainState` and two batches, which returns the next
+    state and {name: metric []}. A batch is a dict of the model's inputs
+    [B, ...], of any names, and of `label` [B, ...]. Jit the function with the
+    state donated.
   """
 
   def step(
@@ -189,7 +195,7 @@ def _gradients(
 def _every(x: jax.Array, n: int) -> jax.Array:
   """Returns the examples i, i + n, ... of a batch, for each i: [n, B / n, ...].
 
-  Where a batch is split over devices, each so has its rows of every part.
+  So each device has rows of every part if a batch is split over devices.
   """
   return jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0)
 
@@ -213,8 +219,8 @@ def _judge(
 ) -> jax.Array:
   """Returns the quality of every proposed architecture [M].
 
-  All see the same images, an M-th of the batch, so that the noise of the images
-  cancels between them.
+  All are judged on the same images, an M-th of the batch, so that the noise of
+  the images cancels between them.
   """
   samples = len(jax.tree.leaves(proposed)[0])
   images = jax.tree.map(lambda x: _every(x, samples)[0], batch)
@@ -237,8 +243,14 @@ def eval_step(
   """Returns the step `(params, model_state, arch, batch) -> metrics`.
 
   Args:
-    apply: the model's `apply`.
-    measure: (outputs, batch) -> dict of sums over the batch's real examples.
+    apply: the model's `apply`, called with (variables, inputs, train=False).
+    measure: (outputs, batch) -> {name: sum over the batch's real examples}.
+
+  Returns:
+    A pure function of `params`, of `model_state` (the other collections), of
+    `arch` (the result of `SearchSpace.expand`) and of a batch (a dict of the
+    model's inputs [B, ...] and of what `measure` reads), which returns the sums
+    of `measure`.
   """
 
   def step(
@@ -255,10 +267,13 @@ def eval_step(
 def settle_step(
   apply: Apply,
 ) -> Callable[[Any, ModelState, Any, Batch, jax.Array], ModelState]:
-  """Returns the step `(params, model_state, arch, batch) -> model_state`.
+  """Returns the step `(params, model_state, arch, batch, key) -> model_state`.
 
-  It moves the running statistics, batch norm's and the activations', towards
-  those of one architecture; weights stay.
+  It moves the running statistics of batch norm and of the activations towards
+  those of one architecture. The weights do not change.
+
+  Args:
+    apply: the model's `apply`, called with (variables, inputs, train=True).
   """
 
   def step(

@@ -1,4 +1,4 @@
-"""Files of an export: written all or none, read and checked.
+"""Files of an export, written completely or not at all, read and checked.
 
   manifest.json          description of the layers, and of the other files
   weights.safetensors    every tensor of the served model
@@ -77,8 +77,8 @@ def check_free(directory: str | os.PathLike[str]) -> pathlib.Path:
   try:
     if path.exists() and any(path.iterdir()):
       raise ValueError(
-        f'--out={directory} is not empty; choose a directory that does not '
-        'exist yet'
+        f'--out={directory} is not empty; choose an empty directory, or one '
+        'that does not exist yet'
       )
     path.parent.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -95,7 +95,7 @@ def write(
   tensors: Mapping[str, np.ndarray],
   others: Mapping[str, bytes],
 ) -> dict[str, Any]:
-  """Writes an export whole, or not at all.
+  """Writes an export completely or not at all.
 
   Args:
     directory: path of a directory that is empty or does not exist.
@@ -191,12 +191,15 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     manifest = json.loads(path.read_bytes().decode())
   except OSError as error:
     raise ValueError(
-      f'{directory} is no export: {path} cannot be read ({error.strerror})'
+      f'{directory} is no export: {path} cannot be read ({error.strerror}); '
+      'name a directory that `export` wrote'
     ) from None
   except (ValueError, RecursionError) as error:
-    raise ValueError(f'{path} is damaged: {error}') from None
+    raise ValueError(f'{path} is damaged: {error}; export again') from None
   if not isinstance(manifest, dict) or manifest.get('schema') != SCHEMA:
-    raise ValueError(f'{path} is damaged, or not of schema {SCHEMA}')
+    raise ValueError(
+      f'{path} is damaged, or not of schema {SCHEMA}; export again'
+    )
   if manifest.get('checksum') != checksum(manifest):
     raise ValueError(
       f'{path} was edited or damaged: its checksum differs; export again'
@@ -253,10 +256,10 @@ def read_file(
   if len(data) != expected['bytes']:
     raise ValueError(
       f'{path} has {len(data)} bytes instead of {expected["bytes"]}: it was '
-      'truncated or edited'
+      'truncated or edited; export again'
     )
   if hashlib.sha256(data).hexdigest() != expected['sha256']:
-    raise ValueError(f'{path} is damaged: its checksum differs')
+    raise ValueError(f'{path} is damaged: its checksum differs; export again')
   return data
 
 

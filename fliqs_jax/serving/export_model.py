@@ -45,6 +45,9 @@ def export_model(
 ) -> dict[str, Any]:
   """Writes a searched model with packed low-bit weights.
 
+  Weights and scales are those that the layers multiply in the search's
+  evaluation (Eq. 10, 11).
+
   Args:
     model: a model that `searchable` made.
     variables: `params`, `quant_stats` and the other collections after training,
@@ -56,13 +59,13 @@ def export_model(
     **kwargs: keyword arguments of the model's call, static.
 
   Returns:
-    The manifest.
+    The manifest, plain JSON values, as in `manifest.json`.
 
   Raises:
-    ValueError: the directory is in use; the model cannot be called in this way,
-      or a manifest cannot hold the call; the choices are those of another
-      model; activations were never quantized in training; or a layer cannot be
-      served in its stored format: there is no fallback to float.
+    ValueError: the directory is not empty; the model cannot be called with
+      these arguments, or a manifest cannot hold them; the choices are those of
+      another model; activations were never quantized in training; or a layer
+      cannot be served in its stored format: there is no fallback to float.
   """
   export_files.check_free(out)
   if not isinstance(model, searchable_lib.Searchable):

@@ -63,7 +63,11 @@ class Served:
     self._apply = jax.jit(functools.partial(model.apply, **manifest['call']))
 
   def __call__(self, *inputs: Any) -> Any:
-    """Returns the model's outputs for its inputs; compiles per shape."""
+    """Returns the model's outputs for its inputs; compiles once per shape.
+
+    Args:
+      *inputs: arrays [N, ...] or pytrees of them, as in the model's call.
+    """
     if self.at_once is None:
       return self._apply(self.variables, *inputs)
     step = self.at_once
@@ -145,7 +149,7 @@ def reference(
 
 
 def named(name: str, tree: Any) -> dict[str, Any]:
-  """Returns {name/path of a leaf: leaf} of a pytree."""
+  """Returns {`name` and the path of a leaf, joined by slashes: the leaf}."""
   return {
     stored_layers.join(
       name, jax.tree_util.keystr(path, simple=True, separator='/')
