@@ -1,1 +1,1 @@
-"""The report of a finished run: tables, figures, one HTML page."""
+"""Report of a finished run: tables, figures, one HTML page."""

@@ -11,7 +11,7 @@ from fliqs_jax.report import report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  """Writes the report of the run in the directory that was named."""
+  """Writes the report of the run in the directory that the argument names."""
   parser = argparse.ArgumentParser(
     prog='python -m fliqs_jax.report',
     description='Writes report.html and its pictures for a finished run.',

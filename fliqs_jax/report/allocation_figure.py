@@ -13,8 +13,8 @@ from fliqs_jax.numerics import formats
 from fliqs_jax.report import figures
 from fliqs_jax.report import finished_run
 
-_ORDER = ('pointwise', 'depthwise')  # First; the others as they come.
-# Some formats are as pale as the paper.
+_ORDER = ('pointwise', 'depthwise')  # These come first.
+# The colours of some formats are as pale as the page.
 _RIM = {'mec': figures.GREY, 'mew': 0.4}
 _DOT = {'ms': 4.5, **_RIM}
 _DRAWN = {'output_channels': 'channels', 'kernel': 'kernel'}
@@ -23,14 +23,14 @@ _DRAWN = {'output_channels': 'channels', 'kernel': 'kernel'}
 def panes(
   layers: Sequence[Mapping[str, Any]],
 ) -> dict[tuple[str, str, str], list[Mapping[str, Any]]]:
-  """Sorts layers into panes; none where there is nothing to compare.
+  """Sorts layers into panes; there is none if there is nothing to compare.
 
   Args:
     layers: rows of `FinishedRun.layers`.
 
   Returns:
-    {(size, kind of layer, side): layers whose size had several options and of
-    which that side is quantized}. Nothing, if all those have as many bits.
+    {(size, kind of layer, side): layers whose size had several options and
+    whose side is quantized}. It is empty if all of them have equally many bits.
   """
   sides = [s for s in finished_run.SIDES if any(x[s] for x in layers)]
   if all(x['weights'] == x['activations'] for x in layers):
@@ -65,11 +65,11 @@ def allocation(
   """Draws a dot per layer: its channels or its kernel against its bits.
 
   Args:
-    layers: rows of `FinishedRun.layers`, in which `panes` finds something.
-    tint: colours by format.
+    layers: rows of `FinishedRun.layers`, for which `panes` is not empty.
+    tint: {format: colour}.
   """
   parts = panes(layers)
-  # A row to each side, if it fits.
+  # One row of panes for each side, if it fits.
   across = min(4, math.ceil(len(parts) / len({key[2] for key in parts})))
   down = math.ceil(len(parts) / across)
   width, height = figures.WIDTH / max(3, across), 2.3
@@ -81,7 +81,7 @@ def allocation(
   for (key, part), axes in zip(parts.items(), grid):
     _draw(axes, key, part, bits, tint)
     axes.set_xlabel('bits' if same else f'bits of {key[2]}', fontsize=7.5)
-  for axes in grid:  # What is left of it.
+  for axes in grid:  # The unused panes.
     axes.set_axis_off()
   used = {x[key[2]] for key, part in parts.items() for x in part}
   handles = [
@@ -99,7 +99,7 @@ def _bits(layer: Mapping[str, Any], side: str) -> int:
 
 
 def _draw(axes, key, layers, bits, tint) -> None:
-  """Draws one pane: layers in a column for their bits."""
+  """Draws one pane, with a column of layers for each number of bits."""
   what, kind, side = key
   sizes = [layer['sizes'][what] for layer in layers]
   channels = what == 'output_channels'
@@ -145,22 +145,22 @@ def _spread(
   """Places dots that would coincide beside and above each other.
 
   Returns:
-    Where each dot is, and how large all are, in points.
+    The position of each dot on the axes, and the size of all dots in points.
   """
   box = axes.get_position()
   figure = axes.get_figure()
   left, right = axes.get_xlim()
   low, high = axes.get_ylim()
-  # What a point of print is on the axes.
+  # The size of a typographic point in units of the axes.
   dx = (right - left) / (box.width * figure.get_figwidth() * 72)
   dy = (high - low) / (box.height * figure.get_figheight() * 72)
   cells: dict[tuple[int, int], list[int]] = {}
   for i, (column, value) in enumerate(zip(columns, values)):
-    # Rounding leaves shares of nearly the same size: one place for them.
+    # Shares that differ only by rounding have the same place.
     cell = column, round(value / (high - low) * 22)
     cells.setdefault(cell, []).append(i)
   most = max(map(len, cells.values()))
-  # The largest dots of which the fullest place holds all, in a square or less.
+  # The largest dots that fit into the fullest place, in a square.
   for pitch in (5.5, 4.5, 3.5, 2.5):
     across = max(1, int(0.84 / dx / pitch))
     if math.ceil(most / across) * pitch * dy < 0.2 * (high - low):
@@ -169,7 +169,7 @@ def _spread(
   for (column, _), members in cells.items():
     middle = sum(values[i] for i in members) / len(members)
     rows = math.ceil(len(members) / across)
-    # Rows as even as can be, for a round heap.
+    # Rows of nearly equal length make a round group.
     for row in range(rows):
       part = members[row::rows]
       for k, i in enumerate(part):

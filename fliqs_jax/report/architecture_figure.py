@@ -1,4 +1,4 @@
-"""The found architecture as rows of coloured cells (paper, Figures 3 and 7)."""
+"""Figure of an architecture: rows of coloured cells (paper, Figures 3, 7)."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -13,18 +13,18 @@ from fliqs_jax.report import figures
 
 _GAP, _BETWEEN = 0.05, 0.14  # Between cells, between blocks; all in inches.
 _LIFT = 0.14  # From a cell up to one on the shortcut above it.
-_LETTER = 0.05  # What a letter of the names under the cells takes.
-_LINE = 0.125  # What a line within or above a cell takes.
-_PALE = 0.22  # Opacity of what could be there and is not.
+_LETTER = 0.05  # Width of a letter of the names below the cells.
+_LINE = 0.125  # Height of a line of text in or above a cell.
+_PALE = 0.22  # Opacity of the unused part of a cell.
 _RAISED = ('shortcut', 'projection', 'downsample')
 
 
 @dataclasses.dataclass(frozen=True)
 class _Canvas:
-  """Where cells are drawn, and what all of them share.
+  """The axes of the figure, and the properties that all cells share.
 
-  `above` is the room that sizes take above a cell, `spine` how far below its
-  top the line runs that joins all.
+  Lengths are in inches. `above` is the space for sizes above a cell, `spine`
+  the distance from the top of a cell down to the line that joins all cells.
   """
 
   axes: Any
@@ -44,11 +44,11 @@ def architecture(
   """Draws one cell per layer in model order, shortcuts above the main row.
 
   Args:
-    layers: mappings with `path`, `weights`, `activations` and `sizes`; the two
-      in the middle are names of formats, or None where the tensor is not
-      quantized; the last as of `FinishedRun.layers`. Where a layer's output
-      channels were decided about, its cell is filled up to their share.
-    tint: colours by format.
+    layers: mappings with `path`, `weights` and `activations` (names of formats;
+      None for a tensor that is not quantized), and `sizes` as in
+      `FinishedRun.layers`. If a decision picked a layer's output channels, the
+      cell is filled up to their share.
+    tint: {format: colour}.
   """
   paths = [layer['path'] for layer in layers]
   # A side that no layer quantizes would only fill half of each cell with grey.
@@ -71,7 +71,7 @@ def architecture(
   height = 0.5 if split else 0.4
   above = _LINE * (('output_channels' in sized) + 1.2 * ('kernel' in sized))
   spine = height / 2
-  if 'output_channels' in sized:  # Then a cell may be filled to its foot only.
+  if 'output_channels' in sized:  # A cell may be filled only at its foot.
     height += 0.2
     spine = height - 0.05
   canvas = _Canvas(
@@ -98,7 +98,7 @@ def architecture(
 
 
 def _sizes_key(canvas: _Canvas) -> list[patches.Patch]:
-  """Returns what explains sizes."""
+  """Returns the entries of the legend that explain sizes."""
   handles = [
     patches.Patch(color=colour, label=f'kernel {size}×{size}')
     for size, colour in canvas.kernels.items()
@@ -110,7 +110,7 @@ def _sizes_key(canvas: _Canvas) -> list[patches.Patch]:
 
 
 def _place(path: str) -> tuple[str, bool]:
-  """Returns the block a layer is in, and whether it is on its shortcut."""
+  """Returns the block of a layer, and whether the layer is on its shortcut."""
   parts = path.split('/')
   for i, part in enumerate(parts):
     if any(word in part.lower() for word in _RAISED):
@@ -122,7 +122,8 @@ def _blocks(paths: Sequence[str], most: int) -> list[dict[str, Any]]:
   """Cuts a model into blocks of at most `most` columns.
 
   Returns:
-    A list of {'name', 'main', 'raised'}; the last two hold indices of layers.
+    A list of {'name', 'main', 'raised'}; `main` and `raised` are lists of
+    indices of layers.
   """
   blocks: list[dict[str, Any]] = []
   for i, path in enumerate(paths):
@@ -133,7 +134,7 @@ def _blocks(paths: Sequence[str], most: int) -> list[dict[str, Any]]:
       blocks.append({'name': name, 'main': [], 'raised': []})
     blocks[-1][lane].append(i)
   for block in blocks:
-    if not block['main']:  # A shortcut around nothing is an ordinary layer.
+    if not block['main']:  # Without a main row a shortcut is an ordinary layer.
       block['main'], block['raised'] = block['raised'], []
   return blocks
 
@@ -152,10 +153,10 @@ def _wrap(paths: Sequence[str], most: int) -> list[list[dict[str, Any]]]:
 
 
 def _rows(paths: Sequence[str]) -> list[list[dict[str, Any]]]:
-  """Wraps a model into as few rows as leave room for the formats' names."""
+  """Wraps a model into the fewest rows with space for the formats' names."""
   most = 20
   rows = _wrap(paths, most)
-  # The narrowest rows that are as few, so that the last one is not left short.
+  # The narrowest rows of this number, so that the last one is not short.
   while most > 1 and len(narrower := _wrap(paths, most - 1)) == len(rows):
     rows, most = narrower, most - 1
   return rows
@@ -206,7 +207,7 @@ def _draw_row(canvas, row, top) -> tuple[float, float]:
 
 
 def _broken(leaf: str, room: float) -> list[str]:
-  """Breaks a layer's own name after underscores, if it has to be broken."""
+  """Breaks a layer's own name after underscores, if it is too long."""
   if len(leaf) * _LETTER <= room + 0.06:
     return [leaf]
   return [line for line in re.split('(?<=_)', leaf) if line]
@@ -218,7 +219,7 @@ def _draw_shortcut(canvas, block, x, right, y) -> None:
     return
   top = y - canvas.height - _LIFT - canvas.above
   low, high = y + canvas.spine, top + canvas.spine
-  # Short of half the space between blocks: two branches in a row stay two.
+  # Less than half the space between blocks, so that neighbours do not touch.
   x, right = x - 0.045, right + 0.045
   canvas.axes.plot(
     [x, x, right, right],
@@ -248,7 +249,7 @@ def _draw_cell(canvas, i, x, y) -> None:
     gap = 0.02 if k + 1 < len(pieces) else 0
     _draw_box(canvas, x, top + k * height, height - gap, colour)
     middle = top + (k + 0.5) * height
-    if not inside:  # Then above, one below the other.
+    if not inside:  # The lines are above the cell, one below the other.
       middle = top + (k + 0.5 - len(pieces)) * _LINE - 0.01
     canvas.axes.text(
       x + canvas.width / 2,
@@ -264,14 +265,14 @@ def _draw_cell(canvas, i, x, y) -> None:
 
 
 def _share(layer: Mapping[str, Any]) -> float:
-  """Returns to which part a cell is filled."""
+  """Returns the part of a cell that is filled, 0 to 1."""
   size = layer['sizes'].get('output_channels')
   known = size is not None and math.isfinite(size.share)
   return size.share if known else 1.0
 
 
 def _draw_sizes(canvas, i, x, y) -> None:
-  """Writes the sizes that were decided about above the cell at (x, y)."""
+  """Writes the sizes that decisions picked above the cell at (x, y)."""
   sizes = canvas.layers[i]['sizes']
   if size := sizes.get('output_channels'):
     text = str(size.count)

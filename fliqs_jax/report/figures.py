@@ -1,11 +1,11 @@
-"""The pictures of a finished run, drawn with matplotlib; nothing is read here.
+"""Figures of a finished run, and the colours of all figures, with matplotlib.
 
-Every picture is a function of plain values that returns a figure; `png` turns
-one into bytes, in ink on white or in white on ink. Colours follow the paper's
-Figures 3 and 7: few bits are red, many are green. As that is the worst pair for
-a colour-blind reader, reds are warm, greens are bluish, and no colour stands
-without the format's name. Sizes are violet, which no format is, from light to
-dark.
+Every figure is a function of plain values; no file is read here. `png` turns a
+figure into bytes, dark on white or white on dark. Colours follow the paper's
+Figures 3 and 7: few bits are red, many are green. Since this pair is the worst
+for a colour-blind reader, reds are warm, greens are bluish, and every colour
+comes with the format's name. Sizes are violet, which is no format's colour,
+from light to dark.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,7 +44,12 @@ _DARK_INK, _DARK_PAPER = '#d5dae0', '#15181c'
 
 
 def png(draw: Callable[[], figure_lib.Figure], dark: bool = False) -> bytes:
-  """Returns the figure that `draw` makes, as the bytes of a PNG file."""
+  """Returns the figure that `draw` makes, as the bytes of a PNG file.
+
+  Args:
+    draw: () -> figure; it is called with the style set.
+    dark: whether the figure is for a dark page.
+  """
   ink, paper = (_DARK_INK, _DARK_PAPER) if dark else (_INK, _PAPER)
   style = dict.fromkeys(
     ('figure.facecolor', 'savefig.facecolor', 'axes.facecolor'), paper
@@ -54,7 +59,7 @@ def png(draw: Callable[[], figure_lib.Figure], dark: bool = False) -> bytes:
   )
   style |= {'ytick.color': ink, 'font.family': 'DejaVu Sans', 'font.size': 8}
   style |= {'axes.spines.top': False, 'axes.spines.right': False}
-  # A layer may be called what it likes: no dollar sign is a formula.
+  # A dollar sign in the name of a layer does not begin a formula.
   style |= {'text.usetex': False, 'text.parse_math': False}
   style |= {'axes.linewidth': 0.6, 'xtick.labelsize': 7, 'ytick.labelsize': 7}
   with matplotlib.rc_context(style):
@@ -76,7 +81,7 @@ def palette(names: Iterable[str]) -> dict[str, str]:
   for bits, group in sorted(same.items()):
     base = np.array(colors.to_rgb(_BITS_COLOURS[bits]))
     for i, name in enumerate(group):
-      # A little darker to much lighter: dark yellow would look like a green.
+      # Slightly darker to much lighter: dark yellow would look like green.
       shade = 0.72 * i / max(1, len(group) - 1) - 0.12 * (len(group) > 1)
       mixed = base + abs(shade) * (np.float64(shade > 0) - base)
       result[name] = colors.to_hex(mixed)
@@ -84,15 +89,15 @@ def palette(names: Iterable[str]) -> dict[str, str]:
 
 
 def shades(count: int) -> list[str]:
-  """Returns so many colours for sizes, from the smallest to the largest."""
+  """Returns `count` colours for sizes, from the smallest to the largest."""
   scale = colors.LinearSegmentedColormap.from_list('sizes', _SIZES_COLOURS)
-  # A single one is of the middle, on which no shade looks like an extreme.
+  # A single colour is the middle one, which does not look like an extreme.
   at = np.linspace(0, 1, count) if count > 1 else np.full(count, 0.5)
   return [colors.to_hex(colour) for colour in scale(at)]
 
 
 def kernel_palette(sizes: Iterable[int]) -> dict[int, str]:
-  """Returns a colour for each size of a kernel."""
+  """Returns {size of a kernel: colour}."""
   ordered = sorted(set(sizes))
   return dict(zip(ordered, shades(len(ordered))))
 
@@ -109,7 +114,13 @@ def ink_on(colour: str) -> str:
 
 
 def fit(text: str, inches: float, points: float) -> str:
-  """Shortens `text` from the left: the end of a path tells more."""
+  """Shortens `text` from the left: the end of a path is more important.
+
+  Args:
+    text: the text, such as a path.
+    inches: the space for it.
+    points: size of the font.
+  """
   room = int(inches / (0.58 * points / 72))
   return text if len(text) <= room else '…' + text[len(text) - room + 1 :]
 
@@ -124,7 +135,7 @@ def key(
     handles=handles,
     loc='lower left',
     bbox_to_anchor=(0, 1 + lift / figure.get_figheight()),
-    # One row: wrapped, a legend would be read down its columns.
+    # One row, because a legend of several rows is ordered by columns.
     ncols=len(handles),
     frameon=False,
     borderaxespad=0,
@@ -141,13 +152,13 @@ def curves(
   marks: Mapping[str, int],
   searched: bool,
 ) -> figure_lib.Figure:
-  """Draws what was logged over the steps.
+  """Draws the logged metrics over the steps.
 
   Args:
     history: rows with `step`, `loss`, `quality`, `reward`, `cost` and
-      `entropy`; a value that is not a number leaves a hole.
-    marks: steps at which something began, by its description.
-    searched: whether there is more to draw than the loss.
+      `entropy`; a value that is not finite leaves a gap.
+    marks: {description of a phase: its first step}.
+    searched: whether there are other metrics to draw than the loss.
   """
   titles = {'loss': 'training loss'}
   if searched:
@@ -171,7 +182,7 @@ def curves(
   for (name, title), axes in zip(titles.items(), grid):
     values = np.array([row[name] for row in history], float)
     known = np.isfinite(values).sum()
-    # A single point is no line.
+    # A single point has no line.
     marker = '.' if known == 1 else ''
     axes.plot(steps, values, color=_ACCENT, linewidth=1.2, marker=marker)
     if name == 'cost':
@@ -207,13 +218,13 @@ def cost_per_layer(
   tint: Mapping[str, str],
   reference: str | None,
 ) -> figure_lib.Figure:
-  """Draws each layer's share of the cost, found beside the reference.
+  """Draws each layer's share of the cost, beside its share of a reference.
 
   Args:
     layers: mappings with `path`, `weights`, `activations`, and the fractions
       `share`, `reference_share` and `macs_share`.
-    tint: colours by format.
-    reference: what `reference_share` is a share of; None leaves it out.
+    tint: {format: colour}.
+    reference: description of the model of `reference_share`; None omits it.
   """
   down = math.ceil(len(layers) / 50)
   across = math.ceil(len(layers) / down)
@@ -262,14 +273,14 @@ def pareto(
   metric: str,
   tint: Mapping[str, str],
 ) -> figure_lib.Figure:
-  """Draws the test metric against cost: the found model and the references.
+  """Draws the test metric against cost: the selected model and the references.
 
   Args:
-    found: mapping with the metric, `cost`, `cost_target` and `unit`; a number
-      that is NaN is not drawn.
-    references: the same, by name.
-    metric: name of a fraction of 1, such as `accuracy`.
-    tint: colours by format; a reference of another name is grey.
+    found: measurements of the selected model: the metric, `cost`, `cost_target`
+      and `unit`; a number that is NaN is not drawn.
+    references: {name: measurements of a reference}.
+    metric: name of the metric, a fraction of 1, such as `accuracy`.
+    tint: {format: colour}; a reference of another name is grey.
   """
   figure = figure_lib.Figure((5.8, 3.3))
   axes = figure.add_subplot()
@@ -298,8 +309,8 @@ def pareto(
   seen: list[np.ndarray] = []
   for cost, value, name in points:
     spot = axes.transData.transform((cost, value))
-    # Formats of equal bits cost the same, so points may nearly coincide: each
-    # of them gets its name on another side.
+    # Formats of equal bits have equal costs, so points may nearly coincide.
+    # Their names are on different sides.
     close = sum(np.all(np.abs(spot - other) < (45, 18)) for other in seen)
     seen.append(spot)
     x, y = ((0, 1), (0, -1), (1, 0), (-1, 0))[close % 4]

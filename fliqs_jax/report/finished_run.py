@@ -1,4 +1,4 @@
-"""A finished run: the files of its workdir, read, checked and joined."""
+"""Finished run: the files of its workdir, read, checked and joined."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -14,7 +14,7 @@ from fliqs_jax.space import cost_model
 from fliqs_jax.space import sizes as sizes_lib
 
 SIDES = ('weights', 'activations')
-UNIFORM_BITS = 8  # Of the uniform model that each layer's cost is set against.
+UNIFORM_BITS = 8  # Bits of the uniform model that is the reference of costs.
 _FILES = (
   workdir_lib.CONFIG,
   workdir_lib.ARCH,
@@ -33,14 +33,14 @@ _CURVES = ('loss', 'quality', 'reward', 'cost', 'entropy')
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """A number of channels or a size of a kernel that a layer was given.
+  """A number of channels or a size of a kernel of a layer.
 
   Attributes:
-    count: what the layer has.
-    decision: name of the decision that picked it, None if unknown.
-    label: what was picked; `count` may follow from it, as six times as many.
-    options: what it was picked from.
-    probability: of what was picked, NaN where unknown.
+    count: number of channels, or height and width of the kernel in pixels.
+    decision: name of the decision that picked it; None if unknown.
+    label: the picked option, from which `count` follows (it may be a multiple).
+    options: the options of the decision.
+    probability: probability of the picked option; NaN if unknown.
   """
 
   count: int
@@ -51,29 +51,30 @@ class Size:
 
   @property
   def share(self) -> float:
-    """What was picked as a part of the largest option, NaN where unknown."""
+    """The picked option divided by the largest one; NaN if unknown."""
     return self.label / max(self.options, default=math.nan)
 
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-  """A run that went to its end.
+  """The content of the files of a finished run.
 
   Attributes:
-    config: the exact config, nested.
-    arch: `arch.json`: the found formats, the versions they were found with.
-    result: `result.json`: how the run went.
-    found: what was measured of the found model, NaN where unknown.
-    references: the same of uniform models, by name.
-    history: rows in order of steps, with NaN where a number is missing or not
-      finite.
-    layers: rows in model order: `path`, `kind`, `weights`, `activations`,
-      `macs`, `params`, `cost`; as fractions of their sums, `share` of the cost,
-      `reference_share` of the cost at `UNIFORM_BITS` and `macs_share`;
-      `probabilities` of the chosen formats, by side; and `sizes`, a `Size` for
-      each of `sizes.LEAVES` that was decided about. NaN where unknown.
-    reference: what `reference_share` refers to; None if this kind of cost
-      cannot be told from the formats alone.
+    config: the config, nested.
+    arch: content of arch.json.
+    result: content of result.json.
+    found: measurements of the selected model; NaN if unknown.
+    references: {name: measurements of a uniform model}; NaN if unknown.
+    history: rows in the order of steps; a number that is missing or not finite
+      is NaN.
+    layers: rows in the order of the model: `path`, `kind`, `weights`,
+      `activations`, `macs`, `params`, `cost`; fractions of their sums: `share`
+      of the cost, `reference_share` of the cost at `UNIFORM_BITS`,
+      `macs_share`; `probabilities`, {side: probability of its format}; `sizes`,
+      {name of `sizes.LEAVES`: `Size`} if a decision picked it. An unknown
+      number is NaN.
+    reference: description of the model of `reference_share`; None if the
+      formats do not determine this kind of cost.
   """
 
   config: Mapping[str, Any]
@@ -87,29 +88,29 @@ class FinishedRun:
 
   @property
   def metric(self) -> str:
-    """What `found` is judged by, a fraction of 1: `accuracy` or `AUC`."""
+    """The name of the metric, a fraction of 1: `accuracy` or `AUC`."""
     return self.result['metric']
 
   @property
   def searched(self) -> dict[str, Mapping[str, Any]]:
-    """The decisions that had a choice, by name."""
+    """The decisions with several options, by name."""
     decisions = self.result['decisions'].items()
     return {name: d for name, d in decisions if len(d['options']) > 1}
 
   @property
   def searched_formats(self) -> dict[str, Mapping[str, Any]]:
-    """Of these, the decisions about formats."""
+    """The decisions about formats with several options, by name."""
     return {n: d for n, d in self.searched.items() if d['kind'] == 'format'}
 
   @property
   def searched_sizes(self) -> dict[str, Mapping[str, Any]]:
-    """And the others: about channels first, then about kernels."""
+    """The decisions about sizes with several options, channels first."""
     sizes = [x for x in self.searched.items() if x[1]['kind'] != 'format']
     return dict(sorted(sizes, key=lambda x: x[1]['kind']))
 
   @property
   def has_sizes(self) -> bool:
-    """Whether any layer's size was decided about, in this run or before."""
+    """Whether a decision picked a size of any layer, in this run or before."""
     return any(layer['sizes'] for layer in self.layers)
 
   @property
@@ -142,22 +143,28 @@ def config_value(config: Mapping[str, Any], key: str) -> Any:
   """Returns the value of a dotted key.
 
   Raises:
-    ValueError: naming the key, if the config lacks it.
+    ValueError: the config lacks the key, which the message names.
   """
   value = config
   for part in key.split('.'):
     if not isinstance(value, Mapping) or part not in value:
-      raise ValueError(f'config.json lacks {key}, which a report needs')
+      raise ValueError(
+        f'config.json lacks {key}, which a report needs; it is not the config '
+        'of a run'
+      )
     value = value[part]
   return value
 
 
 def read(workdir: str) -> FinishedRun:
-  """Reads a run.
+  """Reads a finished run.
+
+  Args:
+    workdir: path of the run's workdir.
 
   Raises:
-    FileNotFoundError: naming the first file that is missing.
-    ValueError: naming a file that does not hold what it should.
+    FileNotFoundError: a file is missing; the message names it.
+    ValueError: the content of a file is wrong; the message names the file.
   """
   texts = {name: _text(workdir, name) for name in _FILES}
   config, arch, result = (
@@ -175,7 +182,8 @@ def read(workdir: str) -> FinishedRun:
     if not {'kind', 'options'} <= set(decision):
       raise ValueError(
         f'{os.path.join(workdir, workdir_lib.RESULT)} lacks kind or options of '
-        f'the decision {name!r}: another version of fliqs_jax has written it'
+        f'the decision {name!r}: another version of fliqs_jax has written it; '
+        'make the report with that version'
       )
   layers, reference = _layers(arch, result)
   return FinishedRun(
@@ -209,14 +217,16 @@ def _parse(text: str, where: str) -> dict[str, Any]:
   try:
     value = json.loads(text)
   except json.JSONDecodeError as error:
-    raise ValueError(f'{where} is not JSON: {error}') from None
+    raise ValueError(
+      f'{where} is not JSON, so the file is damaged: {error}'
+    ) from None
   if not isinstance(value, dict):
     raise ValueError(f'{where} holds {type(value).__name__}, not an object')
   return value
 
 
 def _number(value: Any) -> float:
-  """Returns a finite number, or NaN for what JSON writes in its place."""
+  """Returns a finite number, or NaN for any other value."""
   known = isinstance(value, (int, float)) and math.isfinite(value)
   return float(value) if known else math.nan
 
@@ -229,7 +239,7 @@ def _measured(model: Mapping[str, Any], metric: str) -> dict[str, Any]:
 def _layers(
   arch: Mapping[str, Any], result: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], str | None]:
-  """Joins what the files say of each layer; see `FinishedRun.layers`."""
+  """Joins the rows of each layer in all files; see `FinishedRun.layers`."""
   details = {row['path']: row for row in result['layers']}
   layers = {}
   for path in dict.fromkeys([*arch['layers'], *details]):
@@ -269,11 +279,12 @@ def _join_formats(
   mode: str,
   decisions: Mapping[str, Mapping[str, Any]],
 ) -> None:
-  """Adds `probabilities` to layers by path."""
+  """Adds `probabilities` to {path: row of the layer}."""
   for name, decision in decisions.items():
     if decision['kind'] != 'format':
       continue
-    # Separate decisions are named for their side; others are one of a mode.
+    # The name of a separate decision ends in its side; otherwise the mode is
+    # the side.
     side = name.split('/')[-1] if mode == 'separate' else mode
     side = side if side in SIDES else SIDES[0]
     chances = dict(zip(decision['options'], decision['probabilities']))
@@ -292,7 +303,7 @@ def _sizes(
   found: Mapping[str, int],
   decisions: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Size]:
-  """Returns the sizes of a row of result.json that were decided about."""
+  """Returns the sizes of a row of result.json that decisions picked."""
   sizes = {}
   for what in (what for what in sizes_lib.LEAVES if what in row):
     sizes[what] = Size(row[what])
@@ -312,10 +323,10 @@ def _sizes(
 
 
 def _uniform_cost(layer: Mapping[str, Any], counted: Sequence[str]) -> float:
-  """Returns a layer's cost, were its quantized sides of `UNIFORM_BITS`.
+  """Returns the cost of a layer whose quantized sides have `UNIFORM_BITS`.
 
-  Cost is proportional to the bits of each counted side (but for the scales in
-  a size), so this needs no unit; what is not quantized stays as it is.
+  The cost is proportional to the bits of each counted side (except for the
+  scales in a size), so the unit is not needed.
   """
   cost = layer['cost']
   for side in counted:

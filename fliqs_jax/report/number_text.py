@@ -6,7 +6,7 @@ UNKNOWN = '–'
 
 
 def significant(value: float, digits: int = 3) -> str:
-  """Spells a number with so many significant digits, never as 1e6."""
+  """Spells a number with `digits` significant digits, never as 1e6."""
   if not math.isfinite(value):
     return UNKNOWN
   least = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
@@ -14,26 +14,27 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def decimals(value: float) -> int:
-  """Returns how many decimals leave a column's largest number four digits.
+  """Returns the number of decimals with which `value` has four digits.
 
-  One number of them to a column, so that its points are below each other.
+  All numbers of a column have the decimals of its largest one, so that the
+  decimal points are aligned.
   """
   return len(significant(value, 4).partition('.')[2])
 
 
 def fixed(value: float, places: int) -> str:
-  """Spells a number with so many decimals."""
+  """Spells a number with `places` decimals."""
   return f'{value:,.{places}f}' if math.isfinite(value) else UNKNOWN
 
 
 def percent(fraction: float, places: int = 2) -> str:
-  """Spells a fraction of 1."""
+  """Spells a fraction of 1 in percent."""
   known = math.isfinite(fraction)
   return f'{100 * fraction:.{places}f}%' if known else UNKNOWN
 
 
 def memory(bits: float) -> str:
-  """Spells a number of bits in bytes."""
+  """Spells a number of bits in bytes, kB, MB or GB."""
   if not math.isfinite(bits):
     return UNKNOWN
   size, unit = bits / 8, 'B'

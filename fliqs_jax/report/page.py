@@ -1,7 +1,7 @@
-"""The page of a finished run: HTML that needs nothing but itself.
+"""Page of a finished run: HTML that needs no other file.
 
-Whatever comes from a file goes through `html.escape`: a layer may be called
-anything.
+All text from files passes `html.escape`, because the name of a layer may hold
+any characters.
 """
 
 import base64
@@ -80,22 +80,22 @@ _CAPTIONS = {
   'architecture': 'Every cell is a layer, in the order of the model, from few '
   'bits (red) to many (green); layers on a shortcut are raised above the '
   'row.{sizes}',
-  'pareto': 'Up and to the left is better: the star is the found model, the '
-  'dots are {same} with one format everywhere.',
-  'curves': 'What was logged over the steps of the one training run; dashed '
-  'lines mark where its phases begin.',
+  'pareto': 'Up and to the left is better. The star is the model that the run '
+  'found, the dots are {same} with one format everywhere.',
+  'curves': 'Logged metrics over the steps of the one training run; dashed '
+  'lines mark the beginning of its phases.',
   'policy': 'The probability of each format, by decision, over the steps; a '
-  'decision is made once one colour fills the height.',
+  'decision is settled when one colour fills the height.',
   'policy_of_sizes': 'The probability of each number of channels and each size '
   'of a kernel, by decision, from the smallest (light) to the largest (dark); '
   'layers that must agree share a decision.',
   'allocation': 'A dot is a layer, beside others of as many bits and the same '
-  'size; channels are a part of the most that there were to pick from. In the '
+  'size; channels are shown as a part of the largest option. In the '
   'paper’s searches (A.7) fewer bits come with more channels and, less '
   'clearly, with larger kernels. One search is one sample, and layers that '
   'share a decision are not independent.',
-  'cost_per_layer': 'Coloured is the share that each layer takes of the found '
-  'model’s cost, blue its share of all multiply-accumulates{uniform}.',
+  'cost_per_layer': 'The coloured bar is the share of each layer in the cost '
+  'of the model, the blue mark its share in all multiply-accumulates{uniform}.',
 }
 
 
@@ -108,8 +108,8 @@ def render(
 
   Args:
     run: the finished run.
-    images: PNG files for light and for dark surroundings, by name.
-    tint: colours by format.
+    images: {name of a figure: its PNG file for a light and for a dark page}.
+    tint: {format: colour}.
   """
   title = ' on '.join(
     str(finished_run.config_value(run.config, key))
@@ -130,7 +130,9 @@ def render(
     body += [_figure('pareto', images, same=same)]
   body += ['<h2>Training and search</h2>', _figure('curves', images)]
   body += ['<h2>Policy</h2>', _policy(run, images)]
-  uniform = f', grey its share at {run.reference}' if run.reference else ''
+  uniform = (
+    f', the grey bar its share at {run.reference}' if run.reference else ''
+  )
   body += ['<h2>Cost of each layer</h2>']
   body += [_figure('cost_per_layer', images, uniform=uniform)]
   body += ['<h2>Layers</h2>', tables.layers(run, tint)]
@@ -144,7 +146,7 @@ def render(
 
 
 def document(title: str, body: Sequence[str]) -> str:
-  """Returns a whole page in the house's look, from pieces of HTML."""
+  """Returns a complete page in the common style, from pieces of HTML."""
   return (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -179,7 +181,7 @@ def _lede(run: finished_run.FinishedRun) -> str:
 
 
 def _tiles(run: finished_run.FinishedRun) -> str:
-  """Returns what a reader wants first."""
+  """Returns the most important numbers."""
   found = run.found
   unit, target = html.escape(found['unit']), found['cost_target']
   against = 'no target'
@@ -213,16 +215,16 @@ def _tiles(run: finished_run.FinishedRun) -> str:
 
 
 def _sizes(run: finished_run.FinishedRun) -> str:
-  """Says how the picture of the architecture shows sizes, if it does."""
+  """Returns an explanation of how the architecture's figure shows sizes."""
   sizes = {what for layer in run.layers for what in layer['sizes']}
   said = ''
   if 'output_channels' in sizes:
-    said += ' A number above a cell is how many channels the layer puts out'
+    said += ' A number above a cell is the number of output channels'
     if run.searched_sizes:
-      said += '; the cell is filled up to their part of the most to pick from'
+      said += '; the cell is filled up to their part of the largest option'
     said += '.'
   if 'kernel' in sizes:
-    said += ' Violet is a kernel that was decided about.'
+    said += ' Violet marks a kernel whose size was selected.'
   return said
 
 
@@ -233,15 +235,15 @@ def _figure(
 
 
 def figure(image: tuple[bytes, bytes], caption: str) -> str:
-  """Returns a picture that follows the surroundings, light or dark."""
+  """Returns the HTML of a figure for light and dark pages."""
   caption = html.escape(caption)
   sources = [
     'data:image/png;base64,' + base64.b64encode(shade).decode()
     for shade in image
   ]
-  # A PNG file has its width in pixels at bytes 16 to 20.
+  # Bytes 16 to 20 of a PNG file are its width in pixels.
   width = int.from_bytes(image[0][16:20]) * 100 // figures.DPI
-  # Shrunk to a phone's width, a small picture can still be read.
+  # A small picture is still readable at the width of a phone.
   size = 'large' if width > 640 else 'small'
   return (
     f'<figure><figcaption>{caption}</figcaption><div class="wide"><picture>'
@@ -267,7 +269,7 @@ def _policy(
 
 
 def _provenance(run: finished_run.FinishedRun) -> str:
-  """Returns with what the run was made, and how to make it again."""
+  """Returns the versions and config of the run, and how to make it again."""
   result = run.result
   facts = {
     'seed': result['seed'],

@@ -20,12 +20,12 @@ def policy(
   """Draws the probabilities of each decision's options over the steps.
 
   Args:
-    history: rows with `step` and `policy`, the latter by decision's name.
-    decisions: mappings with `kind` and `options`, by name.
-    tint: colours by format; sizes have their own.
+    history: rows with `step` and `policy`, {decision: probabilities [K]}.
+    decisions: {name: mapping with `kind` and `options`}.
+    tint: {format: colour}; sizes have other colours.
   """
   few = len(decisions) <= 12
-  # As many panes to a row as their names leave room for.
+  # As many panes in a row as there is space for their names.
   letters = max(map(len, decisions))
   across = min(6, max(4, int(figures.WIDTH / (letters * 0.0564 + 0.25))))
   across = min(len(decisions), 4 if few else across)
@@ -34,7 +34,7 @@ def policy(
   figure = figure_lib.Figure((pane * across, (1.3 if few else 1.0) * down))
   figure.subplots_adjust(0, 0, 1, 1, 0.1, 0.36)
   grid = figure.subplots(down, across, squeeze=False).flat
-  # More points than the pane has pixels only cost time.
+  # More points than pixels would only cost time.
   stride = max(1, math.ceil(len(history) / 120))
   rows = [*history[:-1:stride], history[-1]]
   steps = [row['step'] for row in rows]
@@ -63,10 +63,10 @@ def policy(
       va='center_baseline',
       fontsize=7,
       color=figures.ink_on(colour),
-      # A narrow band is no ground to write on.
+      # The outline makes the text readable on a narrow band.
       path_effects=[patheffects.withStroke(linewidth=2.5, foreground=colour)],
     )
-  for axes in grid:  # What is left of it.
+  for axes in grid:  # The unused panes.
     axes.set_axis_off()
   for k, handles in enumerate(_keys(decisions, tint)):
     figures.key(figure, handles, lift=0.22 + 0.2 * k)
@@ -87,12 +87,12 @@ def _kernels(decisions: Mapping[str, Mapping[str, Any]]) -> dict[int, str]:
 def _tints(
   decisions: Mapping[str, Mapping[str, Any]], tint: Mapping[str, str]
 ) -> dict[str, list[str]]:
-  """Returns the colours of each decision's options, by its name."""
+  """Returns {decision: colours of its options}."""
   kernels = _kernels(decisions)
   result = {}
   for name, decision in decisions.items():
     options = decision['options']
-    # How many channels there are to pick from differs: there the rank counts.
+    # Decisions have different numbers of channels, so a shade shows the rank.
     by_rank = dict(zip(sorted(options), figures.shades(len(options))))
     scale = {'format': tint, 'kernel': kernels}.get(decision['kind'], by_rank)
     result[name] = [scale[option] for option in options]
@@ -107,7 +107,7 @@ def _label(decision: Mapping[str, Any], option: int) -> str:
 def _keys(
   decisions: Mapping[str, Mapping[str, Any]], tint: Mapping[str, str]
 ) -> list[list[patches.Patch]]:
-  """Returns legends: of formats, of kernels and of channels."""
+  """Returns the legends of formats, of kernels and of channels."""
   used = {n for d in _of_kind(decisions, 'format') for n in d['options']}
   keys = [[patches.Patch(color=tint[n], label=n) for n in tint if n in used]]
   keys.append(

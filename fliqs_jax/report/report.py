@@ -1,6 +1,6 @@
 """Writes the report of a finished run: `report.html` and its figures.
 
-Needs matplotlib; nothing else of this package does.
+It needs matplotlib, which only reports and sweeps use.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,15 @@ from fliqs_jax.runtime import workdir as workdir_lib
 def write_report(workdir: str) -> str:
   """Writes `report.html` and its pictures into a finished run's workdir.
 
+  Args:
+    workdir: path of the run's workdir.
+
   Returns:
     The path of the page.
 
   Raises:
-    FileNotFoundError: naming the first file of the run that is missing.
-    ValueError: naming a file that does not hold what it should.
+    FileNotFoundError: a file of the run is missing; the message names it.
+    ValueError: the content of a file is wrong; the message names the file.
   """
   run = finished_run.read(workdir)
   names = {layer[side] for layer in run.layers for side in finished_run.SIDES}
@@ -36,7 +39,7 @@ def write_report(workdir: str) -> str:
     name for d in run.searched_formats.values() for name in d['options']
   }
   names |= {name for name in run.references if _is_format(name)}
-  # One palette for all: a format has the same shade in every picture.
+  # One palette, so that a format has the same shade in every picture.
   tint = figures.palette(names - {None})
   images = {}
   for name, draw in _drawings(run, tint).items():
@@ -51,7 +54,7 @@ def write_report(workdir: str) -> str:
 def _drawings(
   run: finished_run.FinishedRun, tint: dict[str, str]
 ) -> dict[str, Callable[[], figure_lib.Figure]]:
-  """Returns what to draw, by the picture's name."""
+  """Returns {name of a figure: the function that draws it}."""
   bind = functools.partial
   result = {
     'architecture': bind(architecture_figure.architecture, run.layers, tint),
@@ -60,7 +63,7 @@ def _drawings(
       figures.cost_per_layer, run.layers, tint, run.reference
     ),
   }
-  if len(run.policy_rows) > 1:  # One point is no course.
+  if len(run.policy_rows) > 1:  # One point makes no curve.
     for name, decisions in (
       ('policy', run.searched_formats),
       ('policy_of_sizes', run.searched_sizes),

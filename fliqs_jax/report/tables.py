@@ -1,6 +1,6 @@
-"""The tables of a report's page: models and layers.
+"""Tables of a report's page: models and layers.
 
-Whatever comes from a file goes through `html.escape`, as in `report_page`.
+All text from files passes `html.escape`, as in `page`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,19 @@ from fliqs_jax.report import figures
 from fliqs_jax.report import finished_run
 from fliqs_jax.report import number_text
 
-_SETTLED = 0.9  # Least probability at which a decision counts as made.
+_SETTLED = 0.9  # Least probability of a settled decision.
 
 
 def table(
   head: Sequence[str], rows: Sequence[str], left: Sequence[int], look: str = ''
 ) -> str:
-  """Returns a table of rows that are HTML.
+  """Returns the HTML of a table.
 
   Args:
     head: names of the columns.
-    rows: HTML of each.
-    left: columns that start at the left.
-    look: attributes of the table.
+    rows: HTML of each row.
+    left: indices of the columns whose text is aligned to the left.
+    look: HTML attributes of the table.
   """
   cells = ''.join(
     f'<th{" class=left" if i in left else ""}>{name}</th>'
@@ -37,7 +37,7 @@ def table(
 
 
 def references(run: finished_run.FinishedRun) -> str:
-  """Returns the found model among the uniform ones, by cost."""
+  """Returns the table of the selected model and the uniform ones, by cost."""
   found = run.found
   models = sorted(
     [('found', found), *run.references.items()],
@@ -79,7 +79,7 @@ def _chip(name: str | None, tint: Mapping[str, str]) -> str:
 
 
 def layers(run: finished_run.FinishedRun, tint: Mapping[str, str]) -> str:
-  """Returns the table of layers, after what is to be said of them all."""
+  """Returns a text about all layers, and their table."""
   largest = max(
     (x['cost'] for x in run.layers if math.isfinite(x['cost'])), default=0.0
   )
@@ -120,22 +120,22 @@ def layers(run: finished_run.FinishedRun, tint: Mapping[str, str]) -> str:
   said = _settled(run)
   if columns:
     said += (
-      f'<p class=soft>Where {" and ".join(columns)} were decided about, the '
-      'probability of what was found follows in grey, underlined where it is '
+      f'<p class=soft>Where {" and ".join(columns)} were searched, the '
+      'probability of the selected option follows in grey, underlined if it is '
       f'below {_SETTLED}; the last column has that of the formats.</p>'
     )
   return said + table(head, rows, left=[1, 2], look=look)
 
 
 def _channels(sizes: Mapping[str, finished_run.Size]) -> str:
-  """Returns what goes in and what comes out, as far as it was decided."""
+  """Returns the input and output channels that decisions picked."""
   inputs, outputs = (sizes.get(f'{x}_channels') for x in ('input', 'output'))
   if not inputs and not outputs:
     return ''
   text = f'{inputs.count} → ' if inputs else ''
   if outputs:
     text += str(outputs.count)
-  # What goes in came out of a layer before.
+  # The input channels are output channels of an earlier layer.
   return text.rstrip() + _chance(outputs or inputs)
 
 
@@ -147,16 +147,16 @@ def _kernel(sizes: Mapping[str, finished_run.Size]) -> str:
 
 
 def _chance(size: finished_run.Size) -> str:
-  """Returns how likely the found size is, if there was another one."""
+  """Returns the probability of a size, if there were several options."""
   if len(size.options) < 2:
     return ''
-  # A word here, as with formats, would make the table too wide for its page.
+  # A word, as for formats, would make the table too wide for its page.
   look = '"warn open"' if size.probability < _SETTLED else 'soft'
   return f' <span class={look}>{number_text.fixed(size.probability, 3)}</span>'
 
 
 def _settled(run: finished_run.FinishedRun) -> str:
-  """Says which decisions the policy left open."""
+  """Returns a text that names the unsettled decisions."""
   if not run.searched:
     what = 'formats and sizes' if run.has_sizes else 'formats'
     return f'<p>The {what} were given, not searched.</p>'
@@ -170,7 +170,7 @@ def _settled(run: finished_run.FinishedRun) -> str:
   if not open_:
     return (
       f'<p>All {len(run.searched)} decisions are settled: the policy gives '
-      f'each found {" and ".join(kinds)} a probability of at least '
+      f'each selected {" and ".join(kinds)} a probability of at least '
       f'{_SETTLED}.</p>'
     )
   return (

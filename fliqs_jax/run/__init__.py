@@ -1,1 +1,1 @@
-"""One run: from a config to a selected, evaluated and reported network."""
+"""Run: from a config to a selected, evaluated and reported network."""

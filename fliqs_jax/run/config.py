@@ -34,7 +34,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
         f'unknown config argument {key!r}; allowed: {", ".join(defaults)}'
       )
     if key in seen:
-      raise ValueError(f'config argument {key!r} is given twice')
+      raise ValueError(f'config argument {key!r} is given twice; give it once')
     seen.add(key)
     default = defaults[key]
     kind = default if isinstance(default, type) else type(default)

@@ -93,19 +93,23 @@ class RestoredRun(NamedTuple):
 
 
 def restore(workdir: str) -> RestoredRun:
-  """Returns a finished run.
+  """Returns a finished run, restored from its last checkpoint.
 
   Args:
     workdir: path of the run's workdir.
 
   Raises:
-    ValueError: the directory is no workdir of a run, or the run is unfinished.
+    ValueError: the directory is no workdir of a run, or the run is not
+      finished.
   """
   path = pathlib.Path(workdir)
   try:
     content = json.loads((path / workdir_lib.CONFIG).read_text())
   except OSError as error:
-    raise ValueError(f'{workdir} is no workdir of a run: {error}') from None
+    raise ValueError(
+      f'{workdir} is no workdir of a run: {error}; name the --workdir of a '
+      'finished run'
+    ) from None
   experiment = experiment_lib.build(ml_collections.ConfigDict(content))
   abstract = jax.eval_shape(experiment.initial_state)
   with checkpoint.Checkpoints(path / workdir_lib.CHECKPOINTS) as checkpoints:

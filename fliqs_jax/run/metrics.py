@@ -280,7 +280,7 @@ def _rows(path: pathlib.Path) -> list[tuple[dict[str, Any], bytes]]:
     try:
       row = json.loads(line)
     except ValueError:
-      row = None
+      row = {}
     if not isinstance(row, dict) or 'step' not in row:
       if number == len(lines):
         break

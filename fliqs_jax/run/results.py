@@ -1,4 +1,4 @@
-"""The results of a run as data: arch.json and result.json."""
+"""Results of a run as data: arch.json and result.json."""
 
 from collections.abc import Mapping
 import hashlib
@@ -160,7 +160,7 @@ def warnings(
   error = cost / experiment.target - 1
   if abs(error) > 0.05:
     lines.append(
-      f'the found architecture costs {cost:.4g} {experiment.cost.unit}, '
+      f'the selected architecture costs {cost:.4g} {experiment.cost.unit}, '
       f'{error:+.1%} of the target {experiment.target:.4g}'
     )
   return lines

@@ -1,4 +1,4 @@
-"""A whole run: trains and searches, evaluates, and writes the results."""
+"""Complete run: trains and searches, evaluates, and writes the results."""
 
 from collections.abc import Callable
 import json

@@ -1,11 +1,11 @@
-"""Collects what came out of a sweep: one Pareto table and figure.
+"""Collects the results of a sweep: one Pareto table and figure.
 
 python -m fliqs_jax.sweep FILE [--out=DIR] [--cost=gbops]
 
-Reads the runs that the sweep file FILE declares from DIR, where
-`python -m launch PLATFORM --sweep=FILE` made them; prints a Markdown table and
+The command reads from DIR the runs that the sweep file FILE declares and
+`python -m launch PLATFORM --sweep=FILE` made. It prints a Markdown table and
 writes pareto.png, sweep.html and sweep.json there. A run that is not finished
-is listed with how far it is.
+is listed with the number of steps that it has taken.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from fliqs_jax.sweep import sweep_file
 
 
 def main(argv: Sequence[str]) -> int:
-  """Prints the table; a mistake of the user's ends in one line, status 2."""
+  """Prints the table; a user's mistake gives one line and status 2."""
   parser = argparse.ArgumentParser(
     prog='python -m fliqs_jax.sweep', description=__doc__.split('\n')[0]
   )
   parser.add_argument('file', help='a sweep file')
-  parser.add_argument('--out', help='where its runs are; else runs/NAME')
+  parser.add_argument('--out', help='directory of the runs; default runs/NAME')
   parser.add_argument(
-    '--cost', choices=collect.COSTS, default='cost', help='what is the abscissa'
+    '--cost', choices=collect.COSTS, default='cost', help='cost of the table'
   )
   args = parser.parse_args(argv)
   try:

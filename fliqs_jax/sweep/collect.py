@@ -1,4 +1,4 @@
-"""Collects a sweep's finished runs: points of one table, their front."""
+"""Collects the finished runs of a sweep: points of one table, their front."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -19,8 +19,8 @@ from fliqs_jax.sweep import pareto
 from fliqs_jax.sweep import sweep_file
 
 _SCHEMA = 1
-# By name: what the numbers of result.json are called, and their unit; None is
-# the cost that was searched for, in its own unit.
+# {name of a cost in result.json: its unit}; the unit of `cost`, the cost that
+# the search controlled, is in the file.
 COSTS = dict(
   cost=None, gbops='GBOPs', size_bits='bits', average_bits='bits a weight'
 )
@@ -28,15 +28,15 @@ COSTS = dict(
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """A sweep that was looked at.
+  """The results of a sweep.
 
   Attributes:
-    name: of the sweep.
-    metric: of its runs, such as `accuracy`; a fraction of 1.
-    unit: of its costs.
-    points: of the runs that are finished, by cost.
-    runs: one mapping for each run that was planned: `name`, `swept`, `state`,
-      `detail`, and of a finished one `value`, `cost` and `warnings`.
+    name: name of the sweep.
+    metric: name of the test metric, a fraction of 1, such as `accuracy`.
+    unit: unit of the costs.
+    points: points of the finished runs, by cost.
+    runs: a mapping for each planned run: `name`, `swept`, `state`, `detail`,
+      and if it is finished `value`, `cost` and `warnings`.
   """
 
   name: str
@@ -56,7 +56,7 @@ class Summary:
     return [run for run in self.runs if run['state'] != 'finished']
 
   def warnings(self, point: pareto.Point) -> int:
-    """How many warnings the runs of a point gave."""
+    """Returns the number of warnings of all runs of a point."""
     return sum(
       len(run['warnings'])
       for run in self.runs
@@ -65,7 +65,7 @@ class Summary:
     )
 
   def json(self) -> dict[str, Any]:
-    """The content of sweep.json."""
+    """Returns the content of sweep.json."""
     points = [
       dict(
         settings=dict(p.settings),
@@ -96,12 +96,12 @@ def collect(
   """Reads the runs of a sweep.
 
   Args:
-    sweep: what was planned.
-    out: where the runs are.
-    cost: one of `COSTS`.
+    sweep: the planned runs.
+    out: directory of the runs' workdirs.
+    cost: name of the cost in the table, a key of `COSTS`.
 
   Raises:
-    ValueError: no finished run, or runs that cannot be compared.
+    ValueError: no run is finished, or the runs cannot be compared.
   """
   runs = [_look(run, pathlib.Path(out, run.name), cost) for run in sweep.runs]
   finished = [run for run in runs if run['state'] == 'finished']
@@ -115,8 +115,12 @@ def collect(
     if len(different := sorted({run[key] for run in finished})) > 1:
       raise ValueError(
         f'the runs of the sweep {sweep.name!r} differ in their {key}, '
-        f'{" and ".join(different)}, and fit no common table'
-        + ('; --cost=gbops has one unit' if key == 'unit' else '')
+        f'{" and ".join(different)}, and fit no common table; '
+        + (
+          'use --cost=gbops, which has one unit'
+          if key == 'unit'
+          else 'make a sweep of each task'
+        )
       )
   measured = [
     (r['swept'], (r['value'], r['cost']) if r['state'] == 'finished' else None)
@@ -132,7 +136,7 @@ def collect(
 
 
 def _look(run: sweep_file.Run, workdir: pathlib.Path, cost: str):
-  """Returns what is known of one run: state, detail and, finished, numbers."""
+  """Returns the state and detail of a run, and its numbers if finished."""
   known = dict(name=run.name, swept=dict(run.swept))
 
   def is_(state, detail='', **more):
@@ -146,7 +150,7 @@ def _look(run: sweep_file.Run, workdir: pathlib.Path, cost: str):
     different = [
       text
       for text in config_lib.differences(claimed, planned)
-      # A cluster may keep the same data elsewhere.
+      # On a cluster the same data may be in another directory.
       if not text.startswith('data.data_dir:')
     ]
     if different:
@@ -174,7 +178,7 @@ def _look(run: sweep_file.Run, workdir: pathlib.Path, cost: str):
 def _last_step(workdir: pathlib.Path) -> int:
   try:
     lines = (workdir / workdir_lib.HISTORY).read_text().splitlines()
-    # A kill may have cut the last line short.
+    # The last line of a killed run may be incomplete.
     rows = [line for line in lines if line.endswith('}')]
     return json.loads(rows[-1])['step'] if rows else 0
   except FileNotFoundError:
@@ -182,11 +186,11 @@ def _last_step(workdir: pathlib.Path) -> int:
 
 
 def table(summary: Summary) -> list[list[str]]:
-  """Returns the cells of the table, its head first."""
+  """Returns the cells of the table; the first row is the head."""
   largest = max(point.cost for point in summary.points)
   decimals = 3 - math.floor(math.log10(largest)) if largest > 0 else 0
-  # One number of decimals, so that the points are below each other; a model of
-  # a few operations would be all zeros.
+  # One number of decimals aligns the decimal points. The costs of a tiny model
+  # would all be zeros.
   form = f',.{max(0, decimals)}f' if decimals <= 6 else '.3e'
   head = [*summary.settings, 'runs', f'test {summary.metric}, %']
   rows = [head + [f'cost, {summary.unit}', 'not dominated', 'warnings']]
@@ -216,7 +220,7 @@ def _spread(mean: float, spread: float | None, form: str) -> str:
 
 
 def markdown(summary: Summary) -> str:
-  """Returns the table, and below it every run that is not in it."""
+  """Returns the table, and below it a list of all unfinished runs."""
   head, *rows = table(summary)
   lines = [head, ['---'] * len(head), *rows]
   text = '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
@@ -229,15 +233,15 @@ def markdown(summary: Summary) -> str:
 
 
 def write(summary: Summary, out: str | os.PathLike[str]) -> None:
-  """Writes pareto.png, sweep.html and sweep.json."""
+  """Writes pareto.png, sweep.html and sweep.json to the directory `out`."""
   draw = functools.partial(
     figure.draw, summary.points, summary.metric, summary.unit
   )
   image = figures.png(draw), figures.png(draw, dark=True)
-  out = pathlib.Path(out)
-  files.write_bytes(out / workdir_lib.SWEEP_FIGURE, image[0])
+  directory = pathlib.Path(out)
+  files.write_bytes(directory / workdir_lib.SWEEP_FIGURE, image[0])
   files.write_bytes(
-    out / workdir_lib.SWEEP_PAGE,
+    directory / workdir_lib.SWEEP_PAGE,
     page.render(summary.json(), table(summary), image).encode(),
   )
-  files.write_json(out / workdir_lib.SWEEP_RESULT, summary.json())
+  files.write_json(directory / workdir_lib.SWEEP_RESULT, summary.json())

@@ -1,4 +1,4 @@
-"""The picture of a sweep: quality against cost, with what nothing beats."""
+"""Figure of a sweep: quality against cost, with the points of the front."""
 
 from collections.abc import Mapping, Sequence
 import itertools
@@ -11,10 +11,10 @@ import numpy as np
 from fliqs_jax.report import figures
 from fliqs_jax.sweep import pareto
 
-# Apart also for a colour-blind reader, and no colour stands without its shape.
+# A colour-blind reader can distinguish them; each also has its own shape.
 _COLOURS = '#4c8dc4', '#dc5c4c', '#2e9c80', '#c98a1b', '#8a63b8'
 _SHAPES = 'osD^vPX'
-_LEGEND = 9  # More curves than these would push the axes aside.
+_LEGEND = 9  # More entries would leave too little space for the axes.
 
 
 def draw(
@@ -22,13 +22,13 @@ def draw(
 ) -> figure_lib.Figure:
   """Draws the means with their standard deviations over seeds.
 
-  Points that differ in the cost target only are one curve, with an entry in
-  the legend; a point alone has its name beside it. Filled: not dominated.
+  Points that differ only in the cost target are one curve, with an entry in the
+  legend; a single point has its name beside it. Points of the front are filled.
 
   Args:
-    points: of a sweep, at least one.
-    metric: name of a fraction of 1, such as `accuracy`.
-    unit: of the cost.
+    points: points of a sweep, at least one.
+    metric: name of the metric, a fraction of 1, such as `accuracy`.
+    unit: unit of the cost.
   """
   figure = figure_lib.Figure((7.2, 4.2))
   axes = figure.add_subplot()
@@ -72,7 +72,7 @@ def draw(
 
 
 def label(settings: Mapping[str, str]) -> str:
-  """Returns settings in few words: a lone `space=int_l` is just int_l."""
+  """Returns settings as a short text: `int_l` for a single `space=int_l`."""
   if set(settings) <= {'space'}:
     return settings.get('space', 'searched')
   return ', '.join(
@@ -82,7 +82,7 @@ def label(settings: Mapping[str, str]) -> str:
 
 
 def _front(axes, points: Sequence[pareto.Point]) -> None:
-  """Draws the best quality that each cost buys, as a staircase."""
+  """Draws the best quality at or below each cost, as a staircase."""
   best = [p for p in points if p.front]
   axes.step(
     [p.cost for p in best],
@@ -106,7 +106,7 @@ def _curve(axes, curve: Sequence[pareto.Point], colour: str, shape: str):
   ground = axes.get_facecolor()
   for point in curve:
     spread = point.cost_spread or 0
-    # A logarithmic axis has no room for a bar that reaches zero.
+    # On a logarithmic axis a bar cannot reach zero.
     bar = [[min(spread, 0.9 * point.cost)], [spread]]
     axes.errorbar(
       point.cost,
@@ -124,7 +124,7 @@ def _curve(axes, curve: Sequence[pareto.Point], colour: str, shape: str):
 
 
 def _name(axes, points: Sequence[pareto.Point]) -> None:
-  """Writes names beside points, on another side where others are near."""
+  """Writes names beside points, on different sides if points are close."""
   seen: list[np.ndarray] = []
   for point in points:
     place = point.cost, 100 * point.value

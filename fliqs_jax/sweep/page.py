@@ -1,4 +1,4 @@
-"""The page of a sweep: HTML that needs nothing but itself."""
+"""Page of a sweep: HTML that needs no other file."""
 
 from collections.abc import Mapping, Sequence
 import html
@@ -7,11 +7,11 @@ from typing import Any
 from fliqs_jax.report import page
 from fliqs_jax.report import tables
 
-_NUMBERS = 5  # Columns at the right of the table; before them the settings.
+_NUMBERS = 5  # Number of the last columns, which are no settings.
 _CAPTION = (
-  'Up and to the left is better: means over seeds, bars are one standard '
-  'deviation. Filled points are dominated by no other; curves join the cost '
-  'targets of equal settings.'
+  'Up and to the left is better. Points are means over seeds, bars one '
+  'standard deviation. No other point dominates a filled one; curves join the '
+  'cost targets of equal settings.'
 )
 
 
@@ -24,8 +24,8 @@ def render(
 
   Args:
     summary: content of sweep.json.
-    cells: of the table, its head first.
-    image: PNG files for light and for dark surroundings.
+    cells: cells of the table; the first row is the head.
+    image: PNG files for a light and for a dark page.
   """
   head, *rows = cells
   left = range(len(cells[0]) - _NUMBERS)
@@ -39,12 +39,12 @@ def render(
     lines.append(f'<tr{mark}>{text}</tr>')
   missing = [r for r in summary['runs'] if r['state'] != 'finished']
   count = len(summary['runs'])
-  told = f'{count - len(missing)} of {count} runs are finished.'
+  progress = f'{count - len(missing)} of {count} runs are finished.'
   if missing:
-    told += ' <a class="warn" href="#missing">The others.</a>'
+    progress += ' <a class="warn" href="#missing">The others.</a>'
   body = [
     f'<h1>{html.escape(summary["sweep"])}</h1>',
-    f'<p class="soft">{told}</p>',
+    f'<p class="soft">{progress}</p>',
     page.figure(image, _CAPTION),
     '<h2>Means over seeds</h2>',
     '<p>Bold: no other row is as good in both and better in one.</p>',
@@ -73,7 +73,7 @@ def _runs(summary: Mapping[str, Any]) -> str:
     if run['state'] != 'finished':
       continue
     name = html.escape(run['name'])
-    # A name holds no character that a link would have to escape but these.
+    # These are the only characters of a name that a link must escape.
     link = name.replace('=', '%3D').replace(',', '%2C').replace('+', '%2B')
     rows.append(
       f'<tr><td class=left><a href="{link}/report.html">{name}</a></td>'

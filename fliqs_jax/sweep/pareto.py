@@ -1,25 +1,25 @@
-"""Means over seeds, and which of them no other beats in cost and quality."""
+"""Points of a sweep: means over seeds, and the front of cost and quality."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
 import statistics
 
-# What a run's seed and cost target are called, as argument and as key.
+# The names of a run's seed and cost target, as argument and as key.
 _SEEDS = ('seed',)
 _TARGETS = ('target', 'cost.target')
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """Runs that differ in nothing but the seed, together.
+  """The runs of a sweep that differ only in the seed.
 
   Attributes:
-    settings: what they share.
-    planned: how many there should be.
-    values: the metric of each finished one, a fraction of 1.
-    costs: the cost of each finished one.
-    front: whether no other point is at least as good in the means of both and
-      better in one.
+    settings: {argument or dotted key: text} that the runs share.
+    planned: number of planned runs.
+    values: the metric of each finished run, a fraction of 1.
+    costs: the cost of each finished run.
+    front: whether no other point is at least as good in both means and better
+      in one.
   """
 
   settings: Mapping[str, str]
@@ -40,22 +40,22 @@ class Point:
 
   @property
   def value_spread(self) -> float | None:
-    """The standard deviation over seeds; None of one run."""
+    """The standard deviation of the metric over seeds; None for one run."""
     return _spread(self.values)
 
   @property
   def cost_spread(self) -> float | None:
-    """The standard deviation over seeds; None of one run."""
+    """The standard deviation of the cost over seeds; None for one run."""
     return _spread(self.costs)
 
   @property
   def series(self) -> dict[str, str]:
-    """The settings without the cost target: these make one curve."""
+    """The settings without the cost target, which make one curve."""
     return {k: v for k, v in self.settings.items() if k not in _TARGETS}
 
 
 def without_seed(settings: Mapping[str, str]) -> dict[str, str]:
-  """Returns the settings that make a point."""
+  """Returns settings without the seed, which make one point."""
   return {k: v for k, v in settings.items() if k not in _SEEDS}
 
 
@@ -69,8 +69,8 @@ def points(
   """Returns the points of a sweep with at least one finished run, by cost.
 
   Args:
-    runs: for every run that was planned its settings, with the seed, and its
-      (metric, cost); None if it is not finished.
+    runs: for each planned run its settings, with the seed, and its (metric,
+      cost), or None if the run is not finished.
   """
   groups: dict[tuple, list] = {}
   for settings, measured in runs:

@@ -1,4 +1,4 @@
-r"""Sweep files: the runs that one file declares.
+r"""Sweep files: each declares many runs.
 
 A sweep file is YAML: data, not code.
 
@@ -12,9 +12,10 @@ A sweep file is YAML: data, not code.
   - arguments: {space: [int_s, int_l], target: [1.25, 1.5, 2]}
   - arguments: {space: [INT4, INT8]}
 
-Every list is swept, and `runs` are separate grids: 2 x 3 x 3 and 2 x 3 runs
-here. A run's name consists of what is a list in the file, also of one element;
-so adding a seed or a target later renames no run that was made before.
+Every list is swept, and each item of `runs` is a separate grid: 2 x 3 x 3 and
+2 x 3 runs here. The name of a run consists of the values of all lists, also of
+lists with one element; so a seed or a target can be added later without a
+change of the other names.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ import yaml
 from fliqs_jax.run import config as config_lib
 
 _SECTIONS = ('arguments', 'overrides')
-_LONGEST_NAME = 200  # File systems allow 255 bytes; people like fewer.
+_LONGEST_NAME = 200  # File systems allow 255 bytes.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +41,11 @@ class Run:
   """One run of a sweep.
 
   Attributes:
-    name: of its workdir, below the sweep's.
-    swept: {argument or dotted key: text} of what is a list in the file.
-    config: the file and its arguments, as `--config` takes them.
-    overrides: {dotted key: text}.
+    name: name of its workdir in the sweep's directory.
+    swept: {argument or dotted key: text} of the values that are lists in the
+      file.
+    config: the config file and its arguments, as `--config` takes them.
+    overrides: {dotted key: text} of the keys that are overridden.
   """
 
   name: str
@@ -53,7 +55,7 @@ class Run:
 
   @property
   def flags(self) -> list[str]:
-    """The flags of `fliqs_jax.main`, but the workdir."""
+    """The flags of `fliqs_jax.main` without the workdir."""
     overrides = [f'--config.{k}={v}' for k, v in self.overrides.items()]
     return [f'--config={self.config}', *overrides]
 
@@ -67,19 +69,23 @@ class Sweep:
 
   @property
   def out(self) -> str:
-    """The directory of the runs unless another is given."""
+    """The default directory of the runs."""
     return os.path.join('runs', self.name)
 
 
 def read(path: str | os.PathLike[str]) -> Sweep:
   """Reads a sweep file and checks the config of every run.
 
+  Args:
+    path: path of the file.
+
   Raises:
-    ValueError: naming the file, and what in it cannot be.
+    ValueError: the file cannot be read, or a run cannot work; the message names
+      file, run and value.
   """
-  path = pathlib.Path(path)
+  file = pathlib.Path(path)
   try:
-    content = yaml.load(path.read_text(encoding='utf-8'), Loader=_Loader)
+    content = yaml.load(file.read_text(encoding='utf-8'), Loader=_Loader)
     runs = tuple(_runs(content))
   except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
     message = ' '.join(str(error).split())
@@ -96,19 +102,22 @@ def read(path: str | os.PathLike[str]) -> Sweep:
       config(run)
     except ValueError as error:
       raise ValueError(f'sweep {path}, run {run.name!r}: {error}') from None
-  return Sweep(path.stem, runs)
+  return Sweep(file.stem, runs)
 
 
 def config(run: Run) -> dict[str, Any]:
-  """Returns a run's config, made and checked as the run itself will do.
+  """Returns a run's config, made and checked as in the run itself.
 
   Raises:
-    ValueError: no such file, argument or key, or an impossible value.
+    ValueError: the file, an argument or a key does not exist, or a value is not
+      allowed.
   """
   file = run.config.partition(':')[0]
   if not pathlib.Path(file).is_file():
-    raise ValueError(f'there is no config file {file!r}')
-  # By the parser of `fliqs_jax.main`: what it takes and refuses is one thing.
+    raise ValueError(
+      f'there is no config file {file!r}; name one of configs/ or your own'
+    )
+  # The parser of `fliqs_jax.main`, so that both accept the same flags.
   values, argv = flags.FlagValues(), ['sweep', *run.flags]
   holder = config_flags.DEFINE_config_file(
     'config', flag_values=values, sys_argv=argv
@@ -120,7 +129,8 @@ def config(run: Run) -> dict[str, Any]:
     message = ' '.join(str(error.args[0]).split())
     raise ValueError(f'{" ".join(run.flags)}: no such key: {message}') from None
   except (flags.Error, TypeError) as error:
-    # What a config raises comes with a trace; its last line says what is wrong.
+    # The message of a config's error holds a trace, whose last line is the
+    # error.
     message = str(error).strip().splitlines()[-1]
     message = message.removeprefix('ValueError: ')
     raise ValueError(f'{" ".join(run.flags)}: {message}') from None
@@ -129,13 +139,13 @@ def config(run: Run) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-  """YAML that refuses a key given twice; PyYAML keeps the last, silently."""
+  """YAML that refuses a repeated key; PyYAML keeps the last one silently."""
 
   def construct_mapping(self, node, deep=False):
     keys = [self.construct_object(key, deep=True) for key, _ in node.value]
     for i, key in enumerate(keys):
       if key in keys[:i]:
-        raise ValueError(f'{key!r} is given twice')
+        raise ValueError(f'{key!r} is given twice; give it once')
     return super().construct_mapping(node, deep)
 
 
@@ -173,7 +183,10 @@ def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(key, str):
       raise ValueError(f'{name}: {key!r} must be a name')
     if isinstance(value, list) and not value:
-      raise ValueError(f'{name}.{key} is an empty list: no run')
+      raise ValueError(
+        f'{name}.{key} is an empty list, which gives no run; name at least one '
+        'value'
+      )
   return section
 
 
@@ -199,7 +212,8 @@ def _grid(file: str, sections: Mapping[str, Mapping[str, Any]]):
     for argument in arguments:
       if ',' in argument:
         raise ValueError(
-          f'{argument!r} holds a comma, which separates arguments'
+          f'{argument!r} holds a comma, which separates arguments; use '
+          '`overrides`'
         )
     yield Run(
       name=_name(swept),
@@ -214,19 +228,19 @@ def _grid(file: str, sections: Mapping[str, Mapping[str, Any]]):
 def _text(where: str, value: Any) -> str:
   if not isinstance(value, (str, int, float)):
     raise ValueError(
-      f'{where}: {value!r} must be a text, a number or true or false, or a '
-      'list of such'
+      f'{where}: {value!r} must be a text, a number, true, false, or a list of '
+      'these'
     )
   return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _name(swept: Mapping[str, str]) -> str:
   name = ','.join(f'{key}={text}' for key, text in swept.items()) or 'run'
-  # A path as a value must not become directories.
+  # A path in a value must not create directories.
   name = re.sub(r'[^\w=,.+-]', '_', name)
   if len(name) > _LONGEST_NAME:
     raise ValueError(
-      f'the name {name!r} has over {_LONGEST_NAME} characters; write as lists '
-      'only what the runs differ in'
+      f'the name {name!r} has over {_LONGEST_NAME} characters; write only '
+      'those values as lists in which the runs differ'
     )
   return name
