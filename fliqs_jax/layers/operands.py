@@ -5,7 +5,7 @@ the moments of the input (`quant_stats`) and the cost of the op (`cost`).
 `quant_layers` lists them with their shapes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 import math
 from typing import Any
@@ -20,6 +20,7 @@ from fliqs_jax.layers import channel_masks
 from fliqs_jax.numerics import clipping
 from fliqs_jax.numerics import float_ops
 from fliqs_jax.numerics import formats
+from fliqs_jax.numerics import mixture
 from fliqs_jax.numerics import one_hot as one_hot_lib
 from fliqs_jax.numerics import quantize
 from fliqs_jax.space import ops as ops_lib
@@ -158,6 +159,42 @@ class Operands:
     del dtype  # The op itself casts, after quantization.
     return tuple(a if a is None else a.astype(jnp.float32) for a in arrays)
 
+  def apply(
+    self,
+    op: Callable[[quantize.Quantized, quantize.Quantized], jax.Array],
+    x: jax.Array,
+    w: jax.Array,
+    contracted: tuple[int, ...],
+  ) -> jax.Array:
+    """Applies an op to both operands, on their grids.
+
+    A relaxed layer applies it to the means of the operands over the menu. A
+    branched one applies it at each format and returns the mean of the results,
+    if one decision sets both operands. For two decisions, and for one operand,
+    that is the same: the op is linear in each.
+
+    Args:
+      op: (activations, weights) -> result, rescaled; linear in each.
+      x: [...] activations.
+      w: [...] weights.
+      contracted: the axes of `w` that the op sums over.
+    """
+    menu = self.choices.weights
+    is_branched = self.spec.mix == 'branched' and self.choices.tied
+    if menu is None or not (is_branched and self._is_relaxed(menu)):
+      return op(*self(x, w, contracted))
+    x_on_grid = self._activations_on_grid(x)
+    w_on_grid = self._weights_on_grid(w, contracted)
+    leaf = self._decision('weights', menu)
+    # Hidden from XLA, which reassociates the scales of constant formats.
+    one_hots = lax.optimization_barrier(mixture.one_hots(len(menu)))
+    # Unrolled: XLA on CPU runs convolutions inside a loop on one thread.
+    results = [
+      p * op(*map(self._compute_dtype, (x_on_grid(e), w_on_grid(e))))
+      for p, e in zip(leaf, one_hots)
+    ]
+    return functools.reduce(jnp.add, results)
+
   def weights(
     self, w: jax.Array, contracted: tuple[int, ...]
   ) -> quantize.Quantized:
@@ -167,43 +204,13 @@ class Operands:
       w: [...] weights, float32.
       contracted: axes of `w` that the op sums over; the others are channels.
     """
-    values = w.astype(jnp.float32)
-    active, zero = self._active_weights(values.shape)
-    if active is not None:
-      values = jnp.where(active, values, zero)
-    menu = self.choices.weights
-    if menu is None:
-      return self._compute_dtype(quantize.unquantized(values))
-    one_hot = self._decision('weights', menu)
-    # Initialisation needs variables, not values: this halves its program.
-    if self.module.is_initializing():
-      return self._compute_dtype(quantize.unquantized(values))
-    return self._compute_dtype(
-      self._quantized_weights(values, active, contracted, menu, one_hot)
-    )
+    on_grid = self._weights_on_grid(w, contracted)
+    return self._chosen('weights', self.choices.weights, on_grid)
 
   def activations(self, x: jax.Array) -> quantize.Quantized:
     """Returns activations [...] on their grid, float32 or the layer's dtype."""
-    values, menu = x.astype(jnp.float32), self.choices.activations
-    if menu is None:
-      return self._compute_dtype(quantize.unquantized(values))
-    one_hot = self._decision('activations', menu)
-    return self._compute_dtype(self.profiled(values, menu, one_hot))
-
-  def profiled(
-    self, x: jax.Array, menu: Menu, one_hot: jax.Array
-  ) -> quantize.Quantized:
-    """Updates the moments of the input and returns it on its grid.
-
-    Args:
-      x: [...] float32 activations.
-      menu: [K] formats.
-      one_hot: [K] leaf of `arch` that picks the format.
-    """
-    stats = self._statistics(menu)
-    if self.module.is_initializing():
-      return quantize.unquantized(x)
-    return self._quantized_activations(x, menu, one_hot, stats)
+    on_grid = self._activations_on_grid(x)
+    return self._chosen('activations', self.choices.activations, on_grid)
 
   def record(
     self,
@@ -258,8 +265,23 @@ class Operands:
       # A model without a value for the leaf runs at its first format.
       self.state.variable('arch', leaf, jax.nn.one_hot, 0, len(menu))
     one_hot = self.state.get_variable('arch', leaf)
-    one_hot_lib.check('/'.join((*self.module.path, leaf)), one_hot)
+    if not self._is_relaxed(menu):
+      one_hot_lib.check('/'.join((*self.module.path, leaf)), one_hot)
     return one_hot
+
+  def _is_relaxed(self, menu: Menu) -> bool:
+    """Returns whether the layer computes a mean over the menu."""
+    is_open = len(menu) > 1 and not self.module.is_initializing()
+    return is_open and self.spec.mix != 'sampled'
+
+  def _chosen(
+    self, side: str, menu: Menu | None, on_grid: mixture.OnGrid
+  ) -> quantize.Quantized:
+    """Returns an operand at the format of its leaf, or the mean over them."""
+    leaf = np.ones(1) if menu is None else self._decision(side, menu)
+    if menu is None or not self._is_relaxed(menu):
+      return self._compute_dtype(on_grid(leaf))
+    return self._compute_dtype(mixture.mixed(on_grid, leaf))
 
   def _several(self, name: str) -> sizes.Channels | sizes.Kernel | None:
     """Returns a size of the layer if there is more than one to pick."""
@@ -302,22 +324,40 @@ class Operands:
       active = near if active is None else active & near
     return active, zero
 
-  def _quantized_weights(
-    self,
-    w: jax.Array,
-    active: jax.Array | None,
-    contracted: tuple[int, ...],
-    menu: Menu,
-    one_hot: jax.Array,
-  ) -> quantize.Quantized:
-    peak = jnp.max(jnp.abs(w), axis=contracted, keepdims=True)
+  def _weights_on_grid(
+    self, w: jax.Array, contracted: tuple[int, ...]
+  ) -> mixture.OnGrid:
+    """Returns weights as a function of their format."""
+    values = w.astype(jnp.float32)
+    active, zero = self._active_weights(values.shape)
+    if active is not None:
+      values = jnp.where(active, values, zero)
+    menu = self.choices.weights
+    # Initialisation needs variables, not values: this halves its program.
+    if menu is None or self.module.is_initializing():
+      return lambda one_hot: quantize.unquantized(values)
+    peak = jnp.max(jnp.abs(values), axis=contracted, keepdims=True)
     multiples = clipping.multiples(self.spec.weight_clip, menu)
-    if any(math.isfinite(m) for m in multiples):
-      multiple = one_hot_lib.pick(one_hot, jnp.asarray(multiples))
-      where = None if active is None else jnp.broadcast_to(active, w.shape)
-      std = jnp.std(w, axis=contracted, keepdims=True, where=where)
-      peak = jnp.minimum(peak, multiple * std)
-    return quantize.quantize(w, quantize.select(menu, one_hot), peak)
+
+    def on_grid(one_hot: jax.Array) -> quantize.Quantized:
+      threshold = peak
+      if any(math.isfinite(m) for m in multiples):
+        multiple = one_hot_lib.pick(one_hot, jnp.asarray(multiples))
+        where = None if active is None else jnp.broadcast_to(active, w.shape)
+        std = jnp.std(values, axis=contracted, keepdims=True, where=where)
+        threshold = jnp.minimum(peak, multiple * std)
+      return quantize.quantize(
+        values, quantize.select(menu, one_hot), threshold
+      )
+
+    return on_grid
+
+  def _activations_on_grid(self, x: jax.Array) -> mixture.OnGrid:
+    """Returns activations as a function of their format."""
+    values, menu = x.astype(jnp.float32), self.choices.activations
+    if menu is None:
+      return lambda one_hot: quantize.unquantized(values)
+    return self.profiled(values, menu)
 
   def _statistics(self, menu: Menu) -> dict[str, nn.Variable]:
     variable = functools.partial(self.state.variable, 'quant_stats')
@@ -330,13 +370,16 @@ class Operands:
       clip=variable('clip', jnp.asarray, multiples, jnp.float32),
     )
 
-  def _quantized_activations(
-    self,
-    x: jax.Array,
-    menu: Menu,
-    one_hot: jax.Array,
-    stats: dict[str, nn.Variable],
-  ) -> quantize.Quantized:
+  def profiled(self, x: jax.Array, menu: Menu) -> mixture.OnGrid:
+    """Updates the moments of the input; returns it by its format.
+
+    Args:
+      x: [...] float32 activations.
+      menu: [K] formats.
+    """
+    stats = self._statistics(menu)
+    if self.module.is_initializing():
+      return lambda one_hot: quantize.unquantized(x)
     self.state.sow('act_inputs', 'x', x)  # Stored only while calibrating.
     mean, square, count = stats['mean'], stats['mean_square'], stats['count']
     if self.state.is_mutable_collection('quant_stats'):
@@ -352,14 +395,23 @@ class Operands:
       mean.value += weight * (first - mean.value)
       square.value += weight * (second - square.value)
     std = jnp.sqrt(jnp.maximum(square.value - mean.value**2, 0.0))
-    threshold = one_hot_lib.pick(one_hot, stats['clip'].value) * std
-    quantized = quantize.quantize(x, quantize.select(menu, one_hot), threshold)
-    # Before the first batch there is no threshold, so nothing is quantized.
-    on = stats['active'].value & (count.value > 0)
-    return quantize.Quantized(
-      jnp.where(on, quantized.values, x),
-      jnp.where(on, quantized.scale, 1.0),
+    clip, active, batches = (
+      stats[name].value for name in ('clip', 'active', 'count')
     )
+
+    def on_grid(one_hot: jax.Array) -> quantize.Quantized:
+      threshold = one_hot_lib.pick(one_hot, clip) * std
+      quantized = quantize.quantize(
+        x, quantize.select(menu, one_hot), threshold
+      )
+      # Before the first batch there is no threshold: nothing is quantized.
+      on = active & (batches > 0)
+      return quantize.Quantized(
+        jnp.where(on, quantized.values, x),
+        jnp.where(on, quantized.scale, 1.0),
+      )
+
+    return on_grid
 
   def _compute_dtype(self, q: quantize.Quantized) -> quantize.Quantized:
     # Grid values are exact in bfloat16, so this rounds only unquantized values.

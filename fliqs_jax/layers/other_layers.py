@@ -219,37 +219,54 @@ class Product(operands_lib.Operands):
     self.choices = product_choices(spec, state.path)
 
   def __call__(
-    self, lhs: jax.Array, rhs: jax.Array
+    self, lhs: jax.Array, rhs: jax.Array, contracted: tuple[int, ...] = ()
   ) -> tuple[quantize.Quantized, quantize.Quantized]:
     """Returns both operands [...] on their grids."""
-    x = self._quantized('activations', lhs)
-    w = self._quantized('weights', rhs)
+    x, w = self.activations(lhs), self.weights(rhs, contracted)
     if not self.module.is_initializing():
       self.state.sow('operands', 'activations', x.scale)
       self.state.sow('operands', 'weights', w.scale)
     return x, w
 
-  def _quantized(self, side, x):
-    """Returns an operand on its grid.
+  def _activations_on_grid(self, x):
+    """Returns the first operand as a function of its format.
 
     The threshold of the attention weights is the bound of the softmax, 1: their
     distribution is far from a Laplacian one.
     """
-    menu, x = getattr(self.choices, side), x.astype(jnp.float32)
-    if menu is None:
-      return quantize.unquantized(x)
-    one_hot = self._decision(side, menu)
-    own = operands_lib.Operands(self.module, x, self.spec, self.state.at(side))
-    if self.state.parts[-1] == 'av' and side == 'activations':
-      active = own.state.variable(
-        'quant_stats', 'active', jnp.ones, (), jnp.bool_
+    menu = self.choices.activations
+    if menu is None or self.state.parts[-1] != 'av':
+      return self._profiled('activations', x)
+    values = x.astype(jnp.float32)
+    own = self._own('activations', x)
+    active = own.state.variable(
+      'quant_stats', 'active', jnp.ones, (), jnp.bool_
+    ).value
+
+    def on_grid(one_hot):
+      q = quantize.quantize(
+        values, quantize.select(menu, one_hot), jnp.ones(())
       )
-      q = quantize.quantize(x, quantize.select(menu, one_hot), jnp.ones(()))
       return quantize.Quantized(
-        jnp.where(active.value, q.values, x),
-        jnp.where(active.value, q.scale, 1.0),
+        jnp.where(active, q.values, values), jnp.where(active, q.scale, 1.0)
       )
-    return own.profiled(x, menu, one_hot)
+
+    return on_grid
+
+  def _weights_on_grid(self, w, contracted):
+    """Returns the second operand as a function of its format."""
+    del contracted  # One scale for the tensor.
+    return self._profiled('weights', w)
+
+  def _profiled(self, side, x):
+    menu, values = getattr(self.choices, side), x.astype(jnp.float32)
+    if menu is None:
+      return lambda one_hot: quantize.unquantized(values)
+    return self._own(side, x).profiled(values, menu)
+
+  def _own(self, side, x):
+    """Returns the operands that hold the moments of a side."""
+    return operands_lib.Operands(self.module, x, self.spec, self.state.at(side))
 
 
 def _product(operands_of, name, einsum_str, lhs, rhs) -> jax.Array:
@@ -257,13 +274,14 @@ def _product(operands_of, name, einsum_str, lhs, rhs) -> jax.Array:
   operands = operands_of(name, lhs)
   if not operands.module.is_initializing() and not operands.is_quantized:
     return jnp.einsum(einsum_str, lhs, rhs)
-  x, w = operands(lhs, rhs)
-  y = jnp.einsum(
-    einsum_str,
-    x.values.astype(operands.dtype),
-    w.values.astype(operands.dtype),
-    preferred_element_type=jnp.float32,
-  )
+
+  def op(x, w):
+    y = jnp.einsum(
+      einsum_str, x.values, w.values, preferred_element_type=jnp.float32
+    )
+    return quantize.rescale(y, x.scale, w.scale)
+
+  y = operands.apply(op, lhs, rhs, ())
   operands.state.mark(lhs)
   operands.record('attend', y.size * lhs.shape[-1], 0, 1)
-  return quantize.rescale(y, x.scale, w.scale).astype(operands.dtype)
+  return y.astype(operands.dtype)

@@ -9,8 +9,9 @@ If the sizes of a layer are open, inactive input channels and inactive taps of
 its kernel have no influence on scales and statistics.
 
 Collections, per layer:
-  arch: `format` [K] one-hot, or `weights` and `activations` [K]; if sizes are
-    open, `input_channels`, `output_channels` and `kernel` [K].
+  arch: `format` [K] one-hot, or `weights` and `activations` [K]; probabilities
+    instead if `QuantSpec.mix` makes the layer a relaxed one. If sizes are open,
+    `input_channels`, `output_channels` and `kernel` [K].
   quant_stats: `mean`, `mean_square` [], running moments of the input; `count`
     [], batches seen; `active` [], whether activations are quantized yet; `clip`
     [K], threshold of each format as a multiple of the standard deviation.
@@ -208,8 +209,11 @@ def _conv(
   operands: operands_lib.Operands, lhs, rhs, window_strides, padding, **kwargs
 ) -> jax.Array:
   """`lax.conv_general_dilated` with quantized operands; channels last."""
-  x, w = operands(lhs, rhs, tuple(range(rhs.ndim - 1)))
-  y = _convolved(operands, x, w, window_strides, padding, **kwargs)
+
+  def op(x, w):
+    return _convolved(operands, x, w, window_strides, padding, **kwargs)
+
+  y = operands.apply(op, lhs, rhs, tuple(range(rhs.ndim - 1)))
   kind = _conv_kind(rhs.shape, kwargs['feature_group_count'])
   operands.record(kind, y.size * rhs[..., 0].size, rhs.size, rhs.shape[-1])
   return y
@@ -328,8 +332,6 @@ def _dot_general(
 ) -> jax.Array:
   """`lax.dot_general` with quantized operands."""
   (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
-  x, w = operands(lhs, rhs, tuple(rhs_contract))
-  y = operands.dot_general(x, w, dimension_numbers, precision)
   lhs_free = lhs.ndim - len(lhs_contract) - len(lhs_batch)
   rhs_free = [
     i for i in range(rhs.ndim) if i not in (*rhs_contract, *rhs_batch)
@@ -337,14 +339,20 @@ def _dot_general(
   # The result's axes: batch, then the activations' own, then the weights'.
   scale_shape = [rhs.shape[i] for i in rhs_batch]
   scale_shape += [1] * lhs_free + [rhs.shape[i] for i in rhs_free]
+
+  def op(x, w):
+    y = operands.dot_general(x, w, dimension_numbers, precision)
+    w_scale = w.scale
+    if w_scale.ndim:
+      w_scale = jnp.transpose(w_scale, (*rhs_batch, *rhs_contract, *rhs_free))
+      w_scale = w_scale.reshape(scale_shape)
+    y = quantize.rescale(y, x.scale, w_scale)
+    return float_ops.computed_once(y, w_scale)
+
+  y = operands.apply(op, lhs, rhs, tuple(rhs_contract))
   summed = math.prod(rhs.shape[i] for i in rhs_contract)
   operands.record('dense', y.size * summed, rhs.size, rhs.size // summed)
-  w_scale = w.scale
-  if w_scale.ndim:
-    w_scale = jnp.transpose(w_scale, (*rhs_batch, *rhs_contract, *rhs_free))
-    w_scale = w_scale.reshape(scale_shape)
-  y = quantize.rescale(y, x.scale, w_scale)
-  return float_ops.computed_once(y, w_scale)
+  return y
 
 
 def apply_einsum(

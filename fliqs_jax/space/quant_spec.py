@@ -9,6 +9,7 @@ from fliqs_jax.numerics import clipping
 from fliqs_jax.numerics import formats
 
 MODES = ('tied', 'weights', 'activations', 'separate')
+MIXES = ('sampled', 'composite', 'branched')
 
 Menu = tuple[formats.NumericFormat, ...]
 
@@ -68,11 +69,16 @@ class QuantSpec:
   weight_clip: str | float = 'absmax'
   act_clip: str | float = 'laplacian'
   assignment: Any = None
+  mix: str = 'sampled'
 
   def __post_init__(self):
     if self.mode not in MODES:
       raise ValueError(
         f'quant.mode={self.mode!r} is unknown; allowed: {", ".join(MODES)}'
+      )
+    if self.mix not in MIXES:
+      raise ValueError(
+        f'mix={self.mix!r} is unknown; allowed: {", ".join(MIXES)}'
       )
 
     # The fields of a linen layer must be hashable, so lists become tuples.
