@@ -3,25 +3,25 @@ r"""FLIQS search on CIFAR-10, a ResNet-20.
 python -m fliqs_jax.main --workdir=$DIR --config.data.data_dir=$DATA \
     --config=configs/cifar10.py:space=int_l,target=1.5
 
-Not in the paper. He et al. 2015 report 91.25 % for the float network; not yet
-measured by us.
+The paper has no such search. He et al. 2015 report 91.25 % for the float
+network; not yet measured by us.
 
 Arguments:
   space: a named space (int_s, int_l, fp_s, fp_l) or one format, which trains
     that uniform network.
   mode: tied, weights, activations or separate.
   target: cost target, as a multiple of uniform 4-bit.
-  steps: length of training.
-  seed: of everything.
+  steps: number of steps of training.
+  seed: seed of all randomness.
   gamma: weight of the cost against the quality; the preset's own if not given.
   preset: default or paper, the controller.
   arch: an arch.json, to train that assignment.
   references: also train the uniform networks at 4, 8 and 16 bits.
-  smoke: a few steps on synthetic images, to see that everything runs.
+  smoke: a few steps on synthetic images, as a trial.
 
 Batch 128, 64,000 steps, rate 0.1, momentum 0.9, weight decay 1e-4, padded crop
-and flip are section 4.2 of He et al. 2015; the cosine schedule and what the
-search needs are those of the digits.
+and flip are section 4.2 of He et al. 2015; the cosine schedule and the keys of
+the search are those of digits.py.
 """
 
 import ml_collections

@@ -5,16 +5,16 @@ python -m fliqs_jax.main --workdir=$DIR --config.data.data_dir=$DATA \
 
 The paper's numbers for DeiT-B16, not yet measured by us: FLIQS-L at 272.0 GBOPs
 (target 1.01) 79.35 % top-1, FLIQS-S at 275.4 (1.02) 79.47 % (Figure 20). The
-classifier stays at 16 bits, as the paper's costs tell.
+classifier stays at 16 bits, because the paper's costs imply it.
 
 Arguments:
-  variant: ti16, s16 or b16, the paper's.
+  variant: ti16, s16 or b16, as in the paper.
   The others: see imagenet.py. The widths of Figures 20 and 26 are 0.25, 0.375,
     0.5, 0.75, 0.875 and 1.
 
-Where the paper is silent: weight decay 0.05, RandAugment, mixup 0.8, cutmix 1,
-random erasing 0.25 and drop path 0.1 are those of Touvron et al. 2020, Table 9;
-their repeated augmentation is left out.
+Values that the paper does not give: weight decay 0.05, RandAugment, mixup 0.8,
+cutmix 1, random erasing 0.25 and drop path 0.1 are those of Touvron et al.
+2020, Table 9; their repeated augmentation is left out.
 """
 
 import ml_collections
@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   return imagenet.recipe(
     arg,
     model=dict(name=name, width=arg.width, depth=12, patch=16, drop_path=0.1),
-    # Twelve channels for each of the heads, in all three sizes: enough to run.
+    # Each head has twelve channels in all three variants.
     smoke_model=dict(name='deit_ti16', width=1 / 8, depth=2, patch=8),
     image_size=224,
     smoke_image_size=16,

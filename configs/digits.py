@@ -3,9 +3,10 @@ r"""FLIQS search on real handwritten digits, on a laptop's CPU.
 python -m fliqs_jax.main --workdir=runs/digits \
     --config=configs/digits.py:space=int_s,target=1.5
 
-A ResNet-8 of 4, 8 and 16 channels on scikit-learn's 8x8 digits (1797 images,
-in its wheel): small enough that four bits hurt. Takes about half a minute on
-two cores; docs/results.md has the measured results.
+A ResNet-8 of 4, 8 and 16 channels learns scikit-learn's 8x8 digits (1797
+images, in its wheel). It is so small that four bits reduce its accuracy. A run
+takes about half a minute on two cores; docs/results.md has the measured
+results.
 
 Arguments:
   space: a named space (int_s, int_l, fp_s, fp_l) or one format, which trains
@@ -13,14 +14,13 @@ Arguments:
   nas: also search the channels of each layer, 0.5, 1, 1.5 or 2 times.
   mode: tied, weights, activations or separate.
   target: cost target, as a multiple of uniform 4-bit.
-  steps: length of training.
-  seed: of everything.
+  steps: number of steps of training.
+  seed: seed of all randomness.
   gamma: weight of the cost against the quality; the preset's own if not given.
   preset: default or paper, the controller.
   arch: an arch.json, to train that assignment.
-  references: also train the uniform networks at 4, 8 and 16 bits, to compare
-    with.
-  smoke: a few steps, to see that everything runs.
+  references: also train the uniform networks at 4, 8 and 16 bits.
+  smoke: a few steps, as a trial.
 """
 
 import ml_collections

@@ -11,11 +11,11 @@ Arguments:
   variant: b0, b1, b2, b3 or b4; each has its own size of images.
   The others: see imagenet.py.
 
-Where the paper is silent: RMSProp's constants, the exponential schedule's
-stairs, the mean of the weights, weight decay 1e-5, dropout and drop connect are
-those of the code by Tan and Le, 2019. Departures: random crop and flip in place
-of AutoAugment; base rate 0.256 at batch 2048 is Table 4's, twice their 0.016
-per 256 images.
+Values that the paper does not give: RMSProp's constants, the exponential
+schedule's stairs, the mean of the weights, weight decay 1e-5, dropout and drop
+connect are those of the code by Tan and Le, 2019. Differences from that code:
+random crop and flip instead of AutoAugment, and base rate 0.256 at batch 2048
+(Table 4), twice their 0.016 per 256 images.
 """
 
 import ml_collections

@@ -1,30 +1,30 @@
 """Functions that the ImageNet recipes share; the files beside it use them.
 
-All need `--config.data.data_dir`: where TFDS has prepared imagenet2012 as
-ArrayRecord (docs/configs.md, "Data"). Of every recipe, the arguments are:
+All need `--config.data.data_dir`: the directory in which TFDS has prepared
+imagenet2012 as ArrayRecord (docs/configs.md, "Data"). Every recipe has these
+arguments:
   space: a named space (int_s, int_l, fp_s, fp_l) or one format, which trains
     that uniform network: `space=E4M3` and E1M6, E2M5, E3M4, E5M2 are the five
     runs of Table 7.
   mode: tied, weights, activations or separate.
   target: cost target, as a multiple of uniform 4-bit.
-  width: multiplier of all channels; the Pareto curves' are in each file.
+  width: multiplier of all channels; each file names those of the Pareto curves.
   pareto: train as long as for the Pareto curves (A.2), not as for Table 1.
-  steps: length of training, in place of the recipe's.
-  seed: of everything.
+  steps: number of steps of training; the recipe's if not given.
+  seed: seed of all randomness.
   gamma: weight of the cost against the quality; the preset's own if not given.
   preset: default or paper, the controller.
   arch: an arch.json, to train that assignment.
   references: also train the uniform networks at 4, 8 and 16 bits.
-  smoke: a few steps of a tiny network on synthetic images, to see that
-    everything runs.
+  smoke: a few steps of a tiny network on synthetic images, as a trial.
 
-Where values come from. Table 4: optimizer, schedule, base rate, warm-up and
+Sources of the values. Table 4: optimizer, schedule, base rate, warm-up and
 length, start of activation quantization, 4 standard deviations for its clip.
 A.2: batch 2048, and the two lengths for the Pareto curves. A.4: label smoothing
 0.1, the search from 25 % of training on, and the `paper` controller; the paper
-does not say its gamma (WORKSPACE.md does). An epoch is counted as in the paper,
-over all 1,281,167 images; 1 % of them is held out for the controller. Each file
-tells where the rest of its recipe comes from.
+does not give its gamma (WORKSPACE.md does). An epoch has all 1,281,167 images,
+as in the paper; 1 % of them is held out for the controller. Each file names the
+sources of the rest of its recipe.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,12 @@ STEPS_PER_EPOCH = 1_281_167 / BATCH_SIZE
 
 
 def parse_arg(arg: str | None, **more: Any) -> Any:
-  """Returns the arguments of a recipe: those above, and its own."""
+  """Returns the arguments of a recipe: those above, and its own.
+
+  Args:
+    arg: the text after the colon in `--config=FILE:ARGUMENTS`.
+    **more: {argument of this recipe alone: default}.
+  """
   return config_lib.parse_arg(
     arg,
     **more,
@@ -84,25 +89,28 @@ def recipe(
   """Returns the config of a recipe.
 
   Args:
-    arg: as of `parse_arg`.
-    model: the config's section.
-    smoke_model: keys of it that make the network tiny.
-    image_size: height and width of images in pixels.
-    smoke_image_size: the same in a smoke run.
-    augment: of the training images; see `data.make_streams`.
-    random_erasing: its probability.
+    arg: the arguments that `parse_arg` returned.
+    model: the section `model` of the config.
+    smoke_model: keys of `model` that make the network tiny in a smoke run.
+    image_size: height and width of images, in pixels.
+    smoke_image_size: height and width of images in a smoke run, in pixels.
+    augment: augmentation of the training images; see `data.make_streams`.
+    random_erasing: share of training images with an erased rectangle, 0 to 1.
     exclude: patterns of layers that stay at 16 bits.
-    epochs: length of training.
-    act_start: first step with quantized activations, in training so long.
-    pareto_steps: length of training for the Pareto curves.
-    pareto_act_start: first step with quantized activations there.
-    optimizer: the config's section without `warmup`.
-    warmup_epochs: of the learning rate.
-    mixup: parameter of its Beta distribution; 0 is off.
-    cutmix: the same.
-    settle_batches: how many batches the statistics of the found network see.
-    widths: of channels, to search among; none: as published.
-    kernels: sizes of depthwise kernels, to search among; none: as published.
+    epochs: length of training, in epochs.
+    act_start: first step with quantized activations in a training of `epochs`.
+    pareto_steps: number of steps of training for the Pareto curves.
+    pareto_act_start: first step with quantized activations in a training of
+      `pareto_steps`.
+    optimizer: the section `optimizer` of the config, without `warmup`.
+    warmup_epochs: length of the warm-up of the learning rate, in epochs.
+    mixup: parameter of the Beta distribution of mixup; 0 switches it off.
+    cutmix: parameter of the Beta distribution of cutmix; 0 switches it off.
+    settle_batches: number of batches with which the running statistics of the
+      selected network are settled.
+    widths: multiples of the channels to search among; (): as published.
+    kernels: sizes of depthwise kernels to search among, in pixels; (): as
+      published.
   """
   whole = round(epochs * STEPS_PER_EPOCH)
   steps = pareto_steps if arg.pareto else whole
@@ -144,7 +152,7 @@ def recipe(
   config.quant = dict(
     formats=arg.space,
     mode=arg.mode,
-    exclude=() if arg.arch else exclude,  # An arch.json names them itself.
+    exclude=() if arg.arch else exclude,  # An arch.json fixes every layer.
     menus=(),
     groups=(),
     weight_clip='absmax',
@@ -160,7 +168,7 @@ def recipe(
   config.cost = dict(kind='bops', target=arg.target, relative_to='INT4')
   config.search = presets.search_keys(arg.preset, steps, arg.gamma)
   config.optimizer = dict(optimizer, warmup=warmup_epochs / epochs)
-  if arg.smoke:  # Batches are so much smaller.
+  if arg.smoke:  # The learning rate is proportional to the batch size.
     config.optimizer.learning_rate *= config.data.batch_size / BATCH_SIZE
   config.train = dict(
     steps=steps,
@@ -185,9 +193,9 @@ def residual_recipe(arg: Any, **network: Any) -> ml_collections.ConfigDict:
   """Returns Table 4's recipe for ResNets and InceptionV3.
 
   Args:
-    arg: as of `parse_arg`.
-    **network: what else `recipe` needs: `model`, `smoke_model`,
-      `smoke_image_size` and `weight_decay`.
+    arg: the arguments that `parse_arg` returned.
+    **network: further arguments of `recipe`: `model`, `smoke_model` and
+      `smoke_image_size`; and `weight_decay` of the optimizer.
   """
   weight_decay = network.pop('weight_decay')
   return recipe(
@@ -220,9 +228,9 @@ def mobile_recipe(arg: Any, **network: Any) -> ml_collections.ConfigDict:
   """Returns Table 4's recipe for MobileNetV2 and EfficientNets.
 
   Args:
-    arg: as of `parse_arg`.
-    **network: what else `recipe` takes: `model`, `smoke_model`, `image_size`,
-      `weight_decay`, and open sizes.
+    arg: the arguments that `parse_arg` returned.
+    **network: further arguments of `recipe`: `model`, `smoke_model`,
+      `image_size`, `widths` and `kernels`; and `weight_decay` of the optimizer.
   """
   weight_decay = network.pop('weight_decay')
   return recipe(
@@ -247,6 +255,6 @@ def mobile_recipe(arg: Any, **network: Any) -> ml_collections.ConfigDict:
     warmup_epochs=15,
     mixup=0.0,
     cutmix=0.0,
-    # The mean weights need statistics of their own: 0.99**400 = 0.02.
+    # The mean of the weights needs its own statistics: 0.99**400 = 0.02.
     settle_batches=400,
   )

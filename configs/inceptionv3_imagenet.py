@@ -8,11 +8,12 @@ The paper's numbers, not yet measured by us: FLIQS-L at 59.16 GBOPs (target
 76.30 (Table 7).
 
 Arguments: see imagenet.py. The widths of Figures 18 and 24 are 0.25, 0.5, 0.75,
-1 and 1.5. Images have 224 pixels, as the paper's costs tell, not the original's
-299.
+1 and 1.5. Images have 224 pixels, because the paper's costs imply it; the
+original has 299.
 
-Where the paper is silent: momentum 0.9; weight decay 4e-5 and dropout 0.2 are
-those of TF-Slim's code, random crop and flip those of Szegedy et al. 2015.
+Values that the paper does not give: momentum 0.9 is our choice; weight decay
+4e-5 and dropout 0.2 are those of TF-Slim's code, random crop and flip those of
+Szegedy et al. 2015.
 """
 
 import ml_collections

@@ -7,23 +7,23 @@ The paper's numbers, not yet measured by us: FLIQS-L at 7.06 GBOPs (target 1.47)
 71.73 % top-1, FLIQS-S at 7.42 (1.54) 71.21 % (Figure 17). Floats: E4M3 72.65
 (Table 7).
 
-FLIQNAS (section 6) is the same with `nas`; with one format, `space=INT8,nas`,
-only the architecture is searched. The paper's numbers, not yet measured by us:
-FLIQNAS-L at 13 GBOPs (target 2.7) 74.79 %, at 17 (3.5) 75.65 %; FLIQNAS-S 73.79
-and 75.17 % (Figure 6).
+FLIQNAS (section 6) is the same search with `nas`; with one format,
+`space=INT8,nas`, only sizes are searched. The paper's numbers, not yet measured
+by us: FLIQNAS-L at 13 GBOPs (target 2.7) 74.79 %, at 17 (3.5) 75.65 %;
+FLIQNAS-S 73.79 and 75.17 % (Figure 6).
 
 Arguments:
   nas: also search the channels of each stage, 0.5, 1, 1.5 or 2 times, and the
-    kernel of each depthwise convolution, 3, 5 or 7. The paper says which layers
-    are open, not among what.
+    kernel of each depthwise convolution, 3, 5 or 7. The paper names the open
+    layers, but not their options.
   The others: see imagenet.py. The widths of Figures 17 and 23 are 0.25, 0.5, 1,
     1.4 and 2.
 
-Where the paper is silent: RMSProp's constants, the stairs of the exponential
-schedule and the mean of the weights are those of EfficientNet's code, which
-follows MnasNet's; weight decay 4e-5, dropout 0.2 and batch norm are those of
-TF-Slim's MobileNetV2; random crop and flip. Base rate 0.256 at batch 2048 is
-Table 4's, twice EfficientNet's own 0.016 per 256 images.
+Values that the paper does not give: RMSProp's constants, the stairs of the
+exponential schedule and the mean of the weights are those of EfficientNet's
+code, which follows MnasNet's; weight decay 4e-5, dropout 0.2 and batch norm are
+those of TF-Slim's MobileNetV2; random crop and flip are our choice. Base rate
+0.256 at batch 2048 is Table 4's, twice EfficientNet's own 0.016 per 256 images.
 """
 
 import ml_collections
@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   widths, kernels = (0.5, 1.0, 1.5, 2.0), (3, 5, 7)
   smoke_model = dict(width=1 / 8, depth=0.1)
   if arg.nas and arg.smoke:
-    # Channels that can be told apart, and maps of 4x4 that a 5x5 kernel fits.
+    # Widths that give different channels, and maps of 4x4 for a 5x5 kernel.
     smoke_model.update(strides=(2, 1, 2, 2, 1, 1, 1, 1))
     widths, kernels = (1.0, 2.0), (3, 5)
   return imagenet.mobile_recipe(

@@ -13,20 +13,19 @@ Arguments:
     the published one (A.13).
   mode: tied, weights, activations or separate.
   target: cost target, as a multiple of uniform 4-bit.
-  steps: length of training; one epoch if not given.
-  seed: of everything.
+  steps: number of steps of training; one epoch if not given.
+  seed: seed of all randomness.
   gamma: weight of the cost against the quality; the preset's own if not given.
   preset: default or paper, the controller.
   arch: an arch.json, to train that assignment.
   references: also train the uniform networks at 8 and 16 bits.
-  smoke: a few steps of a tiny network on synthetic clicks, to see that
-    everything runs.
+  smoke: a few steps of a tiny network on synthetic clicks, as a trial.
 
-A.13 says what the data and the layers are, and is silent on the rest. Ours: one
-epoch, as is usual for clicks, where a second one overfits; batch 4096; AdamW
-without decay at 1e-3, cosine; the first six of the seven days for training, the
-end of them for the controller (Wang et al. 2020 test on the seventh day, too);
-quality AUC, with the gamma of accuracy, -0.1, which like AUC is a fraction.
+A.13 describes the data and the layers only. Our choices: one epoch, which is
+usual for clicks, where a second one overfits; batch 4096; AdamW without decay
+at 1e-3, cosine; the first six of the seven days for training, their end for the
+controller (Wang et al. 2020 test on the seventh day, too); quality AUC, with
+the gamma of accuracy, -0.1, because both are fractions.
 """
 
 import ml_collections
@@ -68,7 +67,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data = dict(
     name='criteo',
     data_dir='',
-    # In the order of time; 6/7 of all are 85.7 %.
+    # Examples are in the order of time; 6/7 of them are 85.7 %.
     train_split='train[:84%]',
     valid_split='train[84%:86%]',
     test_split='train[86%:]',

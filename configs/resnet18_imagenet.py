@@ -10,8 +10,8 @@ BF16 71.17 (Figure 15). Floats: E4M3 71.69 (Table 7).
 Arguments: see imagenet.py. The widths of Figures 15 and 21 are 0.5, 0.75, 1,
 1.25, 1.5 and 2.
 
-Where the paper is silent: momentum 0.9 and weight decay 1e-4 are those of He et
-al. 2015, random crop and flip those of Goyal et al. 2017.
+Values that the paper does not give: momentum 0.9 and weight decay 1e-4 are
+those of He et al. 2015, random crop and flip those of Goyal et al. 2017.
 """
 
 import ml_collections

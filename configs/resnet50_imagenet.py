@@ -10,8 +10,8 @@ The paper's numbers, not yet measured by us: FLIQS-L at 71.57 GBOPs (target
 Arguments: see imagenet.py. The widths of Figures 16 and 22 are 0.5, 0.75, 1,
 1.25, 1.5 and 2.
 
-Where the paper is silent: momentum 0.9 and weight decay 1e-4 are those of He et
-al. 2015, random crop and flip those of Goyal et al. 2017.
+Values that the paper does not give: momentum 0.9 and weight decay 1e-4 are
+those of He et al. 2015, random crop and flip those of Goyal et al. 2017.
 """
 
 import ml_collections

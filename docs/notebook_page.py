@@ -9,7 +9,7 @@ _NOTEBOOK = pathlib.Path(__file__).parents[1] / 'examples/own_model.ipynb'
 
 
 def on_files(files, config):
-  """Adds the page; mkdocs calls this once it has found the other files."""
+  """Adds the page; mkdocs calls this after it has collected the other files."""
   cells = json.loads(_NOTEBOOK.read_text())['cells']
   text = '\n\n'.join(block for cell in cells for block in _blocks(cell))
   page = files_lib.File.generated(config, 'notebook.md', content=text)
@@ -18,7 +18,7 @@ def on_files(files, config):
 
 
 def _blocks(cell):
-  """Yields a cell's text, or its code and what the code printed."""
+  """Yields a cell's text, or its code and its output."""
   source = ''.join(cell['source'])
   if cell['cell_type'] == 'markdown':
     yield source

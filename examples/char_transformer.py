@@ -1,4 +1,4 @@
-"""A small causal transformer in plain linen; it knows nothing of the search."""
+"""Small causal transformer in plain linen, without any code for the search."""
 
 import flax.linen as nn
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 class Block(nn.Module):
-  """A step of the stack: attention, then two dense layers."""
+  """One block of the scanned stack: attention, then two dense layers."""
 
   heads: int
   deterministic: bool

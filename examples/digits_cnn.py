@@ -1,4 +1,4 @@
-"""A small image classifier in plain linen; it knows nothing of the search."""
+"""Small image classifier in plain linen, without any code for the search."""
 
 import flax.linen as nn
 import jax

@@ -1,12 +1,12 @@
-r"""Searches the formats of a classifier that was not written for it.
+r"""Searches the formats of a classifier that has no code for the search.
 
-With the fused step that comes with the package. What was found is exported in
-low bits and judged as it is served.
+The example uses the fused step of the package. It exports the resulting model
+in low bits and evaluates the served model.
 
 python -m examples.search_digits OUT
 
-Takes half a minute on a CPU; expect about 97 % of the test digits at 1.5 times
-the cost of INT4.
+It takes half a minute on a CPU; expect about 97 % of the test digits at 1.5
+times the cost of INT4.
 """
 
 from collections.abc import Iterator
@@ -23,11 +23,11 @@ import fliqs_jax as fliqs
 from fliqs_jax.serving import loader
 
 STEPS = 300
-TARGET = 1.5  # Times the cost of INT4 everywhere.
+TARGET = 1.5  # A multiple of the cost of uniform INT4.
 
 
 def splits(seed: int = 0) -> list[dict[str, np.ndarray]]:
-  """Returns train, valid and test: real scanned digits, [N, 8, 8, 1]."""
+  """Returns train, valid and test: real scanned digits [N, 8, 8, 1]."""
   digits = datasets.load_digits()
   images = (digits.images[..., None] / 16).astype(np.float32)
   order = np.random.default_rng(seed).permutation(len(images))
@@ -38,7 +38,7 @@ def splits(seed: int = 0) -> list[dict[str, np.ndarray]]:
 
 
 def batches(split: dict, size: int, seed: int) -> Iterator[dict]:
-  """Yields random batches for ever."""
+  """Yields random batches without end."""
   rng = np.random.default_rng(seed)
   while True:
     chosen = rng.choice(len(split['label']), size, replace=False)
@@ -46,7 +46,7 @@ def batches(split: dict, size: int, seed: int) -> Iterator[dict]:
 
 
 def loss(logits: jax.Array, batch: dict) -> tuple[jax.Array, dict]:
-  """Returns the cross-entropy of logits [N, 10], and what to log."""
+  """Returns the cross-entropy of logits [N, 10] in nats, and metrics to log."""
   value = optax.softmax_cross_entropy_with_integer_labels(
     logits, batch['label']
   ).mean()
@@ -54,12 +54,12 @@ def loss(logits: jax.Array, batch: dict) -> tuple[jax.Array, dict]:
 
 
 def quality(logits: jax.Array, batch: dict) -> jax.Array:
-  """Returns what the search maximizes, here minus the loss in nats."""
+  """Returns the quality that the search maximizes: minus the loss in nats."""
   return -loss(logits, batch)[0]
 
 
 def search(out: str, steps: int = STEPS) -> dict[str, Any]:
-  """Trains, searches, exports to a new directory; returns what came out."""
+  """Trains, searches, exports to a new directory; returns the results."""
   train, valid, test = splits()
   images = train['image'][:1]
 

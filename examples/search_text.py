@@ -1,13 +1,14 @@
 r"""Searches the formats of a language model, in a training loop of one's own.
 
-Text is Python's language reference, as `pydoc` ships it. Loss, dropout,
-optimizer and the cost are this file's: the package proposes architectures, and
-learns from how good they were. What was found is exported in low bits, each
-step of the scanned blocks in its own formats, and judged as it is served.
+The text is Python's language reference from `pydoc`. Loss, dropout, optimizer
+and cost are code of this file: the package proposes architectures and learns
+from their qualities. The example exports the resulting model in low bits, each
+iteration of the scanned blocks in its own formats, and evaluates the served
+model.
 
 python -m examples.search_text OUT
 
-Takes a minute on a CPU; expect the loss of the test text to fall from 4.9 to
+It takes a minute on a CPU; expect the loss of the test text to fall from 4.9 to
 below 2.7 nats per character, at 5 bits per weight.
 """
 
@@ -25,7 +26,7 @@ import fliqs_jax as fliqs
 from fliqs_jax.serving import loader
 
 STEPS = 300
-BITS = 5.0  # Target: of the average weight that has a choice.
+BITS = 5.0  # Target: average bits of the weights whose formats are searched.
 LENGTH = 32
 
 
@@ -38,13 +39,13 @@ def text() -> list[np.ndarray]:
 
 
 def batch(codes: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-  """Returns random pieces, [size, LENGTH + 1]."""
+  """Returns random pieces of the text, int32 [size, LENGTH + 1]."""
   starts = rng.integers(len(codes) - LENGTH, size=(size, 1))
   return codes[starts + np.arange(LENGTH + 1)]
 
 
 class State(NamedTuple):
-  """All that changes."""
+  """Everything that a step changes."""
 
   step: jax.Array
   params: Any
@@ -76,7 +77,7 @@ def bits_per_weight(space: fliqs.SearchSpace):
 
 
 def search(out: str, steps: int = STEPS) -> dict[str, Any]:
-  """Trains, searches, exports to a new directory; returns what came out."""
+  """Trains, searches, exports to a new directory; returns the results."""
   train, valid, test = text()
   rng = np.random.default_rng(0)
   tokens = batch(train, 1, rng)[:, :-1]
@@ -104,7 +105,7 @@ def search(out: str, steps: int = STEPS) -> dict[str, Any]:
   @jax.jit
   def step(state, train_pieces, valid_pieces):
     keys = jax.random.split(jax.random.fold_in(jax.random.key(1), state.step))
-    # Architectures that are worth a look, each leaf [samples, K].
+    # The proposed architectures, each leaf [samples, K].
     proposed = controller.propose(state.search_state, keys[0], state.step)
     quant_stats = fliqs.set_activation_quantization(
       state.quant_stats, state.step >= phases.act_start
@@ -123,7 +124,7 @@ def search(out: str, steps: int = STEPS) -> dict[str, Any]:
       gradients, state.opt_state, state.params
     )
     params = optax.apply_updates(state.params, updates)
-    # All of them are judged, on other text, with the new weights.
+    # All of them are judged with the new weights on the validation text.
     qualities = jax.lax.map(
       lambda choices: (
         -loss(

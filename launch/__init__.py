@@ -1,1 +1,1 @@
-"""From a config file to running processes, on whatever machine there is."""
+"""Launchers: from a config file to running processes, on each platform."""

@@ -1,10 +1,10 @@
-"""One line from a config or a sweep file to running processes.
+"""Launches the processes of a config or of a sweep file.
 
 python -m launch local|slurm|tpu_vm|gke [ACTION] --config=FILE --workdir=DIR
 python -m launch local|slurm|tpu_vm|gke [ACTION] --sweep=FILE --out=DIR
 
-docs/launching.md has a line for each platform; `--dry_run` prints what would be
-done, as a shell script, and does nothing.
+docs/launching.md has an example for each platform; `--dry_run` prints the shell
+script and does nothing.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ PLATFORMS = dict(local=local, slurm=slurm, tpu_vm=tpu_vm, gke=gke)
 
 
 def main(argv: Sequence[str]) -> int:
-  """Launches; a mistake of the user's ends in one line, status 2."""
+  """Launches; a user's mistake gives one line and status 2."""
   try:
     if not argv or argv[0] not in PLATFORMS:
       given = repr(argv[0]) if argv else 'nothing'

@@ -15,12 +15,12 @@ import tempfile
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.sweep import sweep_file
 
-# What `fliqs_jax.main` says by its exit status, besides 0.
-MISTAKE = 2  # Of the user's: to start again would not help.
+# Exit statuses of `fliqs_jax.main` besides 0.
+MISTAKE = 2  # The user made a mistake: a restart would not help.
 PREEMPTED = (
-  75  # It saved its state and wants to be started again (EX_TEMPFAIL).
+  75  # The run saved its state and must be started again (EX_TEMPFAIL).
 )
-# Actions that start something; the others need but a name.
+# Actions that start something; the others need only a name.
 _STARTING = ('up', 'resume', 'install', 'run')
 _NAMELESS = ('build',)
 _LONGEST_NAME = 40  # Kubernetes allows 63 for a pod, `NAME-slice-0-12-abcde`.
@@ -28,28 +28,39 @@ _LONGEST_NAME = 40  # Kubernetes allows 63 for a pod, `NAME-slice-0-12-abcde`.
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One run: its name in the sweep ('' of a lone one), workdir and flags."""
+  """One run.
+
+  Attributes:
+    name: name in the sweep; '' for a single run.
+    workdir: path of its workdir.
+    flags: further flags of `fliqs_jax.main`.
+  """
 
   name: str
   workdir: str
   flags: Sequence[str]
 
   def command(self, python: str = 'python') -> list[str]:
-    """The command of every process of this run."""
+    """Returns the command of every process of this run."""
     main = [python, '-m', 'fliqs_jax.main']
     return [*main, *self.flags, f'--workdir={self.workdir}']
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is to be launched: a name for it, and the runs."""
+  """The runs to launch.
+
+  Attributes:
+    name: name of the launch, which clouds and clusters see.
+    jobs: the runs.
+  """
 
   name: str
   jobs: Sequence[Job]
 
 
 class Parser(argparse.ArgumentParser):
-  """A parser whose errors are one line, as all errors here."""
+  """A parser whose errors are ValueErrors of one line."""
 
   def error(self, message):
     """Raises ValueError with argparse's message."""
@@ -59,12 +70,12 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """Adds the flags of every platform."""
   parser.add_argument('--config', help='file[:arguments] of one run')
-  parser.add_argument('--workdir', help='of that run')
+  parser.add_argument('--workdir', help='workdir of that run')
   parser.add_argument('--sweep', help='a sweep file: many runs')
   parser.add_argument('--out', help='a directory for the workdirs of a sweep')
-  parser.add_argument('--name', help='what all of it is called')
+  parser.add_argument('--name', help='name of the launch')
   parser.add_argument(
-    '--restarts', type=int, default=3, help='after crashes; resumes are free'
+    '--restarts', type=int, default=3, help='number of crashes to restart after'
   )
   parser.add_argument(
     '--dry_run', action='store_true', help='print the script, do nothing'
@@ -77,12 +88,12 @@ def parse(
   """Returns the flags, and those that override keys of the config.
 
   Raises:
-    ValueError: an unknown flag.
+    ValueError: a flag is unknown, or its value is not allowed.
   """
   args, others = parser.parse_known_args(argv)
   for other in others:
     if not other.startswith('--config.'):
-      raise ValueError(f'unknown argument {other!r}')
+      raise ValueError(f'unknown argument {other!r}; --help lists all flags')
     if '=' not in other:
       raise ValueError(f'write {other}=VALUE, with an equals sign')
   if args.restarts < 0:
@@ -91,10 +102,10 @@ def parse(
 
 
 def plan(args: argparse.Namespace, overrides: Sequence[str]) -> Plan:
-  """Returns the runs that the flags ask for, their configs checked.
+  """Returns the runs that the flags describe, after a check of their configs.
 
   Raises:
-    ValueError: contradictory flags, or a config that cannot work.
+    ValueError: flags contradict each other, or a config cannot work.
   """
   if args.config and args.sweep:
     raise ValueError('give --config or --sweep, not both')
@@ -110,13 +121,15 @@ def plan(args: argparse.Namespace, overrides: Sequence[str]) -> Plan:
     return Plan(_checked_name(args.name), ())
   if args.sweep:
     if args.workdir or overrides:
-      raise ValueError('a sweep has --out, and its overrides in its file')
+      raise ValueError(
+        'a sweep has --out instead of --workdir, and its overrides in its file'
+      )
     sweep = sweep_file.read(args.sweep)
     out = (args.out or sweep.out).rstrip('/')
     jobs = [Job(r.name, f'{out}/{r.name}', r.flags) for r in sweep.runs]
     return Plan(_checked_name(args.name or _slug(sweep.name)), jobs)
   if not args.workdir or args.out:
-    raise ValueError('a run of --config has --workdir=DIR, and no --out')
+    raise ValueError('a run of --config has --workdir=DIR instead of --out')
   keys = dict(
     text.removeprefix('--config.').split('=', 1) for text in overrides
   )
@@ -131,21 +144,23 @@ def _slug(text: str) -> str:
 
 
 def _checked_name(name: str) -> str:
-  """Clouds and clusters allow fewer names than file systems do."""
+  """Returns a name, after a check that clouds and clusters allow it."""
   if not re.fullmatch('[a-z]([a-z0-9-]*[a-z0-9])?', name):
     raise ValueError(
       f'--name={name} must be of a-z, 0-9 and -, from a letter to a letter or '
       'digit'
     )
   if len(name) > _LONGEST_NAME:
-    raise ValueError(f'--name={name} has over {_LONGEST_NAME} characters')
+    raise ValueError(
+      f'--name={name} has over {_LONGEST_NAME} characters; give a shorter one'
+    )
   return name
 
 
 def job_name(plan: Plan, job: Job) -> str:
   """Returns a name for one run that clouds and clusters allow.
 
-  It depends on the run alone, so that more runs in a sweep rename none.
+  It depends on the run alone, so it stays when a sweep gets more runs.
   """
   if not job.name:
     return plan.name
@@ -155,7 +170,7 @@ def job_name(plan: Plan, job: Job) -> str:
 
 
 def positive(**values: int) -> None:
-  """Raises a ValueError for a flag that is not at least 1."""
+  """Raises a ValueError for a flag that is below 1."""
   for name, value in values.items():
     if value < 1:
       raise ValueError(f'--{name}={value} must be at least 1')
@@ -165,11 +180,18 @@ def required(args: argparse.Namespace, *names: str) -> None:
   """Raises a ValueError that names all missing flags."""
   missing = [f'--{name}' for name in names if not getattr(args, name)]
   if missing:
-    raise ValueError(f'missing: {", ".join(missing)}')
+    raise ValueError(f'missing: {", ".join(missing)}; give these flags')
 
 
 def matches(args: argparse.Namespace, name: str, pattern: str, like: str):
-  """Raises a ValueError for a flag of another form than `like`."""
+  """Raises a ValueError for a flag that does not match a pattern.
+
+  Args:
+    args: the flags.
+    name: name of the flag, without dashes.
+    pattern: regular expression of its whole value.
+    like: an example of an allowed value, for the message.
+  """
   value = getattr(args, name)
   if not re.fullmatch(pattern, value):
     raise ValueError(f'--{name}={value} must be like {like}')
@@ -179,11 +201,11 @@ def on_bucket(plan: Plan) -> tuple[Plan, list[str]]:
   """Returns the plan with buckets as directories, and the buckets.
 
   The workdir is written with plain file operations, so a bucket is mounted:
-  gs://B/D is /gcs/B/D, wherever it stands in a flag.
+  gs://B/D becomes /gcs/B/D at each place in a flag.
 
   Raises:
-    ValueError: a workdir that is not in a bucket; the disk of a machine in the
-      cloud goes with the machine.
+    ValueError: a workdir is not in a bucket; the disk of a machine in the cloud
+      is deleted with the machine.
   """
   buckets: dict[str, None] = {}
 
@@ -198,7 +220,7 @@ def on_bucket(plan: Plan) -> tuple[Plan, list[str]]:
     ):
       raise ValueError(
         f'{job.workdir} must be in a bucket, gs://BUCKET/DIR: a disk in the '
-        'cloud goes with its machine, and the hosts of a slice share none'
+        'cloud is deleted with its machine, and the hosts of a slice share none'
       )
     flags = [mounted(flag) for flag in job.flags]
     jobs.append(Job(job.name, mounted(job.workdir), flags))
@@ -210,34 +232,35 @@ def on_disk(plan: Plan) -> None:
   for job in plan.jobs:
     if job.workdir.startswith('gs://'):
       raise ValueError(
-        f'{job.workdir} is in a bucket; here a workdir is a directory'
+        f'{job.workdir} is in a bucket; on this platform a workdir must be a '
+        'directory'
       )
 
 
 def finished(job: Job) -> bool:
-  """Returns whether a run whose workdir can be seen from here is finished."""
+  """Returns whether a run is finished, if this machine sees its workdir."""
   return os.path.exists(os.path.join(job.workdir, workdir_lib.RESULT))
 
 
 def script(*parts: str) -> str:
-  """Returns a bash script of commands; it stops at the first that fails."""
+  """Returns a bash script, which stops at the first command that fails."""
   head = '#!/usr/bin/env bash\nset -euo pipefail\n'
   return head + '\n'.join(part.rstrip('\n') for part in parts) + '\n'
 
 
 def heredoc(command: str, text: str) -> str:
-  """Returns a command with `text` as its input, word by word."""
+  """Returns a command with `text`, unchanged, as its standard input."""
   end = 'END_OF_FILE'
   return f"{command} <<'{end}'\n{text.rstrip()}\n{end}"
 
 
 def search_function(restarts: int, pause: int, on_preempted: str) -> str:
-  """Returns the shell function `search WORKDIR COMMAND...`, which perseveres.
+  """Returns the shell function `search WORKDIR COMMAND...`, which restarts.
 
   Args:
-    restarts: how many crashes are forgiven.
+    restarts: number of crashes after which the command is started again.
     pause: seconds before a command is started again.
-    on_preempted: a shell command for a run that saved and wants to go on.
+    on_preempted: a shell command that is run after status 75.
   """
   return f"""\
 search() {{
@@ -264,8 +287,12 @@ search() {{
 def perform(text: str, *tools: str) -> int:
   """Runs a script; returns its status.
 
+  Args:
+    text: the bash script.
+    *tools: programs that the script calls.
+
   Raises:
-    ValueError: one of the tools it calls is not installed.
+    ValueError: one of the programs is not installed.
   """
   for tool in tools:
     if not shutil.which(tool):
@@ -280,5 +307,5 @@ def perform(text: str, *tools: str) -> int:
 
 
 def quote(words: Sequence[str]) -> str:
-  """Returns a command as a shell reads it."""
+  """Returns a command, quoted for a shell."""
   return shlex.join(words)

@@ -1,12 +1,12 @@
-r"""Runs on TPU slices of a GKE cluster: one JobSet a run, queued by Kueue.
+r"""Runs on TPU slices of a GKE cluster: one JobSet per run, queued by Kueue.
 
 python -m launch gke --config=FILE --workdir=gs://BUCKET/DIR --image=IMAGE \
     --accelerator=tpu-v5-lite-podslice --topology=4x4 [--queue=QUEUE]
 
-kubectl talks to its current context. GKE tells every pod of a JobSet its index
-and its peers, where JAX finds them. Status 75, and a node that goes, restart
-the JobSet for free; a crash counts. `--xpk` hands the run to xpk instead of
-writing a manifest.
+kubectl uses its current context. GKE sets the index and the peers of each pod
+of a JobSet in its environment, where JAX finds them. After status 75, and after
+the loss of a node, the JobSet restarts and the restart is not counted; after a
+crash it is counted. `--xpk` hands the run to xpk instead of writing a manifest.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import yaml
 from launch import common
 
 ACTIONS = ('up', 'build', 'logs', 'status', 'resume', 'delete')
-_ACCELERATORS = {  # Dimensions of their topologies.
+_ACCELERATORS = {  # {accelerator: number of dimensions of its topology}.
   'tpu-v4-podslice': 3,
   'tpu-v5-lite-podslice': 2,
   'tpu-v5p-slice': 3,
@@ -27,7 +27,7 @@ _ACCELERATORS = {  # Dimensions of their topologies.
   'tpu7x': 3,
 }
 _CONTAINER = 'fliqs'
-_GRACE = 300  # Seconds from SIGTERM to SIGKILL: a checkpoint must fit in.
+_GRACE = 300  # Seconds from SIGTERM to SIGKILL, enough for a checkpoint.
 _LABEL = 'fliqs-launch'
 
 
@@ -37,16 +37,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--accelerator', default='', help=', '.join(_ACCELERATORS)
   )
-  parser.add_argument('--topology', default='', help='of a slice, such as 4x4')
+  parser.add_argument('--topology', default='', help='slice, such as 4x4')
   parser.add_argument('--chips_per_host', type=int, default=4)
   parser.add_argument('--slices', type=int, default=1)
   parser.add_argument('--queue', default='', help="Kueue's LocalQueue")
   parser.add_argument('--namespace', default='default')
   parser.add_argument('--spot', action='store_true', help='cheap, preemptible')
   parser.add_argument(
-    '--service_account', default='default', help='of Kubernetes; has the bucket'
+    '--service_account',
+    default='default',
+    help='Kubernetes service account that may use the bucket',
   )
-  parser.add_argument('--xpk', action='store_true', help='through xpk')
+  parser.add_argument('--xpk', action='store_true', help='submit by xpk')
   parser.add_argument('--cluster', default='', help='for xpk')
   parser.add_argument('--project', default='', help='for xpk')
   parser.add_argument('--zone', default='', help='for xpk')
@@ -100,13 +102,13 @@ def script(args: argparse.Namespace, plan: common.Plan) -> str:
 
 
 def perform(args: argparse.Namespace, plan: common.Plan) -> int:
-  """Does the action."""
+  """Performs the action; returns the exit status."""
   tools = ['docker', 'git'] if args.action == 'build' else ['kubectl']
   return common.perform(script(args, plan), *(['xpk'] if args.xpk else tools))
 
 
 def _check(args: argparse.Namespace, plan: common.Plan) -> int:
-  """Returns the hosts of a slice."""
+  """Checks the flags; returns the number of hosts of a slice."""
   common.required(args, 'image', 'accelerator', 'topology')
   common.positive(slices=args.slices, chips_per_host=args.chips_per_host)
   if args.accelerator not in _ACCELERATORS:
@@ -130,14 +132,14 @@ def _check(args: argparse.Namespace, plan: common.Plan) -> int:
   if len(plan.jobs) > 1 and not args.queue:
     raise ValueError(
       f'{len(plan.jobs)} runs need --queue=QUEUE, a LocalQueue of Kueue: '
-      'without one they would all start at once (clusters made by xpk have '
+      'without it all would start at once (clusters made by xpk have '
       'multislice-queue)'
     )
   return chips // per_host
 
 
 def _chips(args: argparse.Namespace) -> tuple[int, int]:
-  """Returns the chips of a slice, and of each host."""
+  """Returns the number of chips of a slice, and of each host."""
   chips = math.prod(int(side) for side in args.topology.split('x'))
   return chips, min(args.chips_per_host, chips)
 
@@ -154,7 +156,7 @@ def _manifest(
   queue = {'kueue.x-k8s.io/queue-name': args.queue} if args.queue else {}
   annotations = {
     'fliqs-launch/run': job.name or plan.name,
-    # A slice is a node pool: no two jobs may share one.
+    # A slice is a node pool, which two jobs must not share.
     'alpha.jobset.sigs.k8s.io/exclusive-topology': (
       'cloud.google.com/gke-nodepool'
     ),
@@ -176,7 +178,7 @@ def _manifest(
       'network': {'enableDNSHostnames': True},
       'failurePolicy': {
         'maxRestarts': args.restarts,
-        # Two generations of pods must never write to one workdir.
+        # Old and new pods must never write to the workdir at the same time.
         'restartStrategy': 'BlockingRecreate',
         'rules': [free],
       },
@@ -206,7 +208,7 @@ def _job(args, job, hosts, buckets, labels) -> dict[str, Any]:
     'completionMode': 'Indexed',
     'backoffLimit': 0,
     'podFailurePolicy': {
-      # Both make the reason that the JobSet's rule asks for.
+      # Both rules give the reason that the JobSet's rule needs.
       'rules': [
         {'action': 'FailJob', 'onExitCodes': saved},
         {'action': 'FailJob', 'onPodConditions': disrupted},
@@ -241,7 +243,7 @@ def _pod(args, job, buckets) -> dict[str, Any]:
         'driver': 'gcsfuse.csi.storage.gke.io',
         'volumeAttributes': {
           'bucketName': bucket,
-          # Checkpoints are directories that get their name when whole.
+          # A complete checkpoint is a directory that is renamed.
           'mountOptions': 'implicit-dirs,rename-dir-limit=200000',
         },
       },
@@ -252,9 +254,9 @@ def _pod(args, job, buckets) -> dict[str, Any]:
     'name': _CONTAINER,
     'image': args.image,
     'command': job.command(),
-    # libtpu, slices among each other, JAX's coordinator.
+    # Ports of libtpu, of the connections between slices, of JAX's coordinator.
     'ports': [{'containerPort': port} for port in (8471, 8080, 8482)],
-    # Not one mapping twice: YAML would write an alias.
+    # Two copies, because YAML would write an alias for one mapping.
     'resources': {'requests': dict(chips), 'limits': dict(chips)},
     'volumeMounts': mounts,
   }

@@ -1,10 +1,11 @@
-"""Runs on this machine: N processes that live and die together.
+"""Runs on this machine: N processes that start and end together.
 
 python -m launch local --config=FILE --workdir=DIR --processes=2
 
 Every process gets FLIQS_COORDINATOR, FLIQS_NUM_PROCESSES and FLIQS_PROCESS_ID.
-One that dies takes the others down: SIGTERM at once, SIGKILL after `--grace`
-seconds. A sweep's runs go one after another, and the finished are skipped.
+If one ends with an error, the others get SIGTERM at once and SIGKILL after
+`--grace` seconds. The runs of a sweep follow each other; finished ones are
+skipped.
 """
 
 import argparse
@@ -22,10 +23,10 @@ from launch import common
 
 ACTIONS = ('up',)
 
-_PAUSE = 1.0  # Seconds between attempts; ports and files are let go.
+_PAUSE = 1.0  # Seconds between attempts, in which ports and files are released.
 _POLL = 0.1
-# The kernel tells a process of its launcher's death, even by SIGKILL; asked for
-# between fork and exec, where Python itself must not do much.
+# The kernel sends SIGTERM to a process when its launcher ends, even by SIGKILL.
+# The request must be made between fork and exec, in a program of its own.
 _ORPHAN = (
   'import ctypes, os, signal, sys\n'
   'ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n'  # PR_SET_PDEATHSIG
@@ -39,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--cpu_devices',
     type=int,
-    help='rehearse on the CPU with so many devices in each process',
+    help='use this number of CPU devices in each process',
   )
   parser.add_argument(
     '--grace',
@@ -50,7 +51,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def script(args: argparse.Namespace, plan: common.Plan) -> str:
-  """Returns what is done, in the shell; without teardown and restarts."""
+  """Returns the commands as a shell script, without stopping and restarts."""
   _check(args, plan)
   parts = []
   for job in plan.jobs:
@@ -98,7 +99,7 @@ def _check(args: argparse.Namespace, plan: common.Plan) -> None:
   if args.cpu_devices is not None:
     common.positive(cpu_devices=args.cpu_devices)
   if args.grace < 0:
-    raise ValueError(f'--grace={args.grace} must be at least 0')
+    raise ValueError(f'--grace={args.grace} must be at least 0 seconds')
   common.on_disk(plan)
 
 
@@ -117,7 +118,7 @@ def _devices(count: int | None) -> dict[str, str]:
 
 
 class _Asked:
-  """Remembers that this process was asked to stop, while it is entered."""
+  """A context that records a signal which asks this process to stop."""
 
   def __init__(self):
     self.signal = 0
@@ -148,8 +149,17 @@ def run(
 ) -> int:
   """Runs one command in all processes until it is done; returns its status.
 
-  Started again after status 75, always, and after a crash, `restarts` times;
-  never after status 2, a mistake of the user's, or when asked to stop.
+  The command is always started again after status 75, and `restarts` times
+  after a crash. It is never started again after status 2, a user's mistake, or
+  after a signal to stop.
+
+  Args:
+    command: the command of every process.
+    processes: number of processes.
+    restarts: number of crashes after which the command is started again.
+    grace: seconds from SIGTERM to SIGKILL.
+    environment: additional environment variables.
+    asked: the record of a signal to stop.
   """
   crashes = 0
   while True:
@@ -165,7 +175,7 @@ def run(
 
 
 def _attempt(command, processes, grace, environment, asked) -> int:
-  """Starts all processes and returns once none is left."""
+  """Starts all processes; returns the status after all have ended."""
   coordinator = f'127.0.0.1:{_free_port()}'
   children: list[subprocess.Popen] = []
   try:
@@ -195,43 +205,43 @@ def _start(command, environment) -> subprocess.Popen:
     stdin=subprocess.DEVNULL,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
-    # A group of its own: a terminal's Ctrl-C comes here alone, and what a
-    # process started (readers of data) can be ended with it.
+    # A process group of its own: a terminal's Ctrl-C reaches the launcher only,
+    # and the children of a process (readers of data) end with it.
     start_new_session=True,
   )
 
 
 def _signal(children: Sequence[subprocess.Popen], number: int) -> None:
   for child in children:
-    # Gone already; macOS says it otherwise.
+    # The process has ended; macOS raises another error than Linux.
     with contextlib.suppress(ProcessLookupError, PermissionError):
       os.killpg(child.pid, number)
 
 
 def _watch(children, grace, asked) -> int:
-  """Waits for all processes; one that fails, or a wish to stop, ends them."""
+  """Waits for all processes; a failure or a signal to stop ends all."""
   output = _Output(children)
-  failure, deadline, told = 0, None, False
+  failure, deadline, is_stopping = 0, None, False
   while True:
     output.copy(_POLL)
     statuses = [child.poll() for child in children]
     now = time.monotonic()
     failures = {i: s for i, s in enumerate(statuses) if s}
     if failures and not failure:
-      # Who saved may be followed by who was cut off: the crash counts.
+      # If some saved and others crashed, the status of a crash counts.
       i, failure = max(failures.items(), key=lambda x: x[1] != common.PREEMPTED)
       failure = failure if failure > 0 else 128 - failure
       if None in statuses:
         _say(
           f'process {i} ended with status {failure}; the others have '
-          f'{grace:g} s to follow'
+          f'{grace:g} s to end'
         )
         deadline = now + grace
-        # Preempted processes save together and leave by themselves.
+        # Preempted processes save together and end by themselves.
         if failure != common.PREEMPTED:
           _signal(children, signal.SIGTERM)
-    if asked.signal and not told:
-      told, deadline = True, now + grace
+    if asked.signal and not is_stopping:
+      is_stopping, deadline = True, now + grace
       _signal(children, signal.SIGTERM)
     if None not in statuses:
       output.copy(0)
@@ -241,7 +251,7 @@ def _watch(children, grace, asked) -> int:
 
 
 class _Output:
-  """What the processes print, each line with the index of its process."""
+  """The output of the processes, each line with the index of its process."""
 
   def __init__(self, children: Sequence[subprocess.Popen]):
     self._selector = selectors.DefaultSelector()
@@ -251,7 +261,7 @@ class _Output:
       self._selector.register(child.stdout, selectors.EVENT_READ, [prefix, b''])
 
   def copy(self, seconds: float) -> None:
-    """Copies the lines that come within `seconds`, or what there is."""
+    """Copies the lines that arrive within `seconds`, at least those there."""
     if not self._selector.get_map():
       time.sleep(seconds)
     for key, _ in self._selector.select(seconds):

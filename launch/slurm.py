@@ -1,11 +1,11 @@
-"""Runs on a SLURM cluster's GPUs: one process each, a sweep as a job array.
+"""Runs on the GPUs of a SLURM cluster: a process per GPU, a sweep as job array.
 
 python -m launch slurm --config=FILE --workdir=DIR --gpus_per_node=8 [--nodes=2]
 
 JAX finds coordinator, count and index in srun's environment. Before the time
-limit SLURM sends SIGTERM: the run saves, leaves with status 75 and is queued
-again; a crash is tried again inside the allocation. The checkout and the
-workdir must lie on a file system that all nodes share.
+limit SLURM sends SIGTERM: the run saves, ends with status 75 and is queued
+again. After a crash it is started again inside the allocation. The checkout and
+the workdir must be on a file system that all nodes share.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from launch import common
 
 ACTIONS = ('up', 'resume', 'logs', 'status', 'delete')
 _TOOLS = ('sbatch', 'squeue', 'scancel')
-# Who is left when one process ends, also well, is given so many seconds: the
-# first process writes the report when the others are done. After a death they
-# leave by themselves sooner, by missed heartbeats.
+# Seconds that the other processes have after one ends, also successfully: the
+# first process writes the report after the others are done. After a crash they
+# end sooner, by missed heartbeats.
 _FOLLOW = 300
-_WARNING = 300  # Seconds before the time limit; a checkpoint must fit in.
+_WARNING = 300  # Seconds before the time limit, enough for a checkpoint.
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -28,16 +28,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--nodes', type=int, default=1)
   parser.add_argument('--gpus_per_node', type=int)
   parser.add_argument('--cpus_per_task', type=int, default=8)
-  parser.add_argument('--time', default='24:00:00', help='limit, then resumed')
+  parser.add_argument('--time', default='24:00:00', help='limit of one job')
   parser.add_argument('--partition', default='')
   parser.add_argument('--account', default='')
   parser.add_argument(
-    '--python', default=sys.executable, help='of the nodes, on a shared disk'
+    '--python', default=sys.executable, help='Python on a shared disk'
   )
   parser.add_argument(
-    '--setup', default='', help='shell commands before, such as module load'
+    '--setup', default='', help='shell commands at first, such as module load'
   )
-  parser.add_argument('--at_once', type=int, default=8, help='runs of a sweep')
+  parser.add_argument(
+    '--at_once', type=int, default=8, help='runs of a sweep at the same time'
+  )
 
 
 def script(args: argparse.Namespace, plan: common.Plan) -> str:
@@ -66,7 +68,7 @@ def script(args: argparse.Namespace, plan: common.Plan) -> str:
 
 
 def perform(args: argparse.Namespace, plan: common.Plan) -> int:
-  """Does the action."""
+  """Performs the action; returns the exit status."""
   return common.perform(script(args, plan), *_TOOLS)
 
 
@@ -88,16 +90,16 @@ def _check(args: argparse.Namespace, plan: common.Plan) -> None:
 
 
 def _place(args: argparse.Namespace, plan: common.Plan) -> str:
-  """Returns where the logs go: beside the runs of a sweep, or into the run."""
+  """Returns the directory of the logs: the sweep's, or the run's workdir."""
   workdir = os.path.abspath(plan.jobs[0].workdir)
   return os.path.dirname(workdir) if args.sweep else workdir
 
 
 def _batch(args, name: str, place: str, jobs) -> str:
-  """Returns the batch script; JAX on GPUs wants one process for each of them.
+  """Returns the batch script; JAX needs one process for each GPU.
 
-  `--gpus-per-node` rather than `--gpus-per-task`: JAX picks a process's GPU by
-  its number on the node, so each must see all of them.
+  The script uses `--gpus-per-node`, not `--gpus-per-task`: JAX picks a
+  process's GPU by its number on the node, so each process must see all of them.
   """
   options = {
     'job-name': name,
@@ -124,15 +126,15 @@ def _batch(args, name: str, place: str, jobs) -> str:
     lines += [f'#SBATCH --array=0-{len(jobs) - 1}%{args.at_once}']
   lines += [args.setup] if args.setup else []
   lines += ['set -uo pipefail']
-  # Not when the user cancelled the job: that, too, is a SIGTERM.
+  # The job is not queued again if the user cancelled it, also by SIGTERM.
   requeue = (
     '[[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]] && '
     f'scontrol requeue "$SLURM_JOB_ID"; exit {common.PREEMPTED}'
   )
   lines += [common.search_function(args.restarts, 5, requeue)]
-  # The first to leave must not take the others' time to follow.
+  # The end of the first process must not end the others at once.
   srun = ['srun', '--kill-on-bad-exit=0', f'--wait={_FOLLOW}', '--label']
-  # Since Slurm 22.05 it does not take this from the batch script.
+  # Since Slurm 22.05 srun does not inherit this from the batch script.
   srun += [f'--cpus-per-task={args.cpus_per_task}']
   calls = []
   for job in jobs:

@@ -1,12 +1,12 @@
-"""Runs on a Cloud TPU VM slice: created, installed, run on all workers.
+"""Runs on a Cloud TPU VM slice, which is created and installed.
 
 python -m launch tpu_vm --config=FILE --workdir=gs://BUCKET/DIR \
     --project=P --zone=Z --accelerator=v5litepod-16 [--spot]
 
-`up` is create, install, run and logs; each is an action of its own, too. JAX
+`up` does create, install, run and logs, which are also separate actions. JAX
 finds coordinator, count and index in the machines' metadata. A process that
-saved or crashed is started again on its worker; a slice that is gone is made
-again by `resume`, which goes on from the bucket.
+saved or crashed is started again on its worker. After the loss of a slice,
+`resume` creates it again and continues from the bucket.
 """
 
 import argparse
@@ -24,7 +24,7 @@ ACTIONS = (
   'resume',
   'delete',
 )
-_RUNTIMES = {  # By the accelerator's generation; Google's list of versions.
+_RUNTIMES = {  # {generation of the accelerator: Google's software version}.
   'v2': 'tpu-ubuntu2204-base',
   'v3': 'tpu-ubuntu2204-base',
   'v4': 'tpu-ubuntu2204-base',
@@ -32,8 +32,8 @@ _RUNTIMES = {  # By the accelerator's generation; Google's list of versions.
   'v5p': 'v2-alpha-tpuv5',
   'v6e': 'v2-alpha-tpuv6e',
 }
-# A worker whose process died early would meet the old coordinator: the others
-# notice its death after about 100 s of missed heartbeats.
+# Seconds. A process that is started again too early would meet the old
+# coordinator: the others notice a crash after about 100 s of missed heartbeats.
 _PAUSE = 120
 _UV = '"$HOME"/.local/bin/uv'
 
@@ -45,13 +45,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--accelerator', default='', help='such as v5litepod-16')
   parser.add_argument('--runtime', default='', help='software version')
   parser.add_argument('--spot', action='store_true', help='cheap, preemptible')
-  parser.add_argument('--service_account', default='', help='reads the bucket')
+  parser.add_argument(
+    '--service_account', default='', help='account that may use the bucket'
+  )
   parser.add_argument(
     '--direct',
     action='store_true',
     help='create now or fail, instead of a queued resource',
   )
-  parser.add_argument('--worker', default='0', help='whose logs')
+  parser.add_argument('--worker', default='0', help='worker of the logs')
 
 
 def script(args: argparse.Namespace, plan: common.Plan) -> str:
@@ -79,7 +81,7 @@ def script(args: argparse.Namespace, plan: common.Plan) -> str:
 
 
 def perform(args: argparse.Namespace, plan: common.Plan) -> int:
-  """Does the action."""
+  """Performs the action; returns the exit status."""
   return common.perform(script(args, plan), 'gcloud', 'git')
 
 
@@ -87,7 +89,8 @@ def _check_accelerator(args: argparse.Namespace) -> None:
   common.required(args, 'accelerator')
   if args.accelerator.startswith('v5e'):
     raise ValueError(
-      f'--accelerator={args.accelerator}: gcloud calls v5e v5litepod'
+      f'--accelerator={args.accelerator}: gcloud calls v5e v5litepod; write '
+      '--accelerator=v5litepod-CHIPS'
     )
   common.matches(args, 'accelerator', '[a-z0-9]+-[0-9]+', 'v5litepod-16')
   if not args.runtime and args.accelerator.split('-')[0] not in _RUNTIMES:
@@ -112,8 +115,8 @@ def _create(args, plan: common.Plan) -> str:
   if args.direct:
     version = f'--version={runtime}'
     return _gcloud(args, 'tpu-vm', 'create', name, version, *more)
-  create = ['queued-resources', 'create', name, f'--node-id={name}']
-  create = _gcloud(args, *create, f'--runtime-version={runtime}', *more)
+  resource = ['queued-resources', 'create', name, f'--node-id={name}']
+  create = _gcloud(args, *resource, f'--runtime-version={runtime}', *more)
   describe = _gcloud(
     args, 'queued-resources', 'describe', name, '--format=value(state.state)'
   )
@@ -140,7 +143,10 @@ def _scp(args, name: str, *files: str) -> str:
 
 
 def _install(args, plan: common.Plan) -> str:
-  """Sends what is committed; uv brings a Python that is new enough."""
+  """Returns the commands that send the commit and install it.
+
+  uv installs a Python that is new enough.
+  """
   _, buckets = common.on_bucket(plan)
   mounts = [
     f'mountpoint -q /gcs/{b} || gcsfuse --implicit-dirs '
@@ -187,7 +193,7 @@ fi"""
 
 
 def _run(args, plan: common.Plan) -> str:
-  """Starts the runs, one after another, detached from the connection."""
+  """Returns the commands that start the runs, detached from the connection."""
   plan, _ = common.on_bucket(plan)
   lines = [
     '#!/usr/bin/env bash',
@@ -226,7 +232,7 @@ def _status(args, plan: common.Plan) -> str:
 
 
 def _stop(args, plan: common.Plan) -> str:
-  """Ends the loop and the run below it, which saves first."""
+  """Returns the command that ends the loop and its run, which saves first."""
   kill = 'kill -TERM -- "-$(cat run.pid)"'
   return _ssh(args, plan.name, 'all', kill)
 
