@@ -2,6 +2,7 @@
 
 import jax
 from jax import lax
+from jax.extend import core as extend_core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -60,6 +61,40 @@ def test_values_and_gradients_equal_those_of_lax(case):
     x,
     w,
   )
+
+
+@pytest.mark.parametrize(
+  ('case', 'products'),
+  [
+    # A depthwise layer multiplies its taps by the identity, the fast forms of
+    # the others multiply all windows at once, and the rest is XLA's.
+    ('pointwise', ['dot_general']),
+    ('pointwise strided', ['dot_general']),
+    ('depthwise', ['dot_general']),
+    ('small map', ['dot_general']),
+    ('small result', ['dot_general']),
+    ('small in one direction', ['dot_general']),
+    ('apart', ['conv_general_dilated']),
+    ('usual', ['conv_general_dilated']),
+    ('grouped', ['conv_general_dilated']),
+  ],
+)
+def test_each_shape_takes_the_form_that_is_fast_for_it(case, products):
+  x_shape, w_shape, *how = _CASES[case]
+  convolve = _convolve(float_ops.conv_general_dilated, *how)
+  jaxpr = jax.make_jaxpr(convolve)(jnp.zeros(x_shape), jnp.zeros(w_shape))
+  assert _products(jaxpr.jaxpr) == products
+
+
+def _products(jaxpr):
+  """Returns the names of the products in a program and what it calls."""
+  names = []
+  for equation in jaxpr.eqns:
+    if equation.primitive.name in ('conv_general_dilated', 'dot_general'):
+      names.append(equation.primitive.name)
+    for inner in extend_core.jaxprs_in_params(equation.params):
+      names += _products(inner)
+  return names
 
 
 # activations, weights, ((contracted), (batch))

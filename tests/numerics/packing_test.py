@@ -93,6 +93,8 @@ def test_a_value_off_the_grid_is_refused():
   for name, value in (('INT4', 8), ('INT4', 0.5), ('INT8', -128), ('E2M1', 5)):
     with pytest.raises(ValueError, match=f'is not on the grid of {name}'):
       packing.encode(np.float32([value]), formats.parse(name))
+    with pytest.raises(ValueError, match=f'^{float(value)} is not on the grid'):
+      packing.encode(np.float32([1, value, 0]), formats.parse(name))
 
 
 @pytest.mark.parametrize(

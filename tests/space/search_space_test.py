@@ -332,6 +332,22 @@ def test_the_size_counts_architectures():
   }
 
 
+def test_only_a_space_with_nothing_open_has_one_architecture():
+  assignment = dict.fromkeys(LAYERS, ('INT4', 'INT4'))
+  only = find(assignment=assignment).only()
+  assert {k: v.tolist() for k, v in only.items()} == dict.fromkeys(LAYERS, [1])
+  with pytest.raises(ValueError, match='open decisions'):
+    find().only()
+
+
+def test_choices_need_just_the_sizes_that_are_open():
+  space = find()
+  assignment = dict.fromkeys(LAYERS, ('INT4', 'INT4'))
+  assert list(space.choices(assignment)) == LAYERS
+  with pytest.raises(ValueError, match=r'misses none and names a/channels'):
+    space.choices(assignment, {'a/channels': 8})
+
+
 def test_a_uniform_architecture_leaves_fixed_layers_as_they_are():
   space = find(menus=(('head', 'int5'),))
   assignment = space.assignment(space.uniform('INT8'))

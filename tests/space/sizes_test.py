@@ -48,6 +48,12 @@ def test_what_follows_channels_picks_by_the_same_labels():
   assert expanded.counts == (24, 48)
 
 
+def test_the_narrowest_tensor_has_one_channel():
+  # 4 / 4 is 1, the least that is allowed; below it there is nothing left.
+  channels = sizes.Sizes(widths=(0.25, 1.0)).channels('a', 4)
+  assert channels.counts == (1, 4)
+
+
 @pytest.mark.parametrize('weights', [sizes.BRANCHES, sizes.MASKED])
 def test_a_kernel_may_have_branches_or_be_masked(weights):
   kernel = sizes.Sizes(kernels=(3, 5, 7), kernel_weights=weights).kernel('a', 4)
