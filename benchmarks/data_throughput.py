@@ -1,11 +1,11 @@
-r"""Measures how fast batches are made: examples per second, CPU time of each.
+r"""Measures the speed of `data`: examples per second, and CPU time of each.
 
 python -m benchmarks.data_throughput [--images=1000] [--lines=200000]
 
-Makes JPEGs of 500x375 and 1600x1200 pixels and lines of Criteo's format,
-prepares them in a temporary directory as a user would, and reads both through
-`data.make_streams`, a stream at a time. CPU time, of all threads, is the number
-to compare; images per second are those of this machine and what else it does.
+The benchmark makes JPEGs of 500x375 and 1600x1200 pixels and lines of Criteo's
+format, prepares them in a temporary directory as a user would, and reads both
+by `data.make_streams`, one stream after the other. Compare the CPU time, which
+is that of all threads; examples per second depend on the load of the machine.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from fliqs_jax import data
 from fliqs_jax.data import criteo_store
 
 _SIZES = {'500x375': (500, 375), '1600x1200': (1600, 1200)}
-_DISTINCT = 50  # JPEGs; decoding does not know that it has seen one.
+_DISTINCT = 50  # Number of different JPEGs, which are repeated.
 _BATCH = 64
 _ROWS = 4096
 
@@ -47,7 +47,7 @@ def _jpeg(seed: int, width: int, height: int) -> bytes:
 
 
 class _Imagenet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """The layout of ImageNet; `jpegs` again and again."""
+  """A data set in the layout of ImageNet, which repeats `jpegs`."""
 
   name = 'imagenet2012'
   VERSION = tfds.core.Version('5.1.0')
@@ -78,7 +78,7 @@ class _Imagenet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class _Clock:
-  """Wall and CPU time since it was made."""
+  """Wall and CPU time since its construction."""
 
   def __init__(self):
     self._wall, self._cpu = time.perf_counter(), time.process_time()

@@ -1,16 +1,16 @@
-r"""Found models against uniform ones on real digits, equally long trained.
+r"""Compares searched models with uniform ones on real digits.
 
 python -m benchmarks.digits [--seeds=5] [--steps=1500] [--targets=1.5] \
     [--rows=uniform,formats,paper,sizes]
 
-Trains, per seed, the uniform networks and searches each space to each target
-(multiples of the uniform 4-bit cost) with `configs/digits.py`, every run by the
-same code and for the same number of steps; prints test accuracy and
-cross-entropy against cost, mean and standard deviation over seeds. Rows:
+For each seed the benchmark trains the uniform networks and searches each space
+for each target (a multiple of the uniform 4-bit cost) with `configs/digits.py`.
+All runs use the same code and the same number of steps. It prints cost, test
+accuracy and cross-entropy, mean and standard deviation over seeds. Rows:
 
-  uniform  one format everywhere
-  formats  searches of formats alone
-  paper    the same with the paper's controller
+  uniform  one format for all layers
+  formats  searches of formats only
+  paper    searches of formats with the paper's controller
   sizes    searches of channels, at one format and together with formats
 """
 

@@ -1,8 +1,9 @@
-"""Measures each served layer alone, and says why where it gains nothing.
+"""Measures each served layer alone, and gives the reason for a missing gain.
 
-A layer is timed as it is served: its input is rounded, multiplied, scaled, and
-the bias added. In a network XLA fuses some of that with the layer's neighbours.
-Slices of a batch are calls of their own, which shows in the smallest layers.
+A layer is timed as it is served: the input is rounded, multiplied and scaled,
+and the bias is added. In a network XLA fuses some of that with the layer's
+neighbours. Each slice of a batch is a call, whose overhead is visible in the
+smallest layers.
 """
 
 from collections.abc import Mapping
@@ -20,14 +21,14 @@ from fliqs_jax.serving import loader
 from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import quant_spec
 
-# Seconds. A sample has as many calls as fill it, so that neither the clock's
-# tick nor one interruption hides a small op.
+# Length of a sample in seconds. It has many calls of a small op, so that
+# neither the resolution of the clock nor one interruption matters.
 _SAMPLE = 2e-3
-# Multiply-accumulates for each number that comes in or goes out. What is paid
-# per number (rounding, copying windows, adding the rows of a kernel, scaling)
-# outweighs the product below: 30 shapes of MobileNetV2, one image at a time on
-# two cores with VNNI, lost or tied up to 55 and won from 77 on, but for
-# depthwise convolutions and the stem, which linen is slow at.
+# Multiply-accumulates for each input and output number. Below this bound the
+# work per number (rounding, copying windows, adding the rows of a kernel,
+# scaling) takes longer than the product. Of 30 shapes of MobileNetV2, with one
+# image on two cores with VNNI, those up to 55 gained nothing and those from 77
+# on did, except depthwise convolutions and the stem, which are slow in linen.
 _FEW = 64
 
 
@@ -36,12 +37,12 @@ class Row:
   """Layers of equal shapes.
 
   Attributes:
-    path: of the first one.
-    count: how many there are.
-    op: what each is.
-    inputs: shape of its input but for the batch.
+    path: path of the first layer.
+    count: number of layers.
+    op: shape of the op of each layer.
+    inputs: shape of the input without the batch.
     plain: linen's layer and its variables.
-    served: the served one and its variables.
+    served: the served layer and its variables.
   """
 
   path: str
@@ -53,12 +54,12 @@ class Row:
 
   @property
   def macs_per_number(self) -> float:
-    """Multiply-accumulates over the sizes of the input and of the result."""
+    """Multiply-accumulates divided by the sizes of the input and the result."""
     results = self.op.macs * self.op.channels / self.op.weights
     return self.op.macs / (math.prod(self.inputs) + results)
 
   def why_no_gain(self) -> str:
-    """Returns what is known to keep such a layer from gaining."""
+    """Returns the known reason why such a layer gains nothing."""
     if self.macs_per_number < _FEW:
       return 'few MACs for each number that is rounded, copied or scaled'
     if not int8_ops.prefers_unsigned():
@@ -75,13 +76,13 @@ def rows(
   """Returns the layers of a network, found by tracing it.
 
   Args:
-    plain: of linen's own layers.
+    plain: the network of linen's own layers.
     served: the same network of served layers, all INT8.
-    ops: {path of a layer: what it is}.
-    image: [1, H, W, C].
+    ops: {path of a layer: shape of its op}.
+    image: shape and dtype of an image [1, H, W, C].
   """
   linen, ours = _calls(plain, image), _calls(served, image)
-  # Alone, a layer has the empty path.
+  # The path of a layer outside of a network is empty.
   spec = quant_spec.QuantSpec('INT8', assignment={'': ('INT8', 'INT8')})
   alike: dict[Any, list[str]] = {}
   for path, (layer, shape) in linen.items():
@@ -105,13 +106,13 @@ def rows(
 def table(
   layers: list[Row], batch: int, at_once: int, rounds: int
 ) -> list[str]:
-  """Measures layers; returns a table's lines, the least gain first.
+  """Measures layers; returns the lines of a table, the least gain first.
 
   Args:
-    layers: as of `rows`.
-    batch: examples.
-    at_once: examples that the served layer takes together.
-    rounds: interleaved samples of both.
+    layers: the result of `rows`.
+    batch: number of examples.
+    at_once: number of examples in each call of the served layer.
+    rounds: number of interleaved samples of both layers.
   """
   measured = [(_measure(row, batch, at_once, rounds), row) for row in layers]
   lines = [
@@ -136,7 +137,7 @@ def _calls(network: loader.Served, image) -> dict[str, tuple[nn.Module, Any]]:
   def note(call, args, kwargs, context):
     module = context.module
     if isinstance(module, (nn.Conv, nn.Dense)):
-      # A served layer first, then linen's in its scope.
+      # The first call is that of a served layer, the next linen's in its scope.
       alone = module.clone(parent=None, name=None)
       calls.setdefault('/'.join(module.path), (alone, args[0].shape))
     return call(*args, **kwargs)
@@ -163,7 +164,7 @@ def _below(variables: Mapping[str, Any], path: str) -> dict[str, Any]:
 def _measure(
   row: Row, batch: int, at_once: int, rounds: int
 ) -> tuple[float, float, float]:
-  """Returns medians: float32's time over int8's in a round, both in ms."""
+  """Returns medians: the ratio of float32's to int8's time, and both in ms."""
   x = jax.random.normal(jax.random.key(0), (batch, *row.inputs))
   slices = [x[i : i + at_once] for i in range(0, batch, at_once)]
   runs = [
@@ -183,7 +184,7 @@ def _measure(
 
 
 def _seconds(run, variables, inputs: list[jax.Array], calls: int) -> float:
-  """Returns the time of a call, all slices of the inputs in turn."""
+  """Returns the seconds of one call with all slices of the inputs."""
   began = time.perf_counter()
   for _ in range(calls):
     jax.block_until_ready([run(variables, x) for x in inputs])

@@ -1,30 +1,31 @@
-r"""Measures how close controllers come to the best network, where it is known.
+r"""Measures the distance of controllers from the best network, if it is known.
 
 python -m benchmarks.search_quality [--long] [--seeds=64] [--gamma=-0.3]
 
-Runs the controllers of `search.presets`, as `search_keys` sets them up, on a
-surrogate of training whose optimum can be computed:
+The benchmark runs the controllers of `search.presets`, with the values of
+`search_keys`, on a surrogate of training whose optimum can be computed:
 
-* A format costs the network the accuracy that it costs the uniform network in
-  the paper, shared out among the layers: log-normally (sigma 1), another draw
-  for every seed. Losses add. Formats that the paper does not report lie on a
-  power law of the squared error of a Gaussian, through two that it does.
-* Accuracy rises along a learning curve, and all differences with it. Cross-
-  entropy is 3 nats per unit of accuracy.
+* The loss of accuracy by a format is that of the uniform network in the paper,
+  divided among the layers: log-normally (sigma 1), with another draw for every
+  seed. Losses add. For a format that the paper does not report, the loss is a
+  power law of the squared error of a Gaussian, fitted to two reported formats.
+* Accuracy, and so every difference, grows along a learning curve. Cross-entropy
+  is 3 nats per unit of accuracy.
 * A validation batch adds normal noise: sqrt(a (1 - a)) per image at accuracy a,
   and 3 nats times that. Architectures judged on the same images share its
-  variance but for 0.30 (accuracy) or 0.11 (cross-entropy) of it. (The ResNet-8
+  variance except 0.30 (accuracy) or 0.11 (cross-entropy) of it. (The ResNet-8
   of configs/digits.py has 2.3 to 3.2 nats, 0.14 to 0.47, 0.03 to 0.12.)
 
-Bit operations are the real networks'; the target is 1.5 x uniform INT4.
-`random` draws as many networks as `default` does, with maximum entropy at the
+Bit operations are those of the real networks; the target is 1.5 x uniform INT4.
+`random` draws as many networks as `default`, with maximum entropy at the
 target's cost, and judges them on as many images, but fully trained.
 
-Numbers are means +- standard deviations over seeds, 64 because 16 leave the
-mean cost error of the shortest search uncertain by 0.7 %. Regret: points of
-accuracy below the best network of no higher cost. Settled: the probability that
-the last policy samples its argmax. What this cannot tell: losses of real
-networks do not quite add, and what was sampled before changes their weights.
+Numbers are means +- standard deviations over seeds. There are 64 seeds, because
+with 16 the mean cost error of the shortest search is uncertain by 0.7 %. Regret
+is the accuracy, in points, below that of the best network of no higher cost.
+`settled` is the probability that the last policy samples its argmax. Limits of
+the surrogate: the losses of real networks do not add exactly, and earlier
+samples change their weights.
 """
 
 import argparse
@@ -60,8 +61,9 @@ _TOP1 = {
   'mobilenetv2': dict(INT4=65.8, INT8=72.83, BF16=73.13),
 }
 
-# The ResNet-18 of Figures 15 and 21, whose first stage has a projection too and
-# whose uniform INT4 has 29.23 GBOPs: (how often, kernel, in, out, output side).
+# The ResNet-18 of Figures 15 and 21, whose first stage has a projection, too,
+# and whose uniform INT4 has 29.23 GBOPs: (number of layers, kernel, input
+# channels, output channels, height of the output).
 _RESNET18 = (
   (1, 7, 3, 64, 112),  # Stem.
   (4, 3, 64, 64, 56),
@@ -84,14 +86,14 @@ _PRIVATE = {'accuracy': 0.30, 'cross_entropy': 0.11}
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """A search to be solved; all its layers have the same menu of K formats.
+  """A search problem; all its layers have the same menu of K formats.
 
   Attributes:
-    name: for the table.
-    network: a key of the accuracies above.
-    menu: a named space.
-    steps: length of training.
-    batch: validation images a step.
+    name: name in the table.
+    network: name of the network, a key of `_TOP1`.
+    menu: name of the space.
+    steps: number of steps of training.
+    batch: number of validation images in each step.
   """
 
   name: str
@@ -125,7 +127,7 @@ class Problem:
   def losses(self, seeds: int) -> np.ndarray:
     """Returns the accuracy that each format costs in each layer [seeds, L, K].
 
-    A fraction; their sum over layers is the uniform network's loss.
+    It is a fraction; the sum over layers is the loss of the uniform network.
     """
     layers = len(self.space.decisions)
     draws = [
@@ -205,7 +207,7 @@ def judge(
 def make_controller(
   problem: Problem, preset: str, gamma: float | None
 ) -> tuple[controller_lib.Controller, schedules.Phases, dict[str, Any]]:
-  """Returns the controller as a run of that length has it; phases and keys."""
+  """Returns the controller, phases and keys of a run with these steps."""
   keys = presets.search_keys(preset, problem.steps, gamma)
   phases = schedules.phases(
     problem.steps, keys['start'], keys['start'], keys['freeze']
@@ -271,7 +273,7 @@ def _for_every_seed(problem, run, losses):
 
 
 def _logits_at_target(problem):
-  """Returns the policy of most entropy whose expected cost is the target."""
+  """Returns the policy of maximum entropy whose expected cost is the target."""
   slopes = jax.grad(problem.cost)(problem.space.zeros())
 
   def at(price):
@@ -288,16 +290,17 @@ def _logits_at_target(problem):
 def frontier(
   costs: np.ndarray, losses: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the networks that no other one dominates: their costs and losses.
+  """Returns the costs and losses of the networks that no other one dominates.
 
-  Exact, as a network that is dominated stays so whatever the other layers are.
+  The result is exact, because a dominated choice of some layers stays dominated
+  for every choice of the others.
 
   Args:
-    costs: [L, K].
-    losses: [L, K].
+    costs: [L, K] cost of each format in each layer.
+    losses: [L, K] loss of accuracy by each format in each layer.
 
   Returns:
-    Costs [n], rising, and losses [n], falling.
+    Costs [n] in increasing order, and losses [n] in decreasing order.
   """
   cost, loss = np.zeros(1), np.zeros(1)
   for c, x in zip(costs, losses):

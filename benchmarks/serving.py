@@ -3,19 +3,19 @@ r"""Measures the gain of an exported INT8 model on this machine's CPU.
 python -m benchmarks.serving [--network=resnet20,deit_ti] [--batch=1,64]
     [--rounds=20]
 
-Compares inference of one network, in one process:
+The benchmark compares inference of one network, in one process:
 
   float32  linen's own layers
-  fake     the search's model at INT8: grid values in float32
+  fake     the model of the search at INT8: grid values in float32
   int8     the served model: int8 x int8 -> int32
 
 `/16` runs a batch in slices of 16, as `serving.load` does on a CPU. All are
-compiled first, then run interleaved; a figure is the median over rounds of the
-ratio of times within a round (above 1: faster than float32), with the
+compiled first and then run interleaved. A number is the median over rounds of
+the ratio of times within a round (above 1: faster than float32), with the
 quartiles.
 
-A table per batch follows: each layer alone, `int8/16` against float32, and why
-where it gains nothing.
+A table for each batch size follows: each layer alone, `int8/16` against
+float32, and the reason if it gains nothing.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from fliqs_jax.serving import stored_layers
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
 
-# Config, height and width of the images.
+# {network: (config, height and width of the images in pixels)}.
 NETWORKS = {
   'resnet20': (dict(name='resnet_cifar', depth=20, filters=16), 32),
   'resnet20_64': (dict(name='resnet_cifar', depth=20, filters=64), 32),
@@ -49,7 +49,7 @@ _FORMAT = 'INT8'
 
 
 def variants(config, size: int):
-  """Returns {variant: function of images}, and {path of a layer: its op}."""
+  """Returns {variant: function of images}, and {layer: shape of its op}."""
   spec = quant_spec.QuantSpec(_FORMAT)
   search = models.build(config, 10, spec)
   image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
@@ -86,7 +86,7 @@ def variants(config, size: int):
 
 
 def _ratios(functions, x, rounds: int) -> dict[str, tuple[float, ...]]:
-  """Returns quartiles of float32's time over each variant's, and its ms."""
+  """Returns quartiles of float32's time over each variant's, and ms of it."""
   times = {name: [] for name in functions}
   for round_ in range(rounds + 1):
     for name, function in functions.items():

@@ -2,32 +2,33 @@ r"""Measures a search step: time, memory and compilation, as ratios.
 
 python -m benchmarks.step_time [--network=resnet18,deit_ti16] [--step=stock,3]
 
-Compares, for one network and batch, training steps that differ in one thing:
+The benchmark compares training steps of one network and batch, of which each
+differs from another in one point:
 
-  stock    what training costs without us: the same network of `nn.Conv` and
-           `nn.Dense` as they come, forward, backward and update
-  train    the same with our layers, unquantized: only how products are computed
-           differs
+  stock    training without this package: the network of plain `nn.Conv` and
+           `nn.Dense`, forward, backward and update
+  train    plain training with our layers, unquantized: only the computation of
+           products differs
   float    our fused step (training batch forward and backward, update, judging
-           on the validation batch, controller), every layer left unquantized
-  int8     uniform INT8: menus of one format, nothing to choose
-  3        three formats (int_s) in every layer
-  16       sixteen formats (fp_l) in every layer
-  widths   three formats, and channels 0.5 or 1 times the published ones
-  sizes    the same, and kernels of 3 or 5; of networks that have them, on maps
-           that are large enough: mobilenetv2_flat
+           on the validation batch, controller), without quantization
+  int8     the fused step at uniform INT8: menus of one format
+  3        the fused step with three formats (int_s) in every layer
+  16       the fused step with sixteen formats (fp_l) in every layer
+  widths   as 3, with channels of 0.5 or 1 times the published ones
+  sizes    as widths, with kernels of 3 or 5; for networks whose maps are large
+           enough: mobilenetv2_flat
 
 `float` and `int8` judge their one architecture as often as the search step
-does, so that only quantization differs. All steps are compiled first and then
-run interleaved in one process; a figure is the median over rounds of a ratio
+judges, so that only quantization differs. All steps are compiled first and then
+run interleaved in one process. A number is the median over rounds of a ratio
 within a round, with the quartiles. Memory is XLA's own analysis of the compiled
-step's temporaries; where the device counts what it holds, its peak after each
-step's first run is beside it. That never falls: it covers the steps above, all
-of whose states are kept, and what XLA tried out while it compiled.
+step's temporaries. If the device counts its memory, its peak after the first
+run of each step is beside it. The peak never decreases: it includes the earlier
+steps, whose states are kept, and the trials of XLA's compilation.
 
 Compilation is timed twice, tracing included: with an empty persistent
-compilation cache, and again from that cache with JAX's own caches cleared,
-which is what the second run of a program waits for.
+compilation cache, and again from that cache with JAX's own caches cleared, as
+in the second run of a program.
 """
 
 import argparse
@@ -61,12 +62,12 @@ from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes as sizes_lib
 from fliqs_jax.tasks import classification
 
-# Fields that are not as published, pixels, batch.
+# {network: (fields that differ from the published ones, pixels, batch size)}.
 NETWORKS = {
   'resnet_cifar': (dict(), 32, 64),
   'resnet18': (dict(), 64, 16),
   'mobilenetv2': (dict(), 64, 64),
-  # Patches of 8 and not 16, so that there are 65 tokens and not 17.
+  # Patches of 8 pixels instead of 16 give 65 tokens instead of 17.
   'deit_ti16': (dict(patch=8), 64, 16),
   'efficientnet_b0': (dict(), 64, 32),
   # Its last maps are 8x8.
@@ -97,15 +98,15 @@ _OPTIMIZER = optax.sgd(0.01, momentum=0.9)
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """What is trained.
+  """A training problem.
 
   Attributes:
-    model: section of a config.
+    model: section `model` of a config.
     pixels: height and width of an image.
-    batch: images, for training and for judging alike.
-    dtype: of the layers' results, batch norms' too where the network lets them
-      be given; parameters stay float32. None: float32.
-    classes: size of the network's output.
+    batch: number of images in a training batch and in a validation batch.
+    dtype: dtype of the results of layers, and of batch norms if the network
+      takes a constructor for them; parameters are float32. None: float32.
+    classes: number of outputs of the network.
   """
 
   model: Mapping[str, Any]
@@ -126,7 +127,7 @@ class Problem:
 
 @dataclasses.dataclass
 class Compiled:
-  """One step, ready to run."""
+  """A compiled step with its state, times in seconds and memory in MB."""
 
   step: Callable
   state: Any
@@ -181,7 +182,7 @@ def _ours(
   space = discovery.find(model, image, spec=spec, train=False)
   apply = model.apply
   if space.is_fixed and judged:
-    # A decision that changes nothing, so that this step judges as well.
+    # A decision without effect, so that this step also judges.
     idle = search_space.FormatDecision('idle', ('idle',), formats.menu('int_s'))
     space = dataclasses.replace(space, formats=(*space.formats, idle))
     apply = functools.partial(_apply_idle, model)
@@ -207,9 +208,9 @@ def _ours(
 
 
 def _apply_idle(model, variables, x, **kwargs):
-  """Applies the model; XLA cannot tell that architectures are equal.
+  """Applies the model so that XLA does not see that architectures are equal.
 
-  It would judge one of them and take the result four times.
+  Otherwise XLA would judge one of them and use the result four times.
   """
   return model.apply(
     variables, x + 0.0 * variables['arch']['idle'][0], **kwargs
@@ -221,7 +222,7 @@ def _compile(problem: Problem, variant) -> Compiled:
   make = functools.partial(_ours, **variant) if variant else _stock
   step, state = make(problem, jnp.zeros((1, *shape)))
   rng = np.random.default_rng(0)
-  # On the device: how batches come there is not what is measured.
+  # The batch is on the device: its transfer is not measured.
   batch = jax.device_put(
     dict(
       image=rng.standard_normal((problem.batch, *shape), np.float32),
@@ -245,7 +246,7 @@ def _compile(problem: Problem, variant) -> Compiled:
 
 
 def _peak_mb() -> float | None:
-  """Returns the most memory that the device ever held; None: not counted."""
+  """Returns the peak of the device's memory so far; None if not counted."""
   counted = jax.devices()[0].memory_stats() or {}
   peak = counted.get('peak_bytes_in_use')
   return None if peak is None else peak / 1e6
@@ -254,13 +255,13 @@ def _peak_mb() -> float | None:
 def measure(
   problem: Problem, names: list[str], rounds: int, steps: int
 ) -> list[str]:
-  """Compiles and times steps; returns a table's lines.
+  """Compiles and times steps; returns the lines of a table.
 
   Args:
-    problem: what they train.
-    names: keys of STEPS.
-    rounds: how often each is timed, in turn; at least 2.
-    steps: how many steps make a sample.
+    problem: the training problem.
+    names: names of the steps, keys of STEPS.
+    rounds: number of interleaved samples of each step, at least 2.
+    steps: number of steps in a sample.
   """
   variants = {name: _compile(problem, STEPS[name]) for name in names}
   seconds = {name: [] for name in names}
@@ -270,7 +271,7 @@ def measure(
       for _ in range(steps):
         variant.state = variant.step(variant.state)
       jax.block_until_ready(variant.state)
-      if round_ > 0:  # The first touches cold memory.
+      if round_ > 0:  # The first round is slower: its memory is cold.
         seconds[name].append((time.perf_counter() - began) / steps)
       else:
         variant.peak_mb = _peak_mb()
@@ -306,7 +307,7 @@ def measure(
 
 @contextlib.contextmanager
 def compilation_cache():
-  """Gives XLA an empty persistent cache, in which it keeps every program."""
+  """Gives XLA an empty persistent cache, which keeps every program."""
   with tempfile.TemporaryDirectory() as cache:
     jax.config.update('jax_compilation_cache_dir', cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)

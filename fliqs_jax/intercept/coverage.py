@@ -120,13 +120,16 @@ def coverage(
 ) -> Coverage:
   """Reports which layers and parameters of a model are searched, and why not.
 
-  The model is traced; no parameter is allocated.
+  The model is traced, so no parameter is allocated.
 
   Args:
     model: a model that `searchable` made.
     *args: positional arguments of the model's call, arrays or
       `jax.ShapeDtypeStruct`.
     **kwargs: keyword arguments of the call, static.
+
+  Returns:
+    The coverage; `print` shows it as a table of layers and of parameters.
 
   Raises:
     ValueError: `find_decisions` refuses the model or the call.

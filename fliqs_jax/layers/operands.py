@@ -1,4 +1,4 @@
-"""The two operands of a quantized op: activations and weights, on their grids.
+"""Operands of a quantized op: activations and weights, on their grids.
 
 All variables of quantization are read and written here: the format (`arch`),
 the moments of the input (`quant_stats`) and the cost of the op (`cost`).
@@ -39,9 +39,12 @@ def set_activation_quantization(quant_stats: Any, active: Any) -> Any:
   """Returns `quant_stats` with activation quantization switched on or off.
 
   Args:
-    quant_stats: the collection of that name, a pytree.
+    quant_stats: the collection of that name, a pytree of arrays.
     active: bool [], traced or not. False is phase one (A.2): activations are
       profiled but not quantized.
+
+  Returns:
+    The same pytree in which each leaf `active` has this value.
   """
 
   def switch(path, leaf):

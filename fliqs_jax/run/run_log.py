@@ -1,4 +1,4 @@
-"""The log of a run at logging points, which stops a run that diverged."""
+"""Log of a run at logging points, which stops a run that diverged."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""The devices of a run: what lies where, and what a step is on all of them.
+"""Devices of a run: the placement of arrays, and compilation of the step.
 
 `pjit` is one program over all devices, with one architecture a step. Its result
 is that of one device, except for the order in which sums are rounded. `pmap`

@@ -1,4 +1,4 @@
-"""The processes of a run: they find each other, agree, and stop together.
+"""Processes of a run, which connect, agree and stop together.
 
 JAX's coordination service does the work: it detects clusters, passes a SIGTERM
 of one process on to all of them, and ends all of them if one is gone.

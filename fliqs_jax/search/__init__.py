@@ -1,1 +1,1 @@
-"""The fused search step: policy, controller, schedules, train state."""
+"""Fused search step: policy, controller, schedules, train state."""

@@ -1,1 +1,1 @@
-"""The search space: rules, decisions, sizes, and what they cost."""
+"""Search space: rules, decisions, sizes, and their costs."""

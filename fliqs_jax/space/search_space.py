@@ -1,4 +1,4 @@
-"""The search space: the decisions that a model leaves open.
+"""Search space: the decisions that a model leaves open.
 
 Formats, numbers of channels and sizes of kernels are decisions. A policy or an
 architecture here is a dict {decision: [K]}; the `arch` collection that the

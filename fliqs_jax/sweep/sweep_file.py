@@ -3,10 +3,10 @@ r"""Sweep files: each declares many runs.
 A sweep file is YAML: data, not code.
 
   config: configs/digits.py
-  arguments:                     # of the config, what follows its colon
+  arguments:                     # arguments of the config, after its colon
     steps: 600
     seed: [0, 1, 2]
-  overrides:                     # of any key, --config.KEY=VALUE
+  overrides:                     # values of keys, --config.KEY=VALUE
     quant.act_clip: 3.0
   runs:                          # optional; each adds to the above
   - arguments: {space: [int_s, int_l], target: [1.25, 1.5, 2]}
