@@ -11,6 +11,8 @@ from fliqs_jax import cost
 from fliqs_jax import models
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
+from fliqs_jax.space import search_space
+from fliqs_jax.space import sizes as sizes_lib
 from tests import tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -107,6 +109,61 @@ def test_an_unknown_and_a_missing_key_are_both_named():
 def test_what_cannot_work_is_refused_with_its_key(section, values, message):
   with pytest.raises(ValueError, match=message):
     experiment_lib.build(_changed(section, **values))
+
+
+def test_a_section_must_be_a_section():
+  config = tiny.get_config()
+  with config.unlocked(), config.ignore_type():
+    config.quant = 'INT4'
+  with pytest.raises(ValueError, match='quant must be a section of keys'):
+    config_lib.check(config)
+
+
+@pytest.mark.parametrize(
+  ('keys', 'least', 'most'),
+  [
+    ('quant.act_start search.start search.freeze', 0, 1),
+    ('optimizer.warmup optimizer.momentum optimizer.ema_decay', 0, 1),
+    ('train.label_smoothing', 0, 1),
+    ('cost.target search.learning_rate optimizer.learning_rate', 0, None),
+    ('optimizer.weight_decay train.mixup train.cutmix train.max_loss', 0, None),
+    ('train.steps train.log_every train.checkpoint_every', 1, None),
+    ('train.checkpoints_kept parallel.accumulate', 1, None),
+    ('train.settle_batches', 0, None),
+  ],
+)
+def test_numbers_are_allowed_up_to_their_bounds(keys, least, most):
+  for key in keys.split():
+    section, name = key.split('.')
+    problem = config_lib.SCHEMA[section][name]
+    ends = f'>= {least}' if most is None else f'from {least} to {most}'
+    for value in (least, 10**9 if most is None else most):
+      assert problem(value) is None, key
+    above = [] if most is None else [most + 0.1]
+    for value in (least - 1, least - 0.1, True, *above):
+      assert ends in problem(value), key
+
+
+@pytest.mark.parametrize('labels', [((8,), (3,)), ((8,), (3, 5))])
+def test_bits_per_weight_cannot_steer_sizes_of_which_one_is_open(labels):
+  channels, kernels = labels
+  space = search_space.SearchSpace(
+    (),
+    (
+      search_space.SizeDecision(
+        'a', (), sizes_lib.Channels('a', channels, channels)
+      ),
+      search_space.SizeDecision('b', (), sizes_lib.Kernel('b', kernels)),
+    ),
+    (),
+    0,
+  )
+  config = _changed('cost', kind='average_bits')
+  if len(kernels) == 1:
+    experiment_lib._check_sizes(config, space)
+    return
+  with pytest.raises(ValueError, match='average_bits.* does not depend on siz'):
+    experiment_lib._check_sizes(config, space)
 
 
 def _task(task, quality, **model):

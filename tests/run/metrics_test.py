@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import pathlib
 import struct
 import subprocess
@@ -200,6 +201,34 @@ def test_a_row_is_on_disk_when_write_returns(tmp_path):
   write_rows(writer, [1])
   assert len(metrics.read_history(tmp_path)) == 1
   writer.close()
+
+
+@pytest.fixture(name='synced')
+def _synced(monkeypatch):
+  """Returns the sizes that files have when they are forced onto the disk."""
+  sizes = []
+  monkeypatch.setattr(
+    os, 'fsync', lambda descriptor: sizes.append(os.fstat(descriptor).st_size)
+  )
+  return sizes
+
+
+def test_a_row_survives_a_power_cut(tmp_path, synced):
+  with metrics.Writer(tmp_path, None) as writer:
+    write_rows(writer, [1])
+    assert synced == [len(history(tmp_path))]
+
+
+def test_a_file_that_is_replaced_survives_a_power_cut(tmp_path, synced):
+  files.write_json(tmp_path / 'arch.json', ['INT4'])
+  assert synced == [len((tmp_path / 'arch.json').read_bytes())]
+
+
+def test_the_workdir_is_made_with_its_parents(tmp_path):
+  workdir = tmp_path / 'sweep' / 'run'
+  with metrics.Writer(workdir, None) as writer:
+    write_rows(writer, [1])
+  assert len(metrics.read_history(workdir)) == 1
 
 
 def test_a_torn_last_line_is_passed_over_by_a_reader(tmp_path):

@@ -50,6 +50,16 @@ def test_rows_name_the_decision_of_each_size(experiment):
     assert set(row.get('decided', {}).values()) <= set(decisions)
 
 
+def test_layers_that_share_a_decision_are_listed_in_order(experiment):
+  decision = results.decisions(experiment, experiment.space.zeros())
+  assert decision['stage0/channels']['layers'] == [
+    'stage0_block0/project',
+    'stage1_block0/depthwise',
+    'stage1_block0/expand',
+    'stage1_block0/project',
+  ]
+
+
 def _settled(space, **logits):
   """Returns a policy that is all but sure of the first option of each."""
   sure = {

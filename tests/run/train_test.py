@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
+from fliqs_jax.run import metrics
 from fliqs_jax.run import run_log
 from fliqs_jax.run import train
 from fliqs_jax.runtime import checkpoint
@@ -56,6 +58,14 @@ def test_a_run_leaves_what_it_promises(finished):
   # 360 test images, ten classes: an MLP that learnt anything beats 0.1 by far.
   assert result['found']['examples'] == 360
   assert result['found']['accuracy'] > 0.5
+
+
+def test_a_run_logs_and_saves_at_its_intervals(finished):
+  workdir, _ = finished
+  # 60 steps: a row each 5, a checkpoint each 10, of which the last 2 are kept.
+  rows = metrics.read_history(workdir)
+  assert [row['step'] for row in rows] == list(range(5, 61, 5))
+  assert _checkpointed(workdir) == [50, 60]
 
 
 def test_a_run_compiles_its_step_once(finished):
@@ -125,9 +135,21 @@ def test_the_test_loss_is_that_of_a_loop_by_hand(finished):
   assert result['found']['accuracy'] == pytest.approx(np.mean(hits))
 
 
+@pytest.mark.parametrize('step', [0, 60])
+def test_a_run_that_is_not_finished_is_not_evaluated(finished, tmp_path, step):
+  workdir, _ = finished
+  config = json.loads((workdir / 'config.json').read_text())
+  config['train']['steps'] = 70
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  if step:
+    shutil.copytree(workdir / 'checkpoints', tmp_path / 'checkpoints')
+  with pytest.raises(ValueError, match=f'a run at step {step} of 70; finish'):
+    evaluation.evaluate(str(tmp_path))
+
+
 def test_a_uniform_format_is_evaluated_by_the_same_code(finished):
-  metrics = evaluation.evaluate(str(finished[0]), numeric_format='INT8')
-  assert metrics['average_bits'] == 8.0
+  result = evaluation.evaluate(str(finished[0]), numeric_format='INT8')
+  assert result['average_bits'] == 8.0
 
 
 @pytest.mark.slow

@@ -150,9 +150,12 @@ def test_an_empty_directory_holds_no_checkpoint(tmp_path):
   assert restore(tmp_path / 'new') is None
 
 
-def test_only_the_newest_are_kept(tmp_path):
-  save(tmp_path, 1, 2, 3, 4, keep=2)
-  assert steps_in(tmp_path) == [3, 4]
+@pytest.mark.parametrize(('how', 'kept'), [(dict(keep=2), 2), ({}, 3)])
+def test_only_the_newest_are_kept(tmp_path, how, kept):
+  with checkpoint.Checkpoints(tmp_path, **how) as checkpoints:
+    for step in range(1, 6):
+      checkpoints.save(step, {'x': jnp.ones(())}, {})
+  assert steps_in(tmp_path) == [1, 2, 3, 4, 5][-kept:]
 
 
 @pytest.mark.slow
@@ -223,6 +226,12 @@ def test_a_transposed_matrix_has_another_digest():
   assert int(digests.digest(square)) != int(digests.digest(square.T))
   # It is the order that counts, not the shape.
   assert int(digests.digest(x)) == int(digests.digest(x.reshape(4, 3)))
+
+
+def test_a_complex_number_is_two_words():
+  x = jnp.arange(8.0).reshape(2, 2, 2)
+  pairs = jax.lax.complex(x[..., 0], x[..., 1])
+  assert int(digests.digest(pairs)) == int(digests.digest(x))
 
 
 def test_what_is_saved_is_the_state_at_the_call(tmp_path):

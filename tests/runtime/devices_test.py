@@ -73,6 +73,23 @@ def _assert_close(a, b, **tolerance):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
+@pytest.mark.parametrize(
+  ('shape', 'spec'),
+  [
+    ((128, 128), ('data',)),  # 2**14 elements, the least; the first of two.
+    ((127, 128), ()),
+    ((16, 2048), (None, 'data')),  # The longest axis ...
+    ((8, 4097), ('data',)),  # ... of those that 8 divides.
+    ((3, 3, 4096), (None, None, 'data')),
+    ((129, 257), ()),
+  ],
+)
+def test_large_parameters_are_split_along_an_axis_that_divides(shape, spec):
+  devices = _devices(8, _config(shard_params=True).parallel)
+  found = devices._spread(jax.ShapeDtypeStruct(shape, jnp.float32))
+  assert found.spec == PartitionSpec(*spec)
+
+
 @functools.cache
 def _alone():
   return _after(_config(), 1, 8)

@@ -298,3 +298,30 @@ def test_settling_moves_statistics_and_nothing_else():
   moved = step({'w': 2.0}, _STATS, arch, _TRAIN, jax.random.key(1))
   assert moved == {'quant_stats': {'layer': dict(active=True, seen=1)}}
   assert record.training == [_bits(jax.random.key(1))]
+
+
+@pytest.mark.parametrize(
+  ('how', 'average'), [({}, {}), (dict(keep_average=True), {'w': 2.0})]
+)
+def test_a_state_has_a_mean_of_the_weights_if_it_is_asked_for(how, average):
+  model = types.SimpleNamespace(
+    init=lambda key, x: dict(
+      params={'w': 2 * x}, quant_stats={'n': x}, arch={}, cost={}, sizes={}
+    )
+  )
+  controller = types.SimpleNamespace(init=lambda logits: logits)
+  state = train_state.create(
+    model,
+    _SPACE,
+    optax.sgd(1.0),
+    controller,
+    jax.random.key(0),
+    jnp.ones(()),
+    **how,
+  )
+  assert state.step == 0
+  assert state.average == average
+  assert state.served_params == {'w': 2.0}
+  # Architectures, costs and sizes do not change: they are not stored.
+  assert state.model_state == {'quant_stats': {'n': 1.0}}
+  assert state.search_state['layer'].tolist() == [0.0, 0.0]
