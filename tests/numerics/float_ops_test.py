@@ -25,6 +25,10 @@ _CASES = {
   'small result': ((2, 4, 4, 8), (3, 3, 8, 4), (2, 2), ((1, 1), (1, 1)), 1),
   'small odd result': ((2, 5, 7, 8), (5, 3, 8, 4), (2, 3), 'VALID', 1),
   'small in one direction': ((2, 9, 4, 8), (1, 7, 8, 4), (1, 1), 'SAME', 1),
+  'result of the size of the kernel': (
+    *((2, 5, 5, 8), (3, 3, 8, 4)),
+    *((1, 1), 'VALID', 1),
+  ),
   'apart': ((2, 8, 8, 3), (4, 4, 3, 4), (4, 4), 'VALID', 1),
   'usual': ((2, 6, 6, 8), (3, 3, 8, 4), (1, 1), 'SAME', 1),
   'grouped': ((2, 6, 6, 8), (3, 3, 4, 4), (1, 1), 'SAME', 2),
@@ -75,6 +79,7 @@ def test_values_and_gradients_equal_those_of_lax(case):
     ('small result', ['dot_general']),
     ('small in one direction', ['dot_general']),
     ('apart', ['conv_general_dilated']),
+    ('result of the size of the kernel', ['conv_general_dilated']),
     ('usual', ['conv_general_dilated']),
     ('grouped', ['conv_general_dilated']),
   ],

@@ -118,3 +118,7 @@ def test_branches_learn_together_ever_less_until_the_search_starts():
   # A.4: from 1 at the beginning linearly to 0 at the end of the warm-up.
   found = [float(phases.branch_probability(s)) for s in (0, 5, 20, 90)]
   assert found == pytest.approx([1.0, 0.75, 0.0, 0.0])
+  # A warm-up of one step is over after it.
+  phases = schedules.Phases(100, act_start=0, search_start=1, freeze=95)
+  found = [float(phases.branch_probability(s)) for s in (0, 1)]
+  assert found == [1.0, 0.0]

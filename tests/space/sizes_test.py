@@ -64,6 +64,14 @@ def test_a_kernel_may_have_branches_or_be_masked(weights):
   assert kernel.is_masked == (weights == sizes.MASKED)
 
 
+def test_sizes_are_hashable_however_they_are_written():
+  # Flax compares and hashes the fields of a network.
+  as_lists = sizes.Sizes([0.5, 1.0], [3, 5], found={'b/kernel': 3, 'a': 4})
+  as_tuples = sizes.Sizes((0.5, 1.0), (3, 5), found={'a': 4, 'b/kernel': 3})
+  assert as_lists == as_tuples
+  assert hash(as_lists) == hash(as_tuples)
+
+
 def test_found_sizes_leave_nothing_open():
   found = sizes.Sizes(found={'a/channels': 6, 'a/kernel': 5})
   assert found.channels('a', 4).labels == (6,)

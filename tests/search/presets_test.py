@@ -1,0 +1,50 @@
+"""Presets: their numbers, and what a config may put in their place."""
+
+import pytest
+
+from fliqs_jax.search import presets
+from fliqs_jax.search import schedules
+
+
+def test_the_paper_s_numbers_are_those_of_a_4():
+  # A.4: 4.6e-3 at 30 200 steps, here at a quarter of them: by sqrt(4) more.
+  assert presets.search_keys('paper', 7550) == dict(
+    preset='paper',
+    start=0.25,
+    freeze=1.0,
+    gamma=-0.1,
+    quality='accuracy',
+    learning_rate=pytest.approx(9.2e-3),
+    entropy_schedule='cosine',
+    entropy_beta=0.5,
+  )
+
+
+def test_the_default_s_learning_rate_follows_the_steps_of_the_search():
+  # Three quarters of 1200 steps are 900: 1 / sqrt(900).
+  assert presets.search_keys('default', 1200) == dict(
+    preset='default',
+    start=0.25,
+    freeze=0.95,
+    gamma=-0.3,
+    quality='cross_entropy',
+    learning_rate=pytest.approx(1 / 30),
+    entropy_schedule='cosine',
+    entropy_beta=0.1,
+  )
+
+
+@pytest.mark.parametrize('preset', presets.PRESETS)
+def test_a_weight_of_the_cost_takes_the_place_of_the_preset_s(preset):
+  own = presets.search_keys(preset, 100)
+  assert presets.search_keys(preset, 100, gamma=-2.0) == own | dict(gamma=-2.0)
+
+
+def test_what_a_preset_cannot_have_is_refused():
+  phases = schedules.phases(100, 0.1, 0.25, 0.95)
+  with pytest.raises(ValueError, match="'ours' is unknown; allowed: paper, de"):
+    presets.search_keys('ours', 100)
+  with pytest.raises(ValueError, match='search keys beta, kind; allowed: gam'):
+    presets.make('paper', sum, phases, kind='x', beta=1.0)
+  with pytest.raises(ValueError, match="'default' has none"):
+    presets.make('default', sum, phases, leave_one_out=True)
