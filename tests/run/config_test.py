@@ -166,6 +166,17 @@ def test_bits_per_weight_cannot_steer_sizes_of_which_one_is_open(labels):
     experiment_lib._check_sizes(config, space)
 
 
+def test_differences_are_named_by_their_whole_keys():
+  old = dict(seed=0, train=dict(steps=5, mixup=0.0), sizes=dict(widths=(1,)))
+  new = dict(seed=0, train=dict(steps=6, mixup=0.0), sizes=3, task='x')
+  assert config_lib.differences(old, new) == [
+    "sizes: {'widths': (1,)} -> 3",
+    "task: None -> 'x'",
+    'train.steps: 5 -> 6',
+  ]
+  assert config_lib.differences(new, new) == []
+
+
 def _task(task, quality, **model):
   config = tiny.get_config()
   with config.unlocked(), config.ignore_type():

@@ -22,8 +22,6 @@ from fliqs_jax.runtime import processes
 from tests import helpers
 from tests import tiny
 
-pytestmark = pytest.mark.slow
-
 _ROOT = pathlib.Path(__file__).parents[2]
 # Compiling fast matters more here than running fast.
 _COMPILE_FAST = (
@@ -108,6 +106,7 @@ def stopped(tmp_path_factory):
   return workdir, run
 
 
+@pytest.mark.slow
 def test_the_first_process_writes_and_all_log_with_their_index(whole):
   workdir, run = whole
   assert (workdir / 'report.html').exists()
@@ -122,6 +121,7 @@ def test_the_first_process_writes_and_all_log_with_their_index(whole):
   assert 'report.html' not in run.text(1)
 
 
+@pytest.mark.slow
 def test_the_processes_are_one_run_on_any_number_of_devices(whole, tmp_path):
   one, two = tmp_path, whole[0]
   train.train_and_evaluate(tiny.get_config('steps=300'), one)
@@ -133,6 +133,7 @@ def test_the_processes_are_one_run_on_any_number_of_devices(whole, tmp_path):
     np.testing.assert_allclose(a['sampled_cost'], b['sampled_cost'], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_one_step(stopped):
   workdir, run = stopped
   steps = set()
@@ -145,6 +146,7 @@ def test_a_signal_to_one_stops_all_at_one_step(stopped):
   assert not (workdir / 'result.json').exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_ends_bit_identical(stopped, whole, tmp_path):
   workdir = tmp_path / 'whole'  # Paths are in no file that is compared.
   shutil.copytree(stopped[0], workdir)
@@ -161,6 +163,7 @@ def test_a_stopped_run_goes_on_and_ends_bit_identical(stopped, whole, tmp_path):
   assert helpers.facts(workdir) == helpers.facts(whole[0])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_another_number_of_processes(
   stopped, whole, tmp_path
 ):
@@ -175,6 +178,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(
   assert ours == theirs
 
 
+@pytest.mark.slow
 def test_what_many_devices_saved_is_read_by_one(stopped):
   config = tiny.get_config('steps=300')
   shapes = jax.eval_shape(experiment_lib.build(config).initial_state)
@@ -183,6 +187,7 @@ def test_what_many_devices_saved_is_read_by_one(stopped):
   assert restored.step == int(restored.state.step)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others(tmp_path):
   run = _Run(tmp_path / 'killed', '--dead_after=5', steps=20000)
   run.wait_for('step 10/')
@@ -195,6 +200,7 @@ def test_a_killed_process_ends_the_others(tmp_path):
   assert 'another task died' in run.text(0) or 'is gone' in run.text(0)
 
 
+@pytest.mark.slow
 def test_the_launcher_starts_all_again_when_one_is_killed(whole, tmp_path):
   workdir = tmp_path / 'whole'
   with (tmp_path / 'log').open('w') as log:
@@ -221,6 +227,7 @@ def test_the_launcher_starts_all_again_when_one_is_killed(whole, tmp_path):
   assert helpers.facts(workdir) == helpers.facts(whole[0])
 
 
+@pytest.mark.slow
 def test_processes_find_each_other_through_a_cluster(tmp_path):
   """SLURM's variables, as srun sets them."""
   own = 'from fliqs_jax.runtime import processes as p; p.join(60, 60); '
@@ -251,6 +258,7 @@ def test_processes_find_each_other_through_a_cluster(tmp_path):
     assert "['0 of 2', '1 of 2']" in child.communicate(timeout=120)[0]
 
 
+@pytest.mark.slow
 def test_processes_of_different_configs_are_refused_by_name(tmp_path):
   run = _Run(
     tmp_path / 'run', each=(('--config.seed=1',), ('--config.seed=2',))
@@ -262,6 +270,7 @@ def test_processes_of_different_configs_are_refused_by_name(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_of_one_process_ends_all_with_its_words(tmp_path):
   (tmp_path / 'file').touch()
   run = _Run(tmp_path / 'file' / 'below')  # Only the first makes the workdir.
@@ -270,6 +279,7 @@ def test_a_mistake_of_one_process_ends_all_with_its_words(tmp_path):
   assert 'process 0: --workdir=' in run.text(1)
 
 
+@pytest.mark.slow
 def test_a_wrong_coordinator_address_is_named(tmp_path):
   run = _Run(tmp_path / 'run', '--join_timeout=3', count=2)
   run.children[0].kill()  # Nobody answers the second.
@@ -294,6 +304,68 @@ def test_an_environment_that_cannot_be_is_refused(monkeypatch, told):
     monkeypatch.setenv(name, value)
   with pytest.raises(ValueError, match='they must be HOST:PORT'):
     processes.join(1, 1)
+
+
+@pytest.mark.parametrize(('meet_after', 'ended'), [(0.0, []), (0.4, [1])])
+def test_the_timer_ends_a_process_that_waits_and_no_other(
+  monkeypatch, meet_after, ended
+):
+  names = ('FLIQS_COORDINATOR', 'FLIQS_NUM_PROCESSES', 'FLIQS_PROCESS_ID')
+  for name, value in zip(names, ('host:1', '2', '1')):
+    monkeypatch.setenv(name, value)
+  given, exits = [], []
+
+  def initialize(**how):
+    given.append(how)
+    time.sleep(meet_after)
+
+  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+  monkeypatch.setattr(os, '_exit', exits.append)
+  processes.join(0.2, 7)
+  time.sleep(0.3)
+  assert exits == ended
+  assert given == [
+    dict(
+      coordinator_address='host:1',
+      num_processes=2,
+      process_id=1,
+      cluster_detection_method='deactivate',
+      initialization_timeout=60.2,
+      heartbeat_timeout_seconds=7,
+    )
+  ]
+
+
+@pytest.mark.parametrize(
+  ('variables', 'asks'),
+  [
+    ({}, False),
+    (dict(SLURM_NTASKS='1'), False),
+    (dict(SLURM_NTASKS='2'), True),
+    (dict(OMPI_COMM_WORLD_SIZE='2'), True),
+    (dict(SLURM_NTASKS='2', FLIQS_NUM_PROCESSES='1'), False),
+    (dict(TPU_WORKER_HOSTNAMES=''), True),
+    (dict(TPU_SKIP_MDS_QUERY=None), True),  # A machine with TPU chips.
+  ],
+)
+def test_a_cluster_is_asked_for_the_others_if_there_is_one(
+  monkeypatch, variables, asks
+):
+  for name in list(os.environ):
+    if name.startswith(('FLIQS_', 'SLURM_', 'OMPI_', 'TPU_')):
+      monkeypatch.delenv(name)
+  for name, value in (dict(TPU_SKIP_MDS_QUERY='1') | variables).items():
+    if value is not None:
+      monkeypatch.setenv(name, value)
+  asked = []
+  monkeypatch.setattr(
+    jax.distributed, 'initialize', lambda **how: asked.append(how)
+  )
+  processes.join(5, 7)
+  assert (
+    asked
+    == [dict(initialization_timeout=65, heartbeat_timeout_seconds=7)] * asks
+  )
 
 
 def test_one_process_stops_by_a_signal_of_its_own():
