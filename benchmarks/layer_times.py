@@ -73,7 +73,7 @@ def rows(
   ops: Mapping[str, ops_lib.OpShape],
   image: jax.ShapeDtypeStruct,
 ) -> list[Row]:
-  """Returns the layers of a network, found by tracing it.
+  """Returns the layers of a network, which is traced.
 
   Args:
     plain: the network of linen's own layers.

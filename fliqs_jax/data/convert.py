@@ -47,7 +47,8 @@ def convert(source: pathlib.Path, target: pathlib.Path) -> None:
   if missing:
     raise ValueError(
       f'{source} lacks {len(missing)} of its {len(shards)} shards: '
-      f'{", ".join(missing[:3])}{", ..." if len(missing) > 3 else ""}'
+      f'{", ".join(missing[:3])}{", ..." if len(missing) > 3 else ""}; prepare '
+      'the data set again'
     )
   _import_tensorflow()
   with build_once.directory(target) as unfinished:

@@ -144,6 +144,7 @@ def dataset(
     rows = criteo_store.open_rows(root / _SOURCE, root / _STORE, max_bad_lines)
   except OSError as error:
     raise ValueError(
-      f'config.data.data_dir={data_dir!r} cannot be used: {error}'
+      f'config.data.data_dir={data_dir!r} cannot be used: {error}; name a '
+      'local directory that can be written'
     ) from error
   return table(NAME, dict(train=rows), buckets)

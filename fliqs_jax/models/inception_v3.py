@@ -128,7 +128,8 @@ class InceptionV3(nn.Module):
     if min(x.shape[1:3]) < _SMALLEST_IMAGE:
       raise ValueError(
         f'images of {x.shape[1]}x{x.shape[2]} pixels are too small for '
-        f'InceptionV3: it needs at least {_SMALLEST_IMAGE}x{_SMALLEST_IMAGE}'
+        f'InceptionV3: they must have at least '
+        f'{_SMALLEST_IMAGE}x{_SMALLEST_IMAGE}'
       )
     init = nn.initializers.variance_scaling(2.0, 'fan_in', 'truncated_normal')
     unit = functools.partial(

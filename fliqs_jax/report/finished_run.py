@@ -221,7 +221,9 @@ def _parse(text: str, where: str) -> dict[str, Any]:
       f'{where} is not JSON, so the file is damaged: {error}'
     ) from None
   if not isinstance(value, dict):
-    raise ValueError(f'{where} holds {type(value).__name__}, not an object')
+    raise ValueError(
+      f'{where} holds {type(value).__name__}, but it must be an object'
+    )
   return value
 
 
@@ -270,7 +272,7 @@ def _layers(
       row[name] = cost / total if total else math.nan
   reference = f'uniform {UNIFORM_BITS} bits'
   if any(row['sizes'] for row in rows):
-    reference += ' and the found sizes'
+    reference += ' and the selected sizes'
   return rows, reference if counted else None
 
 

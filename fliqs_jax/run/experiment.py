@@ -208,8 +208,8 @@ def read_arch(path: str | pathlib.Path) -> dict[str, Any]:
     raise ValueError(f'{path} cannot be read: {error.strerror}') from None
   except (ValueError, KeyError, TypeError, AttributeError):
     raise ValueError(
-      f'{path} is no arch.json: it needs "mode", "sizes" and "layers", each '
-      'layer with "weights" and "activations"'
+      f'{path} is no arch.json: it must have "mode", "sizes" and "layers", '
+      'each layer with "weights" and "activations"; use that of a run'
     ) from None
   return content | dict(mode=mode)
 
@@ -368,7 +368,8 @@ def _check_inputs(config, model: nn.Module, streams: data.Streams) -> None:
   if set(takes) != set(streams.inputs):
     raise ValueError(
       f'model.name={config.model.name!r} takes {", ".join(takes)}, but '
-      f'data.name={config.data.name!r} gives {", ".join(streams.inputs)}'
+      f'data.name={config.data.name!r} gives {", ".join(streams.inputs)}; use '
+      'a model and data of one task'
     )
   if 'buckets' in config.model and config.model.buckets != config.data.buckets:
     raise ValueError(
@@ -385,5 +386,5 @@ def _check_outputs(config, task, model, streams: data.Streams) -> None:
     raise ValueError(
       f'model.name={config.model.name!r} gives an output of shape '
       f'{outputs.shape[1:]} for an example, but task={config.task!r} needs '
-      f'{expected}'
+      f'{expected}; use a model of that task'
     )

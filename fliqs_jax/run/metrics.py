@@ -95,7 +95,7 @@ def accumulate(
   if step_metrics.keys() != accumulators.keys():
     raise ValueError(
       f'a step has metrics {sorted(step_metrics)}, the steps before had '
-      f'{sorted(accumulators)}'
+      f'{sorted(accumulators)}; all must have the same'
     )
   for name, value in step_metrics.items():
     if jnp.shape(value):

@@ -49,7 +49,7 @@ def check(keys: ml_collections.ConfigDict) -> None:
   if keys.shard_params and keys.mode == 'pmap':
     raise ValueError(
       "parallel.shard_params=True needs parallel.mode='pjit': in 'pmap' every "
-      'device has all parameters'
+      'device has all parameters; set one of the two keys'
     )
   if keys.leave_one_out and keys.mode != 'pmap':
     raise ValueError(

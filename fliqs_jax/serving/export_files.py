@@ -247,12 +247,14 @@ def read_file(
   """
   path = pathlib.Path(directory) / name
   if name not in manifest['files']:
-    raise ValueError(f'{directory} was exported without {name}')
+    raise ValueError(f'{directory} was exported without {name}; export again')
   expected = manifest['files'][name]
   try:
     data = path.read_bytes()
   except OSError as error:
-    raise ValueError(f'{path} cannot be read: {error.strerror}') from None
+    raise ValueError(
+      f'{path} cannot be read: {error.strerror}; export again'
+    ) from None
   if len(data) != expected['bytes']:
     raise ValueError(
       f'{path} has {len(data)} bytes instead of {expected["bytes"]}: it was '
@@ -281,7 +283,9 @@ def read_tensors(
     }
   except (safetensors.SafetensorError, KeyError, TypeError) as error:
     path = pathlib.Path(directory) / name
-    raise ValueError(f'{path} is no safetensors file: {error}') from None
+    raise ValueError(
+      f'{path} is no safetensors file: {error}; export again'
+    ) from None
 
 
 def _described(path, layer, tensors) -> dict[str, Any]:

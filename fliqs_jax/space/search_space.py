@@ -273,15 +273,16 @@ class SearchSpace:
         if wanted[leaf] != first:
           raise ValueError(
             f'{leaf.rpartition("/")[0]} has {wanted[leaf]}, but shares the '
-            f'decision {decision.name} with layers that have another format'
+            f'decision {decision.name} with layers that have another format; '
+            'give all of them the same'
           )
       result[decision.name] = decision.one_hot(first)
     possible = self.assignment(result)
     for path, pair in assignment.items():
       if tuple(pair) != possible[path]:
         raise ValueError(
-          f'{path} has (weights, activations) = {tuple(pair)}, but can only '
-          f'have {possible[path]} here'
+          f'{path} has (weights, activations) = {tuple(pair)}, but in this '
+          f'space it must have {possible[path]}'
         )
     return result
 

@@ -221,7 +221,10 @@ class Sizes:
     if decision not in found:
       # An arch.json says the kind of a decision by its name alone.
       if any(name.endswith(f'/{kind}') for name in found):
-        raise ValueError(f'the sizes of arch.json lack {decision}')
+        raise ValueError(
+          f'the sizes of arch.json lack {decision}; use the arch.json of a run '
+          'of this network'
+        )
       return None
     label = found[decision]
     is_whole = isinstance(label, int) and not isinstance(label, bool)
