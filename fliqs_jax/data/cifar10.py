@@ -7,13 +7,10 @@ from fliqs_jax.data import images
 from fliqs_jax.data import tfds_records
 
 NAME = 'cifar10'
-AUGMENTATIONS = ('none', 'crop_flip')
 
 # Mean and standard deviation of each channel of the training images.
 _MEAN = tuple(255 * mean for mean in (0.4914, 0.4822, 0.4465))
 _STD = tuple(255 * std for std in (0.2470, 0.2435, 0.2616))
-
-_PADDING = 4  # He et al. 2016, section 4.2.
 
 _HOW_TO_PREPARE = (
   'python -c "import tensorflow_datasets as tfds; '
@@ -32,29 +29,20 @@ def _open(prepared: tfds_records.Prepared, split: str) -> dataset_lib.Arrays:
   )
 
 
-def _crop_flip(pixels: np.ndarray, bits: np.ndarray) -> np.ndarray:
-  return images.flip(images.shift(pixels, bits, _PADDING), bits)
-
-
 def dataset(data_dir: str, augment: str = 'crop_flip') -> dataset_lib.Dataset:
   """Returns CIFAR-10's splits 'train' and 'test'.
 
   Args:
     data_dir: directory in which TFDS prepared the data set as ArrayRecord,
       local or in a bucket (gs://, needs gcsfs; not tested); '' for TFDS's own.
-    augment: augmentation of training images. 'crop_flip' moves an image by up
-      to 4 pixels in each direction, fills with zeros, and mirrors every other
-      image. 'none' changes nothing.
+    augment: augmentation of training images, a name that
+      `images.augmentation` knows.
 
   Raises:
     ValueError: the augmentation is unknown, or the data set is not prepared;
       nothing is downloaded.
   """
-  if augment not in AUGMENTATIONS:
-    raise ValueError(
-      f'config.data.augment={augment!r} is unknown; allowed: '
-      f'{", ".join(AUGMENTATIONS)}'
-    )
+  augmented = images.augmentation(augment)
   prepared = tfds_records.find(NAME, data_dir, _HOW_TO_PREPARE)
   normalise = images.normaliser(_MEAN, _STD)
   return dataset_lib.Dataset(
@@ -64,11 +52,7 @@ def dataset(data_dir: str, augment: str = 'crop_flip') -> dataset_lib.Dataset:
     split_sizes=prepared.split_sizes,
     open=lambda split: _open(prepared, split),
     train_inputs=lambda columns, bits: dict(
-      image=normalise(
-        _crop_flip(columns['image'], bits)
-        if augment == 'crop_flip'
-        else columns['image']
-      )
+      image=normalise(augmented(columns['image'], bits))
     ),
     eval_inputs=lambda columns: dict(image=normalise(columns['image'])),
   )

@@ -1,4 +1,4 @@
-"""Functions that image data sets share: pixels to inputs, small shifts."""
+"""Functions that image data sets share: pixels to inputs, augmentation."""
 
 from collections.abc import Callable
 import io
@@ -71,3 +71,39 @@ def flip(images: np.ndarray, bits: np.ndarray) -> np.ndarray:
   """
   mirrored = (bits >> np.uint64(63)).astype(bool)
   return np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+
+
+def crop_flip(images: np.ndarray, bits: np.ndarray) -> np.ndarray:
+  """Moves images by up to 4 pixels each way and mirrors every other one.
+
+  He et al. 2015 (arXiv:1512.03385), section 4.2. Fills with zeros.
+
+  Args:
+    images: uint8 [N, H, W, C].
+    bits: uint64 [N], random.
+
+  Returns:
+    uint8 [N, H, W, C].
+  """
+  return flip(shift(images, bits, most=4), bits)
+
+
+_AUGMENTATIONS = {'none': lambda images, bits: images, 'crop_flip': crop_flip}
+
+
+def augmentation(name: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+  """Returns a function from uint8 [N, H, W, C] and random bits to the same.
+
+  Args:
+    name: value of `config.data.augment`: 'crop_flip', or 'none', which changes
+      nothing.
+
+  Raises:
+    ValueError: the name is unknown.
+  """
+  if name not in _AUGMENTATIONS:
+    raise ValueError(
+      f'config.data.augment={name!r} is unknown; allowed: '
+      f'{", ".join(_AUGMENTATIONS)}'
+    )
+  return _AUGMENTATIONS[name]

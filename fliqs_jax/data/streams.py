@@ -25,6 +25,14 @@ def _cifar10(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
   return cifar10.dataset(config.data_dir, config.augment)
 
 
+def _fashion_mnist(
+  config: ml_collections.ConfigDict,
+) -> dataset_lib.Dataset:
+  from fliqs_jax.data import fashion_mnist
+
+  return fashion_mnist.dataset(config.data_dir, config.augment)
+
+
 def _imagenet2012(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
   from fliqs_jax.data import imagenet
 
@@ -69,6 +77,7 @@ class Known:
 DATASETS = {
   'digits': Known(_digits),
   'cifar10': Known(_cifar10, dict(augment=str)),
+  'fashion_mnist': Known(_fashion_mnist, dict(augment=str)),
   'imagenet2012': Known(
     _imagenet2012, dict(image_size=int, augment=str, random_erasing=float)
   ),
@@ -150,9 +159,10 @@ def make_streams(
       `data_dir` ('' for the usual directory), `train_split`, `valid_split`,
       `test_split` (TFDS split strings), `batch_size`, `valid_batch_size`,
       `test_batch_size` (examples of all processes together), and the keys of
-      the data set: cifar10 `augment`; imagenet2012 `image_size`, `augment`,
-      `random_erasing`; criteo `buckets`, `max_bad_lines`; synthetic
-      `image_size`, `num_classes`; synthetic_criteo `buckets`.
+      the data set: cifar10 and fashion_mnist `augment`; imagenet2012
+      `image_size`, `augment`, `random_erasing`; criteo `buckets`,
+      `max_bad_lines`; synthetic `image_size`, `num_classes`; synthetic_criteo
+      `buckets`.
     seed: number, at least 0, that determines order and augmentation.
     process_index: index of this process, which selects its part of each batch.
     process_count: number of processes, and so of parts of each batch.
