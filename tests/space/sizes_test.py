@@ -82,6 +82,14 @@ def test_found_sizes_leave_nothing_open():
   assert sizes.Sizes(found={}) == sizes.Sizes()
 
 
+@pytest.mark.parametrize('is_served', [False, True])
+def test_only_a_network_that_is_served_has_no_leaves(is_served):
+  found = {'a/channels': 6, 'a/kernel': 5}
+  found = sizes.Sizes(found=found, is_served=is_served)
+  assert found.channels('a', 4).has_leaf != is_served
+  assert found.kernel('a', 3).has_leaf != is_served
+
+
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
