@@ -25,6 +25,10 @@ _CASES = {
   'small result': ((2, 4, 4, 8), (3, 3, 8, 4), (2, 2), ((1, 1), (1, 1)), 1),
   'small odd result': ((2, 5, 7, 8), (5, 3, 8, 4), (2, 3), 'VALID', 1),
   'small in one direction': ((2, 9, 4, 8), (1, 7, 8, 4), (1, 1), 'SAME', 1),
+  'small result in one direction': (
+    *((2, 4, 8, 8), (3, 3, 8, 4)),
+    *((1, 1), 'VALID', 1),
+  ),
   'result of the size of the kernel': (
     *((2, 5, 5, 8), (3, 3, 8, 4)),
     *((1, 1), 'VALID', 1),
@@ -78,6 +82,7 @@ def test_values_and_gradients_equal_those_of_lax(case):
     ('small map', ['dot_general']),
     ('small result', ['dot_general']),
     ('small in one direction', ['dot_general']),
+    ('small result in one direction', ['dot_general']),
     ('apart', ['conv_general_dilated']),
     ('result of the size of the kernel', ['conv_general_dilated']),
     ('usual', ['conv_general_dilated']),

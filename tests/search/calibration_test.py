@@ -27,9 +27,7 @@ def _space(*paths):
 def _apply(variables, images, *, train, mutable):
   """A model of one layer at `path`, which sees the images as they are."""
   assert (train, mutable) == (False, ['act_inputs'])
-  (path,) = (
-    variables['quant_stats'] if 'a' in variables['quant_stats'] else ('',)
-  )
+  path = '' if 'mean' in variables['quant_stats'] else 'a'
   sown = {'x': (images,)}
   return None, {'act_inputs': {path: sown} if path else sown}
 
