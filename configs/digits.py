@@ -76,7 +76,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     kernels=(),
     kernel_weights='branches',
   )
-  config.cost = dict(kind='bops', target=arg.target, relative_to='INT4')
+  config.cost = dict(
+    kind='bops',
+    target=arg.target,
+    relative_to='INT4',
+    bound='near' if arg.preset == 'paper' else 'at_most',
+  )
   config.search = presets.search_keys(arg.preset, steps, arg.gamma)
   config.optimizer = dict(
     name='sgd',

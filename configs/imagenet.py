@@ -165,7 +165,12 @@ def recipe(
     kernels=() if arg.arch else kernels,
     kernel_weights='branches',
   )
-  config.cost = dict(kind='bops', target=arg.target, relative_to='INT4')
+  config.cost = dict(
+    kind='bops',
+    target=arg.target,
+    relative_to='INT4',
+    bound='near' if arg.preset == 'paper' else 'at_most',
+  )
   config.search = presets.search_keys(arg.preset, steps, arg.gamma)
   config.optimizer = dict(optimizer, warmup=warmup_epochs / epochs)
   if arg.smoke:  # The learning rate is proportional to the batch size.

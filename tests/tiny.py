@@ -14,10 +14,18 @@ from fliqs_jax.run import config as config_lib
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Returns the digits config with another network and fewer steps."""
   arg = config_lib.parse_arg(
-    arg, steps=60, seed=0, space='int_s', data_dir='', act_clip=''
+    arg,
+    steps=60,
+    seed=0,
+    space='int_s',
+    preset='default',
+    target=1.5,
+    data_dir='',
+    act_clip='',
   )
   config = digits.get_config(
-    f'steps={arg.steps},seed={arg.seed},space={arg.space}'
+    f'steps={arg.steps},seed={arg.seed},space={arg.space},'
+    f'preset={arg.preset},target={arg.target}'
   )
   with config.unlocked(), config.ignore_type():
     config.model = dict(name='mlp', hidden=(16,))

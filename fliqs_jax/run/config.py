@@ -115,6 +115,7 @@ SCHEMA: dict[str, Any] = {
     'kind': _of_type(str),
     'target': _number(0),
     'relative_to': _of_type(str),
+    'bound': _of_type(str),
   },
   'search': {
     'preset': _of_type(str),
@@ -125,6 +126,8 @@ SCHEMA: dict[str, Any] = {
     'learning_rate': _number(0),
     'entropy_schedule': _of_type(str),
     'entropy_beta': _of_type(float, int),
+    'scores': _of_type(str),
+    'scorings': _count(0),
   },
   'optimizer': {
     'name': _of_type(str),
@@ -154,6 +157,23 @@ SCHEMA: dict[str, Any] = {
   },
   'references': _LIST,
 }
+
+
+# Keys that configs of 0.2.0 lack, and the values that mean what they did.
+_ADDED = {
+  'cost': {'bound': 'near'},
+  'search': {'scores': '', 'scorings': 0},
+}
+
+
+def completed(content: Mapping[str, Any]) -> ml_collections.ConfigDict:
+  """Returns the config that a config.json holds, with the keys added since."""
+  config = ml_collections.ConfigDict(content)
+  for section, keys in _ADDED.items():
+    for key, value in keys.items():
+      if section in config and key not in config[section]:
+        config[section][key] = value
+  return config
 
 
 def check(config: ml_collections.ConfigDict) -> None:

@@ -10,15 +10,14 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 
+from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import results
 from fliqs_jax.runtime import checkpoint
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import workdir as workdir_lib
-from fliqs_jax.search import policy as policy_lib
 from fliqs_jax.search import train_step
 
 
@@ -110,7 +109,7 @@ def restore(workdir: str) -> RestoredRun:
       f'{workdir} is no workdir of a run: {error}; name the --workdir of a '
       'finished run'
     ) from None
-  experiment = experiment_lib.build(ml_collections.ConfigDict(content))
+  experiment = experiment_lib.build(config_lib.completed(content))
   abstract = jax.eval_shape(experiment.initial_state)
   with checkpoint.Checkpoints(path / workdir_lib.CHECKPOINTS) as checkpoints:
     restored = checkpoints.restore_latest(abstract)
@@ -121,7 +120,7 @@ def restore(workdir: str) -> RestoredRun:
       'before'
     )
   policy = restored.state.search_state.policy
-  choices = jax.device_get(policy_lib.argmax(policy))
+  choices = experiment.selected(jax.device_get(policy))
   return RestoredRun(experiment, restored.state, choices)
 
 

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from fliqs_jax import data
@@ -21,10 +22,13 @@ from fliqs_jax.run import config as config_lib
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import optimizers
+from fliqs_jax.search import policy as policy_lib
 from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
+from fliqs_jax.search import sensitivity
 from fliqs_jax.search import train_state
 from fliqs_jax.search import train_step
+from fliqs_jax.space import allocation
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
@@ -35,6 +39,11 @@ from fliqs_jax.tasks import augment
 # Relative tolerance with which a cost target is compared with the lowest and
 # the highest cost: all of them are float32 sums.
 _TOLERANCE = 1e-6
+
+# The values of `cost.bound`: the cost is at most the target, or near it.
+AT_MOST, NEAR = 'at_most', 'near'
+# Distances from the target that are tried for `near`, in this order.
+_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +122,59 @@ class Experiment:
       replicas=devices_lib.replicas(self.config.parallel),
     )
 
+  @property
+  def is_scored(self) -> bool:
+    """Whether options are scored and the budget is solved from the scores."""
+    return self.config.search.scorings > 0 and not self.space.is_fixed
+
+  @property
+  def allocations(self) -> tuple[int, ...]:
+    """The steps before which an architecture is put into the policy."""
+    if self.space.is_fixed:
+      return ()
+    if self.is_scored:
+      return self.phases.scorings(self.config.search.scorings)
+    return (self.phases.freeze,)
+
+  def allocate(self, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the architecture of the least scores at `cost.bound`.
+
+    Args:
+      scores: {decision: [K]}, more is worse.
+
+    Raises:
+      ValueError: a score is not finite, or no architecture is within the bound.
+    """
+    budget = allocation.Budget(self.cost, self.target)
+    if self.config.cost.bound == AT_MOST:
+      return allocation.solve(self.space, scores, [budget])
+    for share in _SHARES:
+      budget = allocation.near(self.cost, self.target, share)
+      try:
+        return allocation.solve(self.space, scores, [budget])
+      except ValueError:
+        if share == _SHARES[-1]:
+          raise
+    raise AssertionError('unreachable')
+
+  def selected(self, policy: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the architecture that is served, {decision: [K] one-hot}.
+
+    The likeliest one; of those within the budget, if `cost.bound='at_most'`.
+
+    Args:
+      policy: {decision: [K]} logits, on the host.
+    """
+    likeliest = jax.device_get(policy_lib.argmax(policy))
+    if self.space.is_fixed or self.config.cost.bound != AT_MOST:
+      return likeliest
+    if allocation.Budget(self.cost, self.target).admits(likeliest):
+      return likeliest
+    log_probs = jax.device_get(jax.tree.map(jax.nn.log_softmax, policy))
+    return self.allocate(
+      {name: -np.asarray(v) for name, v in log_probs.items()}
+    )
+
   def cost_of(self, choices: Mapping[str, Any]) -> Any:
     """Returns the cost of {decision: [K]}, in the cost's unit."""
     return self.cost(choices)
@@ -138,6 +200,7 @@ def build(
     ValueError: the config cannot work; the message names key and value.
   """
   config_lib.check(config)
+  _check_search(config.search, config.train.steps)
   devices_lib.check(config.parallel)
   phases = schedules.phases(
     config.train.steps,
@@ -277,11 +340,24 @@ def _spec(
   )
 
 
+def _check_search(keys: ml_collections.ConfigDict, steps: int) -> None:
+  presets.check_keys(keys, steps)
+  if keys.scorings and keys.scores not in sensitivity.METRICS:
+    raise ValueError(
+      f'search.scores={keys.scores!r} is unknown; allowed: '
+      f'{", ".join(sensitivity.METRICS)}'
+    )
+
+
 def _target(
   keys: ml_collections.ConfigDict,
   cost: cost_model.Cost,
   space: search_space.SearchSpace,
 ) -> float:
+  if keys.bound not in (AT_MOST, NEAR):
+    raise ValueError(
+      f'cost.bound={keys.bound!r} is unknown; allowed: {AT_MOST}, {NEAR}'
+    )
   target = keys.target
   if keys.relative_to:
     target *= cost_model.uniform(cost, keys.relative_to)
@@ -293,6 +369,12 @@ def _target(
       f'cost.target={keys.target}{relative} = {target:.6g} {cost.unit} cannot '
       f'be reached: the cheapest assignment costs {least:.6g}, the most '
       f'expensive one {most:.6g}'
+    )
+  if not space.is_fixed and target <= least + slack:
+    raise ValueError(
+      f'cost.target={keys.target} = {target:.6g} {cost.unit} leaves nothing to '
+      'search: only the cheapest network costs no more; raise the target, or '
+      'train that network with quant.formats=FORMAT'
     )
   return target
 
@@ -310,7 +392,7 @@ def _controller(config, space, cost, target, phases):
     replicas=devices_lib.replicas(config.parallel),
     leave_one_out=config.parallel.leave_one_out,
   )
-  if config.data.valid_batch_size % controller.samples:
+  if controller.judges and config.data.valid_batch_size % controller.samples:
     raise ValueError(
       f'data.valid_batch_size={config.data.valid_batch_size} must be a '
       f'multiple of {controller.samples}, the number of architectures that '

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from fliqs_jax import data
+from fliqs_jax.run import allocator
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import run_log
 from fliqs_jax.runtime import checkpoint
@@ -149,10 +150,13 @@ def _steps(first, result, experiment, devices, log, trace) -> Iterator[int]:
   batch = next(batches)
   step_fn = _compile(experiment, devices, result, batch)
   batches = itertools.chain([batch], batches)
+  allocate = allocator.Allocator(experiment, devices)
   with trace:
     for step, batch in zip(range(first, phases.steps), batches):
       if step == phases.act_start and config.quant.act_clip == 'profiled':
         result.state = _profile(experiment, devices, result.state)
+      if step in experiment.allocations:
+        result.state = allocate(result.state, step)
       trace.before(step)
       with jax.transfer_guard_device_to_host('disallow'):
         result.state, metrics = step_fn(result.state, *batch)

@@ -155,7 +155,7 @@ def warnings(
         f'{name} had not settled: its likeliest option has probability '
         f'{pi.max():.2f}'
       )
-  choices = jax.device_get(policy_lib.argmax(policy))
+  choices = experiment.selected(policy)
   cost = float(experiment.cost_of(choices))
   error = cost / experiment.target - 1
   if abs(error) > 0.05:

@@ -143,8 +143,10 @@ def _progress(
   line = f'step {step}/{steps}  loss {scalars["loss"]:.3f}'
   if not experiment.space.is_fixed:
     cost = scalars['cost'] * experiment.target
+    if 'quality' in scalars:
+      line += f'  quality {scalars["quality"]:.3f}'
     line += (
-      f'  quality {scalars["quality"]:.3f}  cost {cost:.4g}/'
+      f'  cost {cost:.4g}/'
       f'{experiment.target:.4g} {experiment.cost.unit}'
       f'  entropy {scalars["entropy"]:.2f}'
     )

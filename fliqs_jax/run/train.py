@@ -22,7 +22,6 @@ from fliqs_jax.runtime import files
 from fliqs_jax.runtime import monitoring
 from fliqs_jax.runtime import processes
 from fliqs_jax.runtime import workdir as workdir_lib
-from fliqs_jax.search import policy as policy_lib
 
 _LOG = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ def train_and_evaluate(
   _describe(experiment)
   run = loop.run(experiment, devices, path, stop, trace, began)
   policy = jax.device_get(run.state.search_state.policy)
-  choices = jax.device_get(policy_lib.argmax(policy))
+  choices = experiment.selected(policy)
   references = {
     name: _reference(config, name, path, stop) for name in config.references
   }

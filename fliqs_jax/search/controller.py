@@ -19,12 +19,21 @@ class Controller(NamedTuple):
     propose: (state, key, step) -> `samples` architectures, leaves [M, K].
     update: (state, architectures, qualities [M], step) -> (state, metrics).
     samples: number M of architectures in each step.
+    judges: whether the step judges the architectures on the validation batch;
+      if not, `update` gets None for qualities.
+    warms_up_dearest: whether the weights train at the most precise formats
+      until the search starts, not at those of the first proposal.
+    trains_best: whether the weights train on the argmax of the policy once the
+      search has started, not on the first proposal.
   """
 
   init: Callable[[Any], Any]
   propose: Callable[[Any, jax.Array, jax.Array], Any]
   update: Callable[..., tuple[Any, dict[str, jax.Array]]]
   samples: int
+  judges: bool = True
+  warms_up_dearest: bool = False
+  trains_best: bool = False
 
 
 @struct.dataclass

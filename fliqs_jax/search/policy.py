@@ -10,6 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# A logit so far above zeros that the others have e^-20 of its probability.
+_CERTAIN = 20.0
+
 
 def probabilities(policy: Any) -> Any:
   """Returns pi = softmax(logits) of every decision (Eq. 2)."""
@@ -61,3 +64,8 @@ def entropy(policy: Any) -> jax.Array:
     policy,
   )
   return functools.reduce(jnp.add, jax.tree.leaves(terms))
+
+
+def settled(choices: Any) -> Any:
+  """Returns logits [K] of which `choices`, one-hot [K], is all but certain."""
+  return jax.tree.map(lambda one_hot: _CERTAIN * one_hot, choices)

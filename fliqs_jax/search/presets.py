@@ -1,6 +1,6 @@
 """Presets of the search: controllers with their config keys."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import math
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ from fliqs_jax.runtime import replicas as replicas_lib
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import reinforce
 from fliqs_jax.search import schedules
+from fliqs_jax.search import scored
 
 # The start of the search, a fraction of training (A.4).
 _START = 0.25
@@ -23,13 +24,25 @@ class Preset(NamedTuple):
       replicas) -> `Controller`; with `leave_one_out` where the preset has it.
     keys: steps of training -> the `search` section of a config but `preset`:
       `start`, `freeze`, `gamma`, `quality`, `learning_rate`,
-      `entropy_schedule`, `entropy_beta`.
+      `entropy_schedule`, `entropy_beta`, `scores`, `scorings`.
     has_leave_one_out: whether the preset allows `parallel.leave_one_out`.
+    unused: keys that the preset does not read, so that no other value than its
+      own is allowed.
   """
 
   controller: Callable[..., controller_lib.Controller]
   keys: Callable[[int], dict[str, Any]]
   has_leave_one_out: bool = False
+  unused: tuple[str, ...] = ()
+
+
+_SCORES = ('scores', 'scorings')
+_POLICY_GRADIENT = (
+  'gamma',
+  'learning_rate',
+  'entropy_schedule',
+  'entropy_beta',
+)
 
 
 def _paper_keys(steps: int) -> dict[str, Any]:
@@ -41,6 +54,8 @@ def _paper_keys(steps: int) -> dict[str, Any]:
     learning_rate=_PAPER_RATE * math.sqrt(_PAPER_STEPS / max(steps, 1)),
     entropy_schedule='cosine',
     entropy_beta=0.5,
+    scores='',
+    scorings=0,
   )
 
 
@@ -53,15 +68,38 @@ def _default_keys(steps: int) -> dict[str, Any]:
     learning_rate=1 / math.sqrt(max((1 - _START) * steps, 1)),
     entropy_schedule='cosine',
     entropy_beta=0.1,
+    scores='',
+    scorings=0,
+  )
+
+
+def _sensitivity_keys(steps: int) -> dict[str, Any]:
+  del steps
+  return dict(
+    start=_START,
+    freeze=0.75,
+    gamma=0.0,
+    quality='cross_entropy',
+    learning_rate=0.0,
+    entropy_schedule='off',
+    entropy_beta=0.0,
+    scores='loss',
+    scorings=3,
   )
 
 
 # The names of `search.preset`. `paper` is the published controller (A.4; gamma
-# is not published), `default` the better one; WORKSPACE.md has the source of
-# each number. Another preset is another row.
+# is not published), `default` the better one of its kind; `sensitivity` scores
+# each format a few times and solves the budget exactly. WORKSPACE.md has the
+# source of each number. Another preset is another row.
 PRESETS: dict[str, Preset] = {
-  'paper': Preset(reinforce.paper, _paper_keys, has_leave_one_out=True),
-  'default': Preset(reinforce.default, _default_keys),
+  'paper': Preset(
+    reinforce.paper, _paper_keys, has_leave_one_out=True, unused=_SCORES
+  ),
+  'default': Preset(reinforce.default, _default_keys, unused=_SCORES),
+  'sensitivity': Preset(
+    scored.controller, _sensitivity_keys, unused=_POLICY_GRADIENT
+  ),
 }
 
 
@@ -71,7 +109,7 @@ def search_keys(
   """Returns the `search` section of a config for a preset.
 
   Args:
-    preset: `paper`, `default`, or another key of `PRESETS`.
+    preset: `paper`, `default`, `sensitivity`, or another key of `PRESETS`.
     steps: number of steps of training, by which presets scale their learning
       rate.
     gamma: weight of the cost in units of the quality; None: the preset's.
@@ -80,7 +118,31 @@ def search_keys(
     ValueError: the preset is unknown.
   """
   keys = dict(preset=preset) | _preset(preset).keys(steps)
-  return keys if gamma is None else keys | dict(gamma=gamma)
+  keys = keys if gamma is None else keys | dict(gamma=gamma)
+  check_keys(keys, steps)
+  return keys
+
+
+def check_keys(keys: Mapping[str, Any], steps: int) -> None:
+  """Checks that the `search` section of a config sets only what is read.
+
+  Args:
+    keys: the section.
+    steps: length of training.
+
+  Raises:
+    ValueError: unknown preset, or a key that the preset does not read has
+      another value than the preset's own.
+  """
+  preset = _preset(keys['preset'])
+  own = preset.keys(steps)
+  for key in preset.unused:
+    if keys[key] != own[key]:
+      raise ValueError(
+        f'search.{key}={keys[key]!r} would change nothing: '
+        f'search.preset={keys["preset"]!r} does not read it; leave it at '
+        f'{own[key]!r}'
+      )
 
 
 def make(
@@ -96,8 +158,8 @@ def make(
 
   Args:
     preset: `paper` (the published REINFORCE: Eq. 1, 3, 8; A.4), `default` (four
-      architectures in each step, cost in closed form), or another key of
-      `PRESETS`.
+      architectures in each step, cost in closed form), `sensitivity` (scores of
+      each option, budget solved exactly), or another key of `PRESETS`.
     relative_cost: {decision: [K]} -> C / C_T [], the result of
       `SearchSpace.relative_cost`.
     phases: the steps at which the search starts and ends.
@@ -121,6 +183,7 @@ def make(
       f'unknown search keys {", ".join(unknown)}; allowed: {", ".join(allowed)}'
     )
   keys = search_keys(preset, phases.steps) | overrides
+  check_keys(keys, phases.steps)
   baseline: dict[str, bool] = {}
   if leave_one_out:
     if not _preset(preset).has_leave_one_out:

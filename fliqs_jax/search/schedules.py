@@ -52,6 +52,19 @@ class Phases:
     """
     return jnp.clip(1.0 - step / max(self.search_start, 1), 0.0, 1.0)
 
+  def scorings(self, count: int) -> tuple[int, ...]:
+    """Returns the steps before which formats are scored, evenly spaced.
+
+    The first is `search_start`, the last `freeze`; a single one is the first.
+
+    Args:
+      count: number of scorings.
+    """
+    if count < 2:
+      return (self.search_start,) * count
+    distance = (self.freeze - self.search_start) / (count - 1)
+    return tuple(round(self.search_start + i * distance) for i in range(count))
+
   @property
   def search_steps(self) -> int:
     """Steps from the start of the search to the end of training."""

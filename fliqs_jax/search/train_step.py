@@ -20,6 +20,7 @@ from fliqs_jax.layers import operands as operands_lib
 from fliqs_jax.runtime import replicas as replicas_lib
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import optimizers
+from fliqs_jax.search import policy as policy_lib
 from fliqs_jax.search import schedules
 from fliqs_jax.search import train_state
 from fliqs_jax.space import search_space
@@ -62,8 +63,8 @@ def search_step(
     loss: (outputs, training batch) -> (loss [], {name: metric []}).
     quality: (outputs, validation batch) -> quality []; more is better.
     space: the model's decisions. If none is open, nothing is judged.
-    controller: the controller that proposes architectures and learns; its
-      `samples` must divide the number of validation examples.
+    controller: the controller that proposes architectures and learns; if it
+      judges them, its `samples` must divide the number of validation examples.
     optimizer: the optimizer of the weights.
     phases: the steps at which activation quantization and the search start.
     mix: (key, training batch) -> training batch, made by `augment.mixing`; None
@@ -90,7 +91,7 @@ def search_step(
     arch_key, dropout_key = jax.random.split(key)
     proposed = controller.propose(state.search_state, arch_key, state.step)
     chosen = space.with_branches(
-      jax.tree.map(lambda a: a[0], proposed),
+      _trained(controller, space, phases, state, proposed),
       jax.random.bernoulli(
         jax.random.fold_in(arch_key, 1), phases.branch_probability(state.step)
       ),
@@ -122,10 +123,12 @@ def search_step(
 
     search_state = state.search_state
     if not space.is_fixed:
-      variables = {'params': params, **model_state}
-      qualities = _judge(
-        apply, quality, space, variables, proposed, valid_batch
-      )
+      qualities = None
+      if controller.judges:
+        variables = {'params': params, **model_state}
+        qualities = _judge(
+          apply, quality, space, variables, proposed, valid_batch
+        )
       search_state, search_metrics = controller.update(
         search_state, proposed, qualities, state.step
       )
@@ -142,6 +145,28 @@ def search_step(
     return state, metrics
 
   return step
+
+
+def _trained(
+  controller: controller_lib.Controller,
+  space: search_space.SearchSpace,
+  phases: schedules.Phases,
+  state: train_state.TrainState,
+  proposed: Any,
+) -> Any:
+  """Returns the architecture {decision: [K]} on which the weights train."""
+  searching = state.step >= phases.search_start
+
+  def once_searching(now: Any, before: Any) -> Any:
+    return jax.tree.map(lambda n, b: jnp.where(searching, n, b), now, before)
+
+  trained = jax.tree.map(lambda a: a[0], proposed)
+  if controller.trains_best:
+    best = policy_lib.argmax(state.search_state.policy)
+    trained = once_searching(best, trained)
+  if controller.warms_up_dearest:
+    trained = once_searching(trained, space.with_dearest_formats(trained))
+  return trained
 
 
 def _gradients(

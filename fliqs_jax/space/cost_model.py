@@ -6,8 +6,9 @@ is exact. Where one decision scales both sides of a layer, its products are
 summed, not multiplied from sums.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,9 @@ import numpy as np
 from fliqs_jax.numerics import formats
 from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import sizes
+
+# {leaf's path: [K]} -> (expected) part of a cost [].
+Term = Callable[[ops_lib.Leaves], Any]
 
 # A scale, and each parameter outside of ops, is a float32.
 _SCALE_BITS = 32
@@ -146,12 +150,42 @@ class Cost:
   def of_leaves(self, leaves: ops_lib.Leaves) -> Any:
     """Returns the (expected) cost [] of {path of a leaf: [K]}."""
     cost = self.constant + sum(self.of_op(op, leaves) for op in self.ops)
-    of_parameters = KINDS[self.kind].of_parameters
-    for leaf, other in self.others.items():
-      if of_parameters is not None:
-        active = ops_lib.dot(leaves[leaf], other.channels.counts)
-        cost = cost + active * of_parameters(other.params)
+    for leaf in self.others:
+      cost = cost + self._of_other(leaf, leaves)
     return cost
+
+  def terms(self) -> Iterator[tuple[tuple[str, ...], Term]]:
+    """Yields the terms that the cost is the sum of, but the constant.
+
+    Yields:
+      Paths of the leaves that a term depends on, and the term.
+
+    Raises:
+      ValueError: the cost is a mean over weights, whose number is open.
+    """
+    if KINDS[self.kind].is_per_weight and any(
+      op.shape.decided for op in self.ops
+    ):
+      raise ValueError(
+        f'the cost {self.kind!r} is a mean over weights, so with open sizes it '
+        "is no sum over layers; use 'bops' or 'size'"
+      )
+    for op in self.ops:
+      paths = tuple(op.leaf(name) for name in op.shape.leaves())
+      yield paths, functools.partial(self.of_op, op)
+    for leaf in self.others:
+      yield (leaf,), functools.partial(self._of_other, leaf)
+
+  def _of_other(self, leaf: str, leaves: ops_lib.Leaves) -> Any:
+    """Returns the cost [] of the parameters outside of ops that follow a leaf.
+
+    Only a kind with a price for them has any.
+    """
+    other, price = self.others[leaf], KINDS[self.kind].of_parameters
+    assert price is not None
+    return ops_lib.dot(leaves[leaf], other.channels.counts) * price(
+      other.params
+    )
 
   def __call__(self, choices: Mapping[str, Any]) -> Any:
     """Returns the (expected) cost [], in the unit.

@@ -46,6 +46,11 @@ class Decision:
     """[K] options, as an arch.json has them."""
     raise NotImplementedError
 
+  @property
+  def dearest(self) -> int:
+    """Index of the most precise format, or of the largest size."""
+    raise NotImplementedError
+
   def one_hot(self, label: str | int | None) -> np.ndarray:
     """Returns [K] float32 with a one at the option called `label`.
 
@@ -84,6 +89,12 @@ class FormatDecision(Decision):
     """[K] names of the formats."""
     return tuple(numeric_format.name for numeric_format in self.menu)
 
+  @property
+  def dearest(self) -> int:
+    """Index of the format with the most bits, of these the most mantissa."""
+    precisions = [(f.bits, f.mantissa_bits) for f in self.menu]
+    return precisions.index(max(precisions))
+
 
 @dataclasses.dataclass(frozen=True)
 class SizeDecision(Decision):
@@ -106,6 +117,11 @@ class SizeDecision(Decision):
   def labels(self) -> tuple[int, ...]:
     """[K] numbers of channels or sizes of the kernel."""
     return self.size.labels
+
+  @property
+  def dearest(self) -> int:
+    """Index of the largest size."""
+    return self.labels.index(max(self.labels))
 
 
 # The side of an assignment, 0 or 1, that a format leaf of `arch` sets; that of
@@ -214,6 +230,25 @@ class SearchSpace:
           return chosen
 
     return {d.name: choice(d) for d in self.decisions}
+
+  def at(self, chosen: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Returns the architecture of {decision: index of its option}."""
+    return {
+      d.name: np.eye(len(d.labels), dtype=np.float32)[chosen[d.name]]
+      for d in self.decisions
+    }
+
+  def dearest(self) -> dict[str, np.ndarray]:
+    """Returns the architecture of the most precise formats, largest sizes."""
+    return self.at({d.name: d.dearest for d in self.decisions})
+
+  def with_dearest_formats(self, choices: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `choices` {decision: [K]} with every format the most precise."""
+    formats_at_most = {
+      d.name: np.eye(len(d.labels), dtype=np.float32)[d.dearest]
+      for d in self.formats
+    }
+    return {**choices, **formats_at_most}
 
   def uniform(self, name: str) -> dict[str, np.ndarray]:
     """Returns the architecture with one format everywhere, of published size.

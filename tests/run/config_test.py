@@ -11,6 +11,7 @@ from fliqs_jax import cost
 from fliqs_jax import models
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
+from fliqs_jax.search import presets
 from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes as sizes_lib
 from tests import tiny
@@ -84,9 +85,22 @@ def test_an_unknown_and_a_missing_key_are_both_named():
     ('quant', dict(arch='nowhere.json'), 'nowhere.json cannot be read'),
     ('cost', dict(target=0.5), 'cheapest assignment costs'),
     ('cost', dict(target=100.0), 'most expensive'),
+    ('cost', dict(target=1.0), 'leaves nothing to search'),
+    ('cost', dict(bound='below'), "cost.bound='below' is unknown"),
     ('cost', dict(kind='joules'), "cost.kind='joules'"),
     ('cost', dict(relative_to='INT99'), "unknown format 'INT99'"),
     ('search', dict(gamma=0.1), 'search.gamma=0.1 must be negative'),
+    ('search', dict(scorings=3), 'search.scorings=3 would change nothing'),
+    (
+      'search',
+      presets.search_keys('sensitivity', 60) | dict(scores='magic'),
+      "search.scores='magic' is unknown; allowed: loss, fisher, kl",
+    ),
+    (
+      'search',
+      presets.search_keys('sensitivity', 60) | dict(gamma=-0.1),
+      'search.gamma=-0.1 would change nothing',
+    ),
     ('search', dict(start=0.96), 'leave no search step'),
     ('search', dict(quality='f1'), "search.quality='f1'"),
     ('search', dict(entropy_schedule='sine'), 'entropy_schedule'),

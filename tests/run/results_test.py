@@ -17,6 +17,7 @@ def _experiment():
   config = mobilenetv2_imagenet.get_config('smoke')
   with config.unlocked():
     config.model.width = 0.25
+    config.cost.bound = 'near'
     # A stage has 8 channels or more.
     config.sizes.widths = (1.0, 2.0)
     config.sizes.kernels = (3, 5)

@@ -16,6 +16,7 @@ import pytest
 
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
+from fliqs_jax.run import loop
 from fliqs_jax.run import metrics
 from fliqs_jax.run import run_log
 from fliqs_jax.run import train
@@ -227,6 +228,47 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
+def _within_budget(workdir):
+  cost = json.loads((workdir / 'arch.json').read_text())['cost']
+  return cost['value'] <= cost['target'] * (1 + 1e-6)
+
+
+def test_a_scored_run_that_is_stopped_ends_bit_identical(tmp_path):
+  config = tiny.get_config('preset=sensitivity')
+  # Scored before the steps 15, 30 and 45. Saved at 30 and at 47: once before a
+  # scoring, once after the last.
+  whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
+  train.train_and_evaluate(config, whole)
+  for steps in (30, 17):
+    asked = iter([False] * (steps - 1) + [True])
+    with pytest.raises(loop.PreemptedError):
+      train.train_and_evaluate(config, stopped, stop=asked.__next__)
+  train.train_and_evaluate(config, stopped)
+  _same_state(_final_state(whole, config), _final_state(stopped, config))
+  assert (whole / 'arch.json').read_text() == (
+    stopped / 'arch.json'
+  ).read_text()
+  assert _within_budget(whole)
+
+
+def test_the_likeliest_architecture_is_repaired_where_it_is_too_dear():
+  experiment = experiment_lib.build(tiny.get_config())
+  # 64 x 16 and 16 x 10 MACs: 1024 and 160. Within 1.5 times INT4, 16 x 1.5 x
+  # 1184 = 28,416 bit operations, the first layer cannot be INT8 (65,536), the
+  # second can (10,240 + 16,384).
+  policy = {'hidden0': [0.0, 1.0, -9.0], 'head': [0.0, 2.0, -9.0]}
+  policy = {name: np.asarray(v, np.float32) for name, v in policy.items()}
+  choices = experiment.selected(policy)
+  assert experiment.space.assignment(choices) == {
+    'hidden0': ('INT4', 'INT4'),
+    'head': ('INT8', 'INT8'),
+  }
+  with experiment.config.unlocked():
+    experiment.config.cost.bound = 'near'
+  near = experiment.selected(policy)
+  assert experiment.space.assignment(near)['hidden0'] == ('INT8', 'INT8')
+
+
 def test_a_run_that_is_stopped_while_it_diverges_saves_nothing(tmp_path):
   config = tiny.get_config()
   with config.unlocked():

@@ -7,6 +7,7 @@ batch 10, 20, 30, 40 two samples are judged on the rows 0 and 2.
 """
 
 import types
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,13 @@ def _space(*menu):
 _SPACE = _space(*_MENU)
 
 
+class _State(NamedTuple):
+  """The controller's state: updates so far, and a policy."""
+
+  count: int
+  policy: Any
+
+
 class _Record(types.SimpleNamespace):
   """What the parts of a step were given; steps run without jit here."""
 
@@ -63,8 +71,11 @@ class _Record(types.SimpleNamespace):
     self.mixing.append(_bits(key))
     return batch
 
-  def controller(self, proposals):
-    """Returns a controller that proposes `proposals` [steps, 2, 2]."""
+  def controller(self, proposals, **fields):
+    """Returns a controller that proposes `proposals` [steps, 2, 2].
+
+    Its policy is the second proposal of the last step.
+    """
 
     def propose(state, key, step):
       self.proposing.append(_bits(key))
@@ -72,11 +83,18 @@ class _Record(types.SimpleNamespace):
 
     def update(state, archs, qualities, step):
       archs = np.asarray(archs['layer']).tolist()
-      self.updates.append((int(step), archs, np.asarray(qualities).tolist()))
-      return state + 1, dict(entropy=jnp.asarray(0.5))
+      judged = None if qualities is None else np.asarray(qualities).tolist()
+      self.updates.append((int(step), archs, judged))
+      return _State(state.count + 1, dict(layer=jnp.asarray(archs[1]))), dict(
+        entropy=jnp.asarray(0.5)
+      )
 
     return controller_lib.Controller(
-      init=lambda logits: 0, propose=propose, update=update, samples=2
+      init=lambda logits: 0,
+      propose=propose,
+      update=update,
+      samples=2,
+      **fields,
     )
 
 
@@ -104,6 +122,7 @@ def _steps(
   space=_SPACE,
   ema_decay=0.15,
   accumulate=1,
+  **fields,
 ):
   """Takes a step for each proposal, the first two in phase one.
 
@@ -117,7 +136,7 @@ def _steps(
     _loss,
     _quality,
     space,
-    record.controller(proposals),
+    record.controller(proposals, **fields),
     optimizer,
     schedules.Phases(steps=4, act_start=2, search_start=2, freeze=4),
     mix=record.mix,
@@ -131,7 +150,7 @@ def _steps(
     average=params,
     opt_state=optimizer.init(params),
     model_state=model_state,
-    search_state=0,
+    search_state=_State(0, dict(layer=jnp.asarray(_INT4))),
     key=jax.random.key(7),
   )
   states, metrics = [state], []
@@ -177,6 +196,35 @@ def test_weights_learn_with_the_first_of_the_proposed_architectures():
   )
 
 
+def test_weights_warm_up_at_the_dearest_formats():
+  # Of INT4 at each step: -12.5 times at INT8 in the two steps before the
+  # search, -1/2 times after.
+  _, states, _ = _steps(
+    [[_INT4, _INT8], [_INT4, _INT8], [_INT4, _INT8]], warms_up_dearest=True
+  )
+  np.testing.assert_allclose(
+    _values(states, 'params'), [1.0, -12.5, 156.25, -78.125], rtol=1e-6
+  )
+
+
+def test_weights_train_on_the_best_once_the_search_has_started():
+  # The policy after each step is that step's second proposal; proposed first is
+  # INT4. Steps 0 and 1 train on INT4, step 2 on the INT8 of step 1, step 3 on
+  # the INT4 of step 2.
+  proposals = [[_INT4, _INT8], [_INT4, _INT8], [_INT4, _INT4], [_INT4, _INT4]]
+  _, states, _ = _steps(proposals, trains_best=True)
+  np.testing.assert_allclose(
+    _values(states, 'params'), [1.0, -0.5, 0.25, -3.125, 1.5625], rtol=1e-6
+  )
+
+
+def test_a_controller_that_judges_nothing_gets_no_qualities():
+  record, states, _ = _steps([[_INT4, _INT8]], judges=False)
+  assert record.updates == [(0, [_INT4, _INT8], None)]
+  assert [train for train, _ in record.phases] == [True]
+  np.testing.assert_allclose(_values(states, 'params'), [1.0, -0.5])
+
+
 def test_new_weights_are_judged_on_the_same_rows_for_every_architecture(four):
   record, _, metrics = four
   # sum(k w' x + n) on the rows 0 and 2: k w' (10 + 30) + (0 + 2), with w' of
@@ -198,7 +246,7 @@ def test_qualities_belong_to_their_architectures_in_any_order():
 
 def test_the_controller_s_state_is_its_own(four):
   _, states, _ = four
-  assert [state.search_state for state in states] == [0, 1, 2, 3, 4]
+  assert [state.search_state.count for state in states] == [0, 1, 2, 3, 4]
 
 
 def test_the_mean_of_the_weights_holds_the_new_ones(four):
@@ -277,7 +325,7 @@ def test_a_space_with_nothing_open_is_not_judged():
   assert record.updates == []
   assert record.phases == [(True, False)]
   assert 'entropy' not in metrics[0]
-  assert states[1].search_state == 0
+  assert states[1].search_state.count == 0
 
 
 def test_evaluation_measures_the_given_weights_without_training():

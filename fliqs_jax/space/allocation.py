@@ -1,0 +1,332 @@
+"""Allocation: the architecture with the lowest score within a budget.
+
+Scores say how much each option of each decision costs in quality, as
+`search.sensitivity` measures them; they add up over decisions. Costs need not:
+a cost that multiplies decisions (weights by activations, formats by channels)
+is exact here, too.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+import scipy.sparse
+
+from fliqs_jax.space import cost_model
+from fliqs_jax.space import search_space
+
+Scores = Mapping[str, Any]  # {decision: [K]}
+Choices = dict[str, np.ndarray]  # {decision: [K] one-hot}
+
+# Costs are sums of float32, so a target is met up to this relative error.
+TOLERANCE = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+  """A limit of one cost.
+
+  Attributes:
+    cost: the cost of the space.
+    target: its highest value, in its unit.
+    lowest: its lowest value, in its unit.
+  """
+
+  cost: cost_model.Cost
+  target: float
+  lowest: float = -math.inf
+
+  def admits(self, choices: Mapping[str, Any]) -> bool:
+    """Returns whether an architecture is within the budget."""
+    cost = float(self.cost(choices))
+    slack = TOLERANCE * abs(self.target)
+    return self.lowest - slack <= cost <= self.target + slack
+
+
+def near(cost: cost_model.Cost, target: float, share: float) -> Budget:
+  """Returns the budget of costs within a share of the target, either way."""
+  return Budget(cost, target * (1 + share), target * (1 - share))
+
+
+def check_scores(space: search_space.SearchSpace, scores: Scores) -> None:
+  """Checks that there is a finite score for every option of a space.
+
+  Raises:
+    ValueError: naming the decision.
+  """
+  for decision in space.decisions:
+    if decision.name not in scores:
+      raise ValueError(
+        f'no scores for {decision.name}; given: {", ".join(scores)}'
+      )
+    values = np.asarray(scores[decision.name], np.float64)
+    if values.shape != (len(decision.labels),):
+      raise ValueError(
+        f'{decision.name} has {len(decision.labels)} options, but scores of '
+        f'shape {values.shape}'
+      )
+    if not np.isfinite(values).all():
+      named = dict(zip(decision.labels, values.tolist()))
+      raise ValueError(
+        f'the scores of {decision.name} must be finite numbers: {named}; the '
+        'network gives no finite loss there'
+      )
+  if surplus := sorted(set(scores) - {d.name for d in space.decisions}):
+    raise ValueError(
+      f'scores of decisions that the model lacks: {", ".join(surplus)}'
+    )
+
+
+def solve(
+  space: search_space.SearchSpace,
+  scores: Scores,
+  budgets: Sequence[Budget],
+) -> Choices:
+  """Returns the architecture with the least sum of scores within all budgets.
+
+  An integer program, solved to optimality (HiGHS by `scipy.optimize.milp`). A
+  term of a cost that depends on several decisions has a variable for each
+  combination of their options, whose sums over the others are the choices; so
+  products of decisions are exact. Of architectures with equal scores the
+  dearer one is preferred: it uses what the budget leaves.
+
+  Args:
+    space: the decisions of a model.
+    scores: {decision: [K]} the loss of quality by each option, in any unit.
+    budgets: limits of one or several costs of the space.
+
+  Raises:
+    ValueError: scores are missing or not finite, or no architecture is within
+      all budgets; the message names the lowest cost.
+  """
+  check_scores(space, scores)
+  program = _Program(space, budgets)
+  # Sums of float32 may exceed a limit that the program's float64 sums meet.
+  for slack in (0.5 * TOLERANCE, 0.0, -TOLERANCE):
+    choices = program.solved(scores, slack)
+    if choices is None:
+      break
+    if all(budget.admits(choices) for budget in budgets):
+      return choices
+  raise ValueError(_infeasible(budgets))
+
+
+def greedy(
+  space: search_space.SearchSpace,
+  scores: Scores,
+  budgets: Sequence[Budget],
+) -> Choices:
+  """Returns an architecture within all budgets, found step by step.
+
+  Starts at the dearest options and takes, as long as a budget is exceeded, the
+  option that adds the least to the scores for what it saves of that cost.
+
+  Args:
+    space: the decisions of a model.
+    scores: {decision: [K]} the loss of quality by each option, in any unit.
+    budgets: upper limits of one or several costs of the space.
+
+  Raises:
+    ValueError: scores are missing or not finite, or no step leads within the
+      budgets.
+  """
+  check_scores(space, scores)
+  tables = [Terms(space, budget.cost) for budget in budgets]
+  chosen = {d.name: d.dearest for d in space.decisions}
+  for table, budget in zip(tables, budgets):
+    while (cost := table.cost(chosen)) > budget.target * (1 + TOLERANCE):
+      steps = []
+      for d in space.decisions:
+        for k in range(len(d.labels)):
+          saved = cost - table.cost(chosen | {d.name: k})
+          if saved > TOLERANCE * cost:
+            added = scores[d.name][k] - scores[d.name][chosen[d.name]]
+            steps.append((float(added) / saved, d.name, k))
+      if not steps:
+        raise ValueError(_infeasible(budgets))
+      _, name, k = min(steps)
+      chosen[name] = k
+  return space.at(chosen)
+
+
+class Terms:
+  """A cost as tables: one per set of decisions that it depends on together.
+
+  Attributes:
+    constant: the part that no decision changes, in the unit.
+    tables: {names of decisions: [K1, K2, ...] cost of each combination}.
+  """
+
+  def __init__(self, space: search_space.SearchSpace, cost: cost_model.Cost):
+    """Evaluates the cost of every op at every combination of its options.
+
+    Args:
+      space: the decisions of a model.
+      cost: one of its costs.
+    """
+    self.constant = cost.constant
+    self.tables: dict[tuple[str, ...], np.ndarray] = {}
+    options = {d.name: len(d.labels) for d in space.decisions}
+    for leaves, of in cost.terms():
+      follows = {leaf: cost.decision_of[leaf] for leaf in leaves}
+      names = tuple(dict.fromkeys(follows.values()))
+      if not names:
+        self.constant += float(of({}))
+        continue
+      shape = tuple(options[name] for name in names)
+      table = np.empty(shape)
+      for index in itertools.product(*map(range, shape)):
+        picked = dict(zip(names, index))
+        table[index] = float(
+          of(
+            {
+              leaf: np.eye(options[name])[picked[name]]
+              for leaf, name in follows.items()
+            }
+          )
+        )
+      self.tables[names] = self.tables.get(names, 0.0) + table
+
+  def cost(self, chosen: Mapping[str, int]) -> float:
+    """Returns the cost of {decision: index of its option}, in the unit."""
+    return self.constant + sum(
+      float(table[tuple(chosen[name] for name in names)])
+      for names, table in self.tables.items()
+    )
+
+
+class _Program:
+  """The integer program of a space and its budgets."""
+
+  def __init__(
+    self, space: search_space.SearchSpace, budgets: Sequence[Budget]
+  ):
+    self._space, self._budgets = space, budgets
+    self._first: dict[str, int] = {}
+    self._count = 0
+    self._rows: list[tuple[list[int], list[float], float, float]] = []
+    for d in space.decisions:
+      self._first[d.name] = self._add(len(d.labels))
+      ones = range(self._first[d.name], self._count)
+      self._rows.append((list(ones), [1.0] * len(ones), 1.0, 1.0))
+    self._binary = self._count
+    self._joint: dict[tuple[str, ...], int] = {}
+    terms = [Terms(space, budget.cost) for budget in budgets]
+    self._costs = [list(self._coefficients(term)) for term in terms]
+    self._constants = [term.constant for term in terms]
+
+  def _add(self, count: int) -> int:
+    self._count += count
+    return self._count - count
+
+  def _coefficients(self, terms: Terms) -> Iterator[tuple[int, float]]:
+    """Yields the variables of a cost and what each adds to it."""
+    for names, table in terms.tables.items():
+      if len(names) == 1:
+        first = self._first[names[0]]
+      else:
+        first = self._joined(names, table.shape)
+      for i, value in enumerate(table.ravel()):
+        yield first + i, float(value)
+
+  def _joined(self, names: tuple[str, ...], shape: tuple[int, ...]) -> int:
+    """Returns the first variable of the combinations of some decisions."""
+    if names in self._joint:
+      return self._joint[names]
+    first = self._add(math.prod(shape))
+    self._joint[names] = first
+    numbers = first + np.arange(math.prod(shape)).reshape(shape)
+    for axis, name in enumerate(names):
+      for k in range(shape[axis]):
+        with_k = np.take(numbers, k, axis=axis).ravel().tolist()
+        self._rows.append(
+          (
+            [*with_k, self._first[name] + k],
+            [1.0] * len(with_k) + [-1.0],
+            0.0,
+            0.0,
+          )
+        )
+    return first
+
+  def solved(self, scores: Scores, slack: float) -> Choices | None:
+    """Returns the best architecture; None: there is none.
+
+    Args:
+      scores: {decision: [K]}.
+      slack: relative error with which a target may be exceeded.
+    """
+    rows = list(self._rows)
+    objective = np.zeros(self._count)
+    for name, first in self._first.items():
+      values = np.asarray(scores[name], np.float64)
+      objective[first : first + len(values)] = values
+    scale = max(float(np.abs(objective).max()), 1e-30)
+    objective /= scale
+    for budget, costs, constant in zip(
+      self._budgets, self._costs, self._constants
+    ):
+      unit = abs(budget.target) or 1.0
+      variables = [v for v, _ in costs]
+      values = [value / unit for _, value in costs]
+      rows.append(
+        (
+          variables,
+          values,
+          (budget.lowest - constant) / unit - slack,
+          (budget.target - constant) / unit + slack,
+        )
+      )
+      # So small that it decides among equal scores alone.
+      for variable, value in zip(variables, values):
+        objective[variable] -= 1e-6 * value
+    entries = [
+      (value, i, variable)
+      for i, (variables, values, _, _) in enumerate(rows)
+      for variable, value in zip(variables, values)
+    ]
+    values, *places = map(np.asarray, zip(*entries))
+    # Entries at the same place add up.
+    matrix = scipy.sparse.csr_array(
+      (values, tuple(places)), shape=(len(rows), self._count)
+    )
+    binary = np.arange(self._count) < self._binary
+    result = scipy.optimize.milp(
+      objective,
+      integrality=binary.astype(int),
+      bounds=scipy.optimize.Bounds(0, 1),
+      constraints=scipy.optimize.LinearConstraint(
+        matrix, [row[2] for row in rows], [row[3] for row in rows]
+      ),
+      options={'mip_rel_gap': 0.0},
+    )
+    if result.x is None:
+      return None
+    return self._space.at(
+      {
+        d.name: int(
+          np.argmax(
+            result.x[self._first[d.name] : self._first[d.name] + len(d.labels)]
+          )
+        )
+        for d in self._space.decisions
+      }
+    )
+
+
+def _infeasible(budgets: Sequence[Budget]) -> str:
+  lines = []
+  for budget in budgets:
+    least, most = cost_model.bounds(budget.cost)
+    limit = f'at most {budget.target:.6g}'
+    if budget.lowest > -math.inf:
+      limit = f'{budget.lowest:.6g} to {budget.target:.6g}'
+    lines.append(
+      f'{budget.cost.kind}: {limit} {budget.cost.unit} allowed, the cheapest '
+      f'architecture costs {least:.6g}, the dearest {most:.6g}'
+    )
+  return f'no architecture is within the budget: {"; ".join(lines)}'

@@ -1,0 +1,121 @@
+"""Scores worked out by hand, and the step of the preset that uses them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fliqs_jax.numerics import formats
+from fliqs_jax.search import controller as controller_lib
+from fliqs_jax.search import schedules
+from fliqs_jax.search import scored
+from fliqs_jax.search import sensitivity
+from fliqs_jax.space import search_space
+
+_MENU = tuple(map(formats.parse, ('INT2', 'INT4', 'INT8')))
+_SPACE = search_space.SearchSpace(
+  tuple(
+    search_space.FormatDecision(name, (f'{name}/format',), _MENU)
+    for name in ('first', 'second')
+  ),
+  (),
+  ops=(),
+  params=1,
+)
+
+
+def _apply(variables, x, *, train):
+  """y = w x times a number for each format of either layer."""
+  assert not train
+  arch = variables['arch']
+  first = arch['first']['format'] @ jnp.asarray([3.0, 2.0, 1.0])
+  second = arch['second']['format'] @ jnp.asarray([5.0, 1.0, 1.0])
+  return variables['params']['w'] * x * first * second
+
+
+def _loss(outputs, batch):
+  return jnp.mean(outputs * batch['label']), {}
+
+
+_BATCHES = (
+  dict(x=jnp.asarray([1.0, 3.0]), label=jnp.asarray([1.0, -1.0])),
+  dict(x=jnp.asarray([2.0, 2.0]), label=jnp.asarray([1.0, 1.0])),
+)
+
+
+def _scores(metric):
+  score = sensitivity.scorer(_apply, metric, _SPACE)
+  return score({'params': {'w': jnp.asarray(2.0)}}, _BATCHES)
+
+
+def test_loss_is_the_mean_rise_against_the_dearest():
+  # At the dearest formats y = 2 x, and the mean losses are (2 - 6) / 2 = -2 and
+  # 4. Twice y changes them by -2 and 4, thrice by -4 and 8, five times by -8
+  # and 16.
+  scores = _scores(sensitivity.loss(_loss))
+  np.testing.assert_allclose(scores['first'], [2.0, 1.0, 0.0])
+  np.testing.assert_allclose(scores['second'], [4.0, 0.0, 0.0])
+
+
+def test_fisher_is_half_the_mean_square_of_an_examples_change():
+  # Losses of examples at the dearest: 2, -6; 4, 4. Twice y changes them by as
+  # much: half the mean square is (4 + 36) / 4 = 10 and (16 + 16) / 4 = 8.
+  # Thrice y: four times that; five times: sixteen times that.
+  scores = _scores(sensitivity.fisher(_loss))
+  np.testing.assert_allclose(scores['first'], [36.0, 9.0, 0.0])
+  np.testing.assert_allclose(scores['second'], [144.0, 0.0, 0.0])
+
+
+def test_kl_is_between_softmax_outputs():
+  logits, dearest = jnp.log(jnp.asarray([[0.25, 0.75]])), jnp.zeros((1, 2))
+  # 1/2 ln(2) + 1/2 ln(2/3) = 1/2 ln(4/3).
+  np.testing.assert_allclose(
+    sensitivity.kl(_loss)(logits, dearest, None), np.log(4 / 3) / 2, rtol=1e-6
+  )
+  assert sensitivity.kl(_loss)(dearest, dearest, None) == 0
+
+
+def test_scores_below_zero_are_clipped_and_counted():
+  clipped, count = sensitivity.clipped({'a': np.asarray([-1.0, 2.0, 0.0])})
+  assert count == 1
+  np.testing.assert_array_equal(clipped['a'], [0.0, 2.0, 0.0])
+
+
+def test_no_batch_is_an_error():
+  score = sensitivity.scorer(_apply, sensitivity.loss(_loss), _SPACE)
+  with pytest.raises(ValueError, match='at least one batch'):
+    score({}, [])
+
+
+def test_the_controller_keeps_to_what_was_allocated():
+  phases = schedules.Phases(steps=8, act_start=0, search_start=2, freeze=6)
+
+  def relative_cost(tree):
+    return sum(a @ jnp.arange(1.0, 4.0) for a in tree.values())
+
+  controller = scored.controller(relative_cost, phases)
+  assert not controller.judges
+  choices = _SPACE.at({'first': 1, 'second': 0})
+  state = scored.allocated(choices, choices)
+  for step in (2, 7):
+    proposed = controller.propose(state, jax.random.key(0), jnp.asarray(step))
+    jax.tree.map(
+      lambda p, c: np.testing.assert_array_equal(p, c[None]), proposed, choices
+    )
+  after, metrics = controller.update(state, proposed, None, jnp.asarray(7))
+  assert after is state
+  np.testing.assert_allclose(metrics['cost'], 2 + 1, rtol=1e-6)
+  assert metrics['entropy'] < 1e-6
+
+
+@pytest.mark.parametrize(
+  ('count', 'steps'), [(0, ()), (1, (10,)), (2, (10, 30)), (3, (10, 20, 30))]
+)
+def test_scorings_are_evenly_spaced_from_the_start_to_the_freeze(count, steps):
+  phases = schedules.Phases(steps=40, act_start=0, search_start=10, freeze=30)
+  assert phases.scorings(count) == steps
+
+
+def test_metrics_are_of_the_interface():
+  assert set(sensitivity.METRICS) == {'loss', 'fisher', 'kl'}
+  assert controller_lib.Controller._field_defaults['judges']
