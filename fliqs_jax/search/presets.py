@@ -83,7 +83,7 @@ def _sensitivity_keys(steps: int) -> dict[str, Any]:
     learning_rate=0.0,
     entropy_schedule='off',
     entropy_beta=0.0,
-    scores='loss',
+    scores='fisher',
     scorings=3,
   )
 
