@@ -9,6 +9,10 @@ CONFIG = 'config.json'
 ARCH = 'arch.json'
 # The measurements of it. A run that has this file is finished.
 RESULT = 'result.json'
+# The scores of every option, if they were measured; SENSITIVITY_FIGURE is the
+# picture of them.
+SENSITIVITY = 'sensitivity.json'
+SENSITIVITY_FIGURE = 'sensitivity.png'
 # A row of averaged metrics for each logging point.
 HISTORY = 'history.jsonl'
 REPORT = 'report.html'
