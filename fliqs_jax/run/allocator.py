@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.search import policy as policy_lib
@@ -72,7 +73,9 @@ class Allocator:
       policy = jax.device_get(state.search_state.policy)
       choices = experiment.selected(policy)
       search_state = dataclasses.replace(
-        state.search_state, policy=_settled(policy, choices)
+        state.search_state,
+        policy=_settled(policy, choices),
+        **self._gap(state, policy, choices),
       )
     _LOG.info(
       'before step %d: allocated %.4g of %.4g %s',
@@ -83,6 +86,33 @@ class Allocator:
     )
     search_state = jax.device_put(search_state, self._devices.everywhere)
     return state.replace(search_state=search_state)
+
+  def _gap(
+    self,
+    state: train_state.TrainState,
+    policy: Mapping[str, Any],
+    choices: Mapping[str, Any],
+  ) -> dict[str, jax.Array]:
+    """Returns what a relaxed search remembers: two qualities; {} if sampled."""
+    experiment, devices = self._experiment, self._devices
+    if not experiment.is_relaxed:
+      return {}
+    mixture = policy_lib.probabilities(policy)
+    soft, hard = (
+      evaluation.validation_quality(experiment, state, each, devices, model)
+      for each, model in (
+        (mixture, experiment.step_model),
+        (choices, experiment.model),
+      )
+    )
+    _LOG.info(
+      '%s of the mixture %.4f, of the architecture %.4f: a gap of %.4f',
+      experiment.config.search.quality,
+      soft,
+      hard,
+      soft - hard,
+    )
+    return dict(soft=np.float32(soft), hard=np.float32(hard))
 
   def _scores(
     self, state: train_state.TrainState, step: int

@@ -5,10 +5,12 @@ split is read. A finished run is restored from its last checkpoint.
 """
 
 from collections.abc import Mapping
+import itertools
 import json
 import pathlib
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -20,12 +22,16 @@ from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import train_step
 
+# Batches of the validation split on which a quality is measured.
+_BATCHES = 8
+
 
 def settled_statistics(
   experiment: experiment_lib.Experiment,
   state: Any,
   choices: Mapping[str, Any],
   devices: devices_lib.Devices,
+  model: nn.Module | None = None,
 ) -> Mapping[str, Any]:
   """Returns the model's collections, with statistics of one architecture.
 
@@ -36,8 +42,10 @@ def settled_statistics(
     state: last `TrainState` of the run, on the devices.
     choices: {decision: [K] one-hot}.
     devices: devices among which each batch is split.
+    model: network that is settled; None: that of the experiment.
   """
-  settle = jax.jit(train_step.settle_step(experiment.model.apply))
+  model = model or experiment.model
+  settle = jax.jit(train_step.settle_step(model.apply))
   arch = experiment.space.expand(choices)
   steps = experiment.phases.steps
   batches = devices.feed(experiment.streams.train(steps))
@@ -48,6 +56,37 @@ def settled_statistics(
       state.served_params, model_state, arch, next(batches), key
     )
   return model_state
+
+
+def validation_quality(
+  experiment: experiment_lib.Experiment,
+  state: Any,
+  choices: Mapping[str, Any],
+  devices: devices_lib.Devices,
+  model: nn.Module,
+) -> float:
+  """Returns the quality on the validation split, with settled statistics.
+
+  Args:
+    experiment: parts of the run.
+    state: `TrainState` of the run, on the devices.
+    choices: {decision: [K]}, one-hot unless the model is a relaxed one.
+    devices: devices among which each batch is split.
+    model: network that is measured.
+  """
+  model_state = settled_statistics(experiment, state, choices, devices, model)
+
+  def measure(outputs: Any, batch: Any) -> dict[str, jax.Array]:
+    return dict(quality=experiment.quality(outputs, batch))
+
+  step = jax.jit(train_step.eval_step(model.apply, measure))
+  arch = experiment.space.expand(choices)
+  batches = itertools.islice(experiment.streams.valid(0), _BATCHES)
+  qualities = [
+    step(state.served_params, model_state, arch, batch)['quality']
+    for batch in devices.feed(batches)
+  ]
+  return float(np.mean(jax.device_get(qualities)))
 
 
 def test_metrics(

@@ -55,6 +55,8 @@ class Experiment:
     streams: batches of the train, validation and test splits.
     spec: the formats that each layer may use.
     model: the network.
+    step_model: network of the training step, with the same parameters; its
+      layers are relaxed ones for some presets.
     space: the decisions and ops of the network.
     cost: the cost model of the network.
     target: the cost target C_T, in the cost's unit.
@@ -71,6 +73,7 @@ class Experiment:
   streams: data.Streams
   spec: quant_spec.QuantSpec
   model: nn.Module
+  step_model: nn.Module
   space: search_space.SearchSpace
   cost: cost_model.Cost
   target: float
@@ -109,7 +112,7 @@ class Experiment:
   def search_step(self) -> Callable:
     """Returns the fused step, to be compiled by `devices.Devices.compile`."""
     return train_step.search_step(
-      self.model.apply,
+      self.step_model.apply,
       self.loss,
       self.quality,
       self.space,
@@ -121,6 +124,12 @@ class Experiment:
       accumulate=self.config.parallel.accumulate,
       replicas=devices_lib.replicas(self.config.parallel),
     )
+
+  @property
+  def is_relaxed(self) -> bool:
+    """Whether the weights train on a mixture of formats."""
+    mix = presets.PRESETS[self.config.search.preset].mix
+    return mix != 'sampled' and not self.space.is_fixed
 
   @property
   def is_scored(self) -> bool:
@@ -221,7 +230,10 @@ def build(
   )
   mix = _mixing(config, streams)
   sizes = _sizes(config.sizes, arch)
-  model = models.build(config.model, streams.num_classes, spec, sizes)
+  build_model = functools.partial(
+    models.build, config.model, streams.num_classes, sizes=sizes
+  )
+  model = build_model(spec)
   _check_inputs(config, model, streams)
   _check_outputs(config, task, model, streams)
   space = discovery.find(model, _example(streams), spec=spec, train=False)
@@ -231,11 +243,13 @@ def build(
   _check_sizes(config, space)
   target = _target(config.cost, cost, space)
   controller = _controller(config, space, cost, target, phases)
+  mixing = presets.PRESETS[config.search.preset].mix
   return Experiment(
     config=config,
     streams=streams,
     spec=spec,
     model=model,
+    step_model=build_model(dataclasses.replace(spec, mix=mixing)),
     space=space,
     cost=cost,
     target=target,
@@ -310,6 +324,13 @@ def _check_sizes(config, space: search_space.SearchSpace) -> None:
         f'no such sizes to search; set sizes.{key} to ()'
       )
   open_sizes = any(len(decision.labels) > 1 for decision in space.open_sizes)
+  preset = config.search.preset
+  if open_sizes and presets.PRESETS[preset].mix != 'sampled':
+    raise ValueError(
+      f'search.preset={preset!r} trains a mean over formats, and sizes have no '
+      'mean: set sizes.widths and sizes.kernels to (), or use search.preset='
+      "'default'"
+    )
   kind = config.cost.kind
   if open_sizes and cost_model.KINDS[kind].is_per_weight:
     raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.runtime import versions
 from fliqs_jax.search import policy as policy_lib
+from fliqs_jax.search import relaxed as relaxed_lib
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import ops as ops_lib
 
@@ -139,6 +140,25 @@ def decisions(
     )
     for d in experiment.space.decisions
   }
+
+
+def relaxed(search_state: Any) -> dict[str, Any]:
+  """Returns what a relaxed search lost when its mixture became one-hot.
+
+  Args:
+    search_state: state of the controller at the end, on the host.
+
+  Returns:
+    {'relaxed': qualities at the freeze, and their difference}; {} for other
+    searches, and for one that is not frozen before the end.
+  """
+  if not isinstance(search_state, relaxed_lib.RelaxedState):
+    return {}
+  soft, hard = float(search_state.soft), float(search_state.hard)
+  if not np.isfinite(soft - hard):
+    return {}
+  gap = dict(soft_quality=soft, hard_quality=hard, gap=soft - hard)
+  return dict(relaxed=gap)
 
 
 def warnings(

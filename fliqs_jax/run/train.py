@@ -93,6 +93,7 @@ def train_and_evaluate(
     compilations=run.compilations,
     compile_seconds=run.compile_seconds,
     wall_seconds=run.seconds_before + time.monotonic() - began,
+    **results.relaxed(jax.device_get(run.state.search_state)),
   )
   if processes.index() == 0:
     files.write_json(path / workdir_lib.ARCH, results.arch(experiment, choices))

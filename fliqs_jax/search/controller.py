@@ -25,6 +25,8 @@ class Controller(NamedTuple):
       until the search starts, not at those of the first proposal.
     trains_best: whether the weights train on the argmax of the policy once the
       search has started, not on the first proposal.
+    differentiates: whether `update` gets, in place of qualities, the gradient
+      of the training loss with respect to the first proposal, a tree of [K].
   """
 
   init: Callable[[Any], Any]
@@ -34,6 +36,7 @@ class Controller(NamedTuple):
   judges: bool = True
   warms_up_dearest: bool = False
   trains_best: bool = False
+  differentiates: bool = False
 
 
 @struct.dataclass

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from fliqs_jax.runtime import replicas as replicas_lib
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import reinforce
+from fliqs_jax.search import relaxed
 from fliqs_jax.search import schedules
 from fliqs_jax.search import scored
 
@@ -28,12 +29,15 @@ class Preset(NamedTuple):
     has_leave_one_out: whether the preset allows `parallel.leave_one_out`.
     unused: keys that the preset does not read, so that no other value than its
       own is allowed.
+    mix: what the layers compute in the training step, a `QuantSpec.mix`; all
+      else is done by sampled layers. A relaxed one needs sizes to be fixed.
   """
 
   controller: Callable[..., controller_lib.Controller]
   keys: Callable[[int], dict[str, Any]]
   has_leave_one_out: bool = False
   unused: tuple[str, ...] = ()
+  mix: str = 'sampled'
 
 
 _SCORES = ('scores', 'scorings')
@@ -43,6 +47,7 @@ _POLICY_GRADIENT = (
   'entropy_schedule',
   'entropy_beta',
 )
+_NOT_RELAXED = ('gamma', 'entropy_schedule', 'entropy_beta', *_SCORES)
 
 
 def _paper_keys(steps: int) -> dict[str, Any]:
@@ -88,10 +93,25 @@ def _sensitivity_keys(steps: int) -> dict[str, Any]:
   )
 
 
+def _relaxed_keys(steps: int) -> dict[str, Any]:
+  return dict(
+    start=_START,
+    freeze=0.75,
+    gamma=0.0,
+    quality='cross_entropy',
+    learning_rate=2 / math.sqrt(max((1 - _START) * steps, 1)),
+    entropy_schedule='off',
+    entropy_beta=0.0,
+    scores='',
+    scorings=0,
+  )
+
+
 # The names of `search.preset`. `paper` is the published controller (A.4; gamma
 # is not published), `default` the better one of its kind; `sensitivity` scores
-# each format a few times and solves the budget exactly. WORKSPACE.md has the
-# source of each number. Another preset is another row.
+# each format a few times and solves the budget exactly; `edmips` and `dnas`
+# train mixtures of formats. WORKSPACE.md has the source of each number. Another
+# preset is another row.
 PRESETS: dict[str, Preset] = {
   'paper': Preset(
     reinforce.paper, _paper_keys, has_leave_one_out=True, unused=_SCORES
@@ -99,6 +119,12 @@ PRESETS: dict[str, Preset] = {
   'default': Preset(reinforce.default, _default_keys, unused=_SCORES),
   'sensitivity': Preset(
     scored.controller, _sensitivity_keys, unused=_POLICY_GRADIENT
+  ),
+  'edmips': Preset(
+    relaxed.controller, _relaxed_keys, unused=_NOT_RELAXED, mix='composite'
+  ),
+  'dnas': Preset(
+    relaxed.controller, _relaxed_keys, unused=_NOT_RELAXED, mix='branched'
   ),
 }
 
@@ -159,7 +185,9 @@ def make(
   Args:
     preset: `paper` (the published REINFORCE: Eq. 1, 3, 8; A.4), `default` (four
       architectures in each step, cost in closed form), `sensitivity` (scores of
-      each option, budget solved exactly), or another key of `PRESETS`.
+      each option, budget solved exactly), `edmips` or `dnas` (the gradient of
+      the loss; the step needs the `apply` of a model with the preset's `mix` in
+      its spec), or another key of `PRESETS`.
     relative_cost: {decision: [K]} -> C / C_T [], the result of
       `SearchSpace.relative_cost`.
     phases: the steps at which the search starts and ends.

@@ -56,7 +56,8 @@ def search_step(
 
   The weights learn with an architecture that the controller proposes; the
   updated weights are judged on the validation batch, and the controller learns
-  from the qualities (Figure 2a; Eq. 1, 3).
+  from the qualities (Figure 2a; Eq. 1, 3). A controller that differentiates
+  learns from the gradient of the training loss instead.
 
   Args:
     apply: the model's `apply`, called with (variables, inputs, train=...).
@@ -100,12 +101,14 @@ def search_step(
     if mix is not None:
       train_batch = mix(jax.random.fold_in(dropout_key, 1), train_batch)
 
-    gradients, model_state, metrics = replicas.mean(
+    (gradients, chosen_gradient), model_state, metrics = replicas.mean(
       _gradients(
         apply,
         loss,
         state.params,
-        space.expand(chosen),
+        chosen,
+        space.expand,
+        controller.differentiates,
         model_state,
         train_batch,
         dropout_key,
@@ -123,14 +126,12 @@ def search_step(
 
     search_state = state.search_state
     if not space.is_fixed:
-      qualities = None
+      signal = chosen_gradient
       if controller.judges:
         variables = {'params': params, **model_state}
-        qualities = _judge(
-          apply, quality, space, variables, proposed, valid_batch
-        )
+        signal = _judge(apply, quality, space, variables, proposed, valid_batch)
       search_state, search_metrics = controller.update(
-        search_state, proposed, qualities, state.step
+        search_state, proposed, signal, state.step
       )
       metrics |= replicas.mean(search_metrics)
     state = dataclasses.replace(
@@ -173,20 +174,27 @@ def _gradients(
   apply: Apply,
   loss: Loss,
   params: Any,
-  arch: Any,
+  choices: Any,
+  expand: Callable[[Any], Any],
+  differentiates: bool,
   model_state: ModelState,
   batch: Batch,
   key: jax.Array,
   accumulate: int,
-) -> tuple[Any, ModelState, Metrics]:
-  """Returns gradients, the collections that changed, and metrics."""
+) -> tuple[tuple[Any, Any], ModelState, Metrics]:
+  """Returns gradients, the collections that changed, and metrics.
+
+  The gradients are those with respect to the parameters and, if
+  `differentiates`, to the choices; None otherwise.
+  """
+  arguments = (0, 1) if differentiates else (0,)
 
   def of(
     model_state: ModelState, batch: Batch, key: jax.Array
   ) -> tuple[ModelState, tuple[Any, Metrics]]:
-    def train_loss(params: Any) -> tuple[jax.Array, Any]:
+    def train_loss(params: Any, choices: Any) -> tuple[jax.Array, Any]:
       outputs, changed = apply(
-        {'params': params, 'arch': arch, **model_state},
+        {'params': params, 'arch': expand(choices), **model_state},
         data.model_inputs(batch),
         train=True,
         mutable=list(model_state),
@@ -195,8 +203,10 @@ def _gradients(
       value, metrics = loss(outputs, batch)
       return value, (changed, metrics)
 
-    gradients, (changed, metrics) = jax.grad(train_loss, has_aux=True)(params)
-    return changed, (gradients, metrics)
+    gradients, (changed, metrics) = jax.grad(
+      train_loss, arguments, has_aux=True
+    )(params, choices)
+    return changed, ((*gradients, None)[:2], metrics)
 
   if accumulate == 1:
     changed, (gradients, metrics) = of(model_state, batch, key)

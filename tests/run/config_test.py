@@ -180,6 +180,12 @@ def test_bits_per_weight_cannot_steer_sizes_of_which_one_is_open(labels):
     experiment_lib._check_sizes(config, space)
 
 
+def test_a_mixture_of_formats_is_refused_where_sizes_are_open():
+  config = digits.get_config('preset=edmips,nas=True,target=2')
+  with pytest.raises(ValueError, match="'edmips' trains a mean over formats"):
+    experiment_lib.build(config)
+
+
 def test_differences_are_named_by_their_whole_keys():
   old = dict(seed=0, train=dict(steps=5, mixup=0.0), sizes=dict(widths=(1,)))
   new = dict(seed=0, train=dict(steps=6, mixup=0.0), sizes=3, task='x')

@@ -253,6 +253,28 @@ def test_a_scored_run_that_is_stopped_ends_bit_identical(tmp_path):
   assert _within_budget(whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('preset', ['edmips', 'dnas'])
+def test_a_relaxed_run_serves_one_hots_and_says_what_they_lost(
+  tmp_path, preset
+):
+  config = tiny.get_config(f'preset={preset},target=2.5')
+  whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
+  result = train.train_and_evaluate(config, whole)
+  assert _within_budget(whole)
+  relaxed = result['relaxed']
+  assert relaxed['gap'] == relaxed['soft_quality'] - relaxed['hard_quality']
+  # Saved at step 30, in the search, and resumed: the freeze is at 45.
+  asked = iter([False] * 29 + [True])
+  with pytest.raises(loop.PreemptedError):
+    train.train_and_evaluate(config, stopped, stop=asked.__next__)
+  again = train.train_and_evaluate(config, stopped)
+  _same_state(
+    _final_state(whole, config).state, _final_state(stopped, config).state
+  )
+  assert again['relaxed'] == relaxed
+
+
 def test_the_likeliest_architecture_is_repaired_where_it_is_too_dear():
   experiment = experiment_lib.build(tiny.get_config())
   # 64 x 16 and 16 x 10 MACs: 1024 and 160. Within 1.5 times INT4, 16 x 1.5 x

@@ -373,3 +373,17 @@ def test_a_state_has_a_mean_of_the_weights_if_it_is_asked_for(how, average):
   # Architectures, costs and sizes do not change: they are not stored.
   assert state.model_state == {'quant_stats': {'n': 1.0}}
   assert state.search_state['layer'].tolist() == [0.0, 0.0]
+
+
+def test_a_controller_that_differentiates_gets_the_slope_of_the_loss():
+  record, states, _ = _steps(
+    [[[0.5, 0.5], [0.5, 0.5]]], judges=False, differentiates=True
+  )
+  ((step, _, slope),) = record.updates
+  # y = p [1, 3] w x = 2 x at w = 1. The loss is the mean of y^2, its slope that
+  # of 2 y [1, 3] x = 4 x^2 [1, 3]: 30 and 90. Nothing is judged.
+  assert step == 0
+  np.testing.assert_allclose(slope['layer'], [30.0, 90.0], rtol=1e-6)
+  assert record.phases == [(True, False)]
+  # w' = 1 - 0.1 x 2 x 2^2 x 7.5 = -5.
+  np.testing.assert_allclose(_values(states, 'params'), [1.0, -5.0], rtol=1e-6)
