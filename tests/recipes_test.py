@@ -101,6 +101,15 @@ def test_an_unknown_variant_is_refused(name):
     _config(f'{name}_imagenet', 'variant=b9')
 
 
+@pytest.mark.parametrize('model', ['resnet', 'mobilenet'])
+def test_fashion_mnist_has_two_networks_and_menus_of_ones_own(model):
+  config = _config('fashion_mnist', f'model={model},space=INT2+INT8,nas')
+  config_lib.check(config)
+  assert config.quant.formats == ('INT2', 'INT8')
+  with pytest.raises(ValueError, match="'dense' is unknown; allowed: resnet, "):
+    _config('fashion_mnist', 'model=dense')
+
+
 # The slowest to compile judge one architecture a step, not four.
 _ARGS = dict.fromkeys(
   ('inceptionv3_imagenet', 'mobilenetv2_imagenet', 'efficientnet_imagenet'),

@@ -1,0 +1,153 @@
+r"""FLIQS search on Fashion-MNIST, a small ResNet or MobileNetV2, on a CPU.
+
+python -m fliqs_jax.main --workdir=$DIR \
+    --config=configs/fashion_mnist.py:data_dir=$DATA,space=int_l,target=1.5
+
+Not in the paper. The networks have so few channels that low bits reduce their
+accuracy, and train in minutes on two cores.
+
+Arguments:
+  data_dir: directory of the four IDX files; Debian's package
+    dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist.
+  model: resnet (ResNet-8 of 4, 8 and 16 channels) or mobilenet (MobileNetV2 at
+    a quarter of its channels, with one block a stage).
+  space: a named space (int_s, int_l, fp_s, fp_l), several formats joined by a
+    plus, as INT2+INT3+INT4+INT8, or one format, which trains that uniform
+    network.
+  nas: also search the channels of each layer: 0.5, 1, 1.5 or 2 times for the
+    ResNet, 1 or 2 times for the MobileNetV2, which has multiples of 8 only.
+  mode: tied, weights, activations or separate.
+  target: cost target, as a multiple of uniform 4-bit.
+  steps: number of steps of training.
+  seed: seed of all randomness.
+  gamma: weight of the cost against the quality; the preset's own if not given.
+  preset: default, paper or sensitivity, the search.
+  arch: an arch.json, to train that assignment.
+  references: also train the uniform networks at 4, 8 and 16 bits.
+  smoke: a few steps on synthetic images, as a trial.
+
+2,000 steps are 2.7 epochs, so images are not augmented. Running statistics of
+MobileNetV2 move by a hundredth a batch, so they need 200 batches to settle.
+"""
+
+import ml_collections
+
+from fliqs_jax.run import config as config_lib
+from fliqs_jax.search import presets
+
+_MODELS = {
+  'resnet': dict(name='resnet_cifar', depth=8, filters=4),
+  'mobilenet': dict(
+    name='mobilenetv2',
+    width=0.25,
+    depth=0.1,
+    strides=(2, 1, 2, 1, 2, 1, 2, 1),
+    dropout=0.0,
+  ),
+}
+_WIDTHS = {'resnet': (0.5, 1.0, 1.5, 2.0), 'mobilenet': (1.0, 2.0)}
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  """Returns the config; see the file's docstring for the arguments."""
+  arg = config_lib.parse_arg(
+    arg,
+    data_dir='',
+    model='resnet',
+    space='int_s',
+    nas=False,
+    mode='tied',
+    target=1.5,
+    steps=2000,
+    seed=0,
+    gamma=float,
+    preset='default',
+    arch='',
+    references=False,
+    smoke=False,
+  )
+  if arg.model not in _MODELS:
+    raise ValueError(
+      f'config argument model={arg.model!r} is unknown; allowed: '
+      f'{", ".join(_MODELS)}'
+    )
+  config = ml_collections.ConfigDict()
+  config.seed = arg.seed
+  config.task = 'classification'
+  config.model = _MODELS[arg.model]
+  config.data = dict(
+    name='fashion_mnist',
+    data_dir=arg.data_dir,
+    train_split='train[:80%]',
+    valid_split='train[80%:]',
+    test_split='test',
+    batch_size=64,
+    valid_batch_size=64,
+    test_batch_size=500,
+    augment='none',
+  )
+  steps = arg.steps
+  if arg.smoke:
+    steps = 12
+    config.data = dict(
+      name='synthetic',
+      data_dir='',
+      train_split='train[:80%]',
+      valid_split='train[80%:]',
+      test_split='test',
+      batch_size=16,
+      valid_batch_size=16,
+      test_batch_size=64,
+      image_size=28,
+      num_classes=10,
+    )
+  config.quant = dict(
+    formats=tuple(arg.space.split('+')) if '+' in arg.space else arg.space,
+    mode=arg.mode,
+    exclude=(),
+    menus=(),
+    groups=(),
+    weight_clip='absmax',
+    act_clip=4.0,
+    act_start=0.15,
+    arch=arg.arch,
+  )
+  config.sizes = dict(
+    widths=_WIDTHS[arg.model] if arg.nas and not arg.arch else (),
+    kernels=(),
+    kernel_weights='branches',
+  )
+  config.cost = dict(
+    kind='bops',
+    target=arg.target,
+    relative_to='INT4',
+    bound='near' if arg.preset == 'paper' else 'at_most',
+  )
+  config.search = presets.search_keys(arg.preset, steps, arg.gamma)
+  config.optimizer = dict(
+    name='sgd',
+    learning_rate=0.1,
+    schedule='cosine',
+    warmup=0.05,
+    momentum=0.9,
+    weight_decay=5e-4,
+    ema_decay=0.0,
+  )
+  log_every = max(1, steps // 40)
+  config.train = dict(
+    steps=steps,
+    label_smoothing=0.0,
+    mixup=0.0,
+    cutmix=0.0,
+    max_loss=100.0,
+    log_every=log_every,
+    checkpoint_every=10 * log_every,
+    checkpoints_kept=2,
+    settle_batches=3 if arg.smoke else 200,
+  )
+  config.parallel = dict(
+    mode='pjit', shard_params=False, accumulate=1, leave_one_out=False
+  )
+  uniform = ('E2M1', 'E4M3') if arg.space.startswith('fp') else ('INT4', 'INT8')
+  config.references = (*uniform, 'BF16') if arg.references else ()
+  return config.lock()
