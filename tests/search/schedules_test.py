@@ -11,6 +11,8 @@ def test_phases_turn_fractions_into_steps_once():
   phases = schedules.phases(1000, 0.15, 0.25, 0.95)
   assert phases == schedules.Phases(1000, 150, 250, 950)
   assert phases.search_steps == 750
+  # One step is enough for a run.
+  assert schedules.phases(1, 0, 0, 1) == schedules.Phases(1, 0, 0, 1)
 
 
 def test_progress_of_training_and_of_the_search():
