@@ -28,7 +28,8 @@ def _config():
 def runs(tmp_path_factory):
   """A searched run, the run sliced out of it, and both results."""
   workdir = tmp_path_factory.mktemp('searched')
-  out = tmp_path_factory.mktemp('sliced') / 'run'
+  # Neither the directory nor its parent exists.
+  out = tmp_path_factory.mktemp('sliced') / 'runs' / 'run'
   found = train.train_and_evaluate(_config(), workdir)['found']
   return workdir, out, found, slicing.slice_run(str(workdir), str(out))
 
