@@ -31,6 +31,7 @@ def test_a_step_gets_the_batches_of_its_number(
       train=itertools.count, valid=lambda step: itertools.count(-step, -1)
     ),
     search_step=lambda: None,
+    allocations=(),
   )
   taken, profiled, metrics = [], [], []
 
@@ -43,6 +44,7 @@ def test_a_step_gets_the_batches_of_its_number(
     return state + 100
 
   monkeypatch.setattr(loop, '_profile', profile)
+  monkeypatch.setattr(loop.allocator, 'Allocator', lambda *args: None)
   result = loop.Run(state=first)
   done = loop._steps(
     first,
