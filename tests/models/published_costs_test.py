@@ -21,6 +21,7 @@ from fliqs_jax.models import inception_v3
 from fliqs_jax.models import mobilenet_v2
 from fliqs_jax.models import resnet
 from fliqs_jax.numerics import quantize
+from fliqs_jax.space import baselines
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
@@ -153,6 +154,16 @@ def test_layers_are_counted_as_the_paper_counts_them(name):
   assert len(space.ops) == LAYERS[name]
   excluded = 1 if name == 'deit_b16' else 0
   assert len(space.decisions) == LAYERS[name] - excluded
+
+
+@pytest.mark.parametrize(
+  ('name', 'gbops'), [('resnet18', 34.92), ('resnet50', 71.19)]
+)
+def test_the_manual_assignment_costs_what_the_paper_prints(name, gbops):
+  # Table 3 prints 71 for ResNet-50.
+  space = space_of(name, 1.0)
+  cost = float(space.cost('bops')(baselines.manual(space)))
+  assert round(cost, 2) == gbops
 
 
 def test_mobilenet_v2_has_the_papers_number_of_configurations():
