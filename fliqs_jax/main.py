@@ -32,6 +32,12 @@ _WORKDIR = flags.DEFINE_string(
 _PROFILE_STEPS = flags.DEFINE_string(
   'profile_steps', '', 'N:M profiles steps N to M - 1 into WORKDIR/profile.'
 )
+_RETRAIN = flags.DEFINE_bool(
+  'retrain',
+  False,
+  'Also trains the selected network from the beginning, to measure what the '
+  'served weights lack.',
+)
 _JOIN_TIMEOUT = flags.DEFINE_integer(
   'join_timeout', 300, 'Seconds to wait for the other processes.', 1
 )
@@ -69,6 +75,7 @@ def main(argv: Sequence[str]) -> None:
       _WORKDIR.value,
       stop=processes.Stop(),
       profile_steps=_PROFILE_STEPS.value,
+      retrain=_RETRAIN.value,
     )
   except (ValueError, run_log.DivergedError) as error:
     log.error('%s', error)

@@ -64,7 +64,8 @@ class FinishedRun:
     arch: content of arch.json.
     result: content of result.json.
     found: measurements of the selected model; NaN if unknown.
-    references: {name: measurements of a uniform model}; NaN if unknown.
+    references: {name: measurements of a uniform model, or of the selected one
+      retrained from the beginning}; NaN if unknown.
     history: rows in the order of steps; a number that is missing or not finite
       is NaN.
     layers: rows in the order of the model: `path`, `kind`, `weights`,
@@ -186,14 +187,17 @@ def read(workdir: str) -> FinishedRun:
         'make the report with that version'
       )
   layers, reference = _layers(arch, result)
+  models = dict(result['references'])
+  # Results of 0.2.0 lack the key.
+  if result.get('retrained'):
+    models['retrained'] = result['retrained']
   return FinishedRun(
     config=config,
     arch=arch,
     result=result,
     found=_measured(result['found'], result['metric']),
     references={
-      name: _measured(model, result['metric'])
-      for name, model in result['references'].items()
+      name: _measured(model, result['metric']) for name, model in models.items()
     },
     history=history,
     layers=layers,

@@ -125,7 +125,7 @@ def render(
   if 'allocation' in images:
     body += ['<h2>Bits beside sizes</h2>', _figure('allocation', images)]
   if run.references:
-    body += ['<h2>Beside uniform formats</h2>', tables.references(run)]
+    body += ['<h2>Beside other networks</h2>', tables.references(run)]
     same = 'networks' if run.searched_sizes else 'the same network'
     body += [_figure('pareto', images, same=same)]
   body += ['<h2>Training and search</h2>', _figure('curves', images)]

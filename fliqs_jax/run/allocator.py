@@ -122,7 +122,7 @@ class Allocator:
       {'params': state.params, **state.model_state},
       self._devices.feed(itertools.islice(batches, _BATCHES)),
     )
-    scores, negative = sensitivity.clipped(raw)
+    scores, negative = sensitivity.regular(self._experiment.space, raw)
     _LOG.info(
       'before step %d: scored %d options of %d decisions; %d scores below zero '
       'count as zero',

@@ -32,6 +32,7 @@ def train_and_evaluate(
   *,
   stop: Callable[[], bool] = lambda: False,
   profile_steps: str = '',
+  retrain: bool = False,
 ) -> dict[str, Any]:
   """Trains and searches, or continues a run that was stopped.
 
@@ -49,6 +50,9 @@ def train_and_evaluate(
       return the same value in all processes.
     profile_steps: `N:M`, the steps to profile into `workdir/profile`; empty:
       none.
+    retrain: whether the selected network is also trained from the beginning,
+      with the same seed, in `workdir/retrained`; what it gains is what serving
+      the search's own weights costs (A.11).
 
   Returns:
     The content of result.json.
@@ -81,10 +85,16 @@ def train_and_evaluate(
   references = {
     name: _reference(config, name, path, stop) for name in config.references
   }
+  with processes.together():
+    if processes.index() == 0:
+      arch = results.arch(experiment, choices)
+      files.write_json(path / workdir_lib.ARCH, arch)
+  retrained = _retrained(config, path, stop) if retrain else None
   result = dict(
     metric=experiment.task.METRIC,
     found=evaluation.test_metrics(experiment, run.state, choices, devices),
     references=references,
+    retrained=retrained,
     layers=results.layers(experiment, choices),
     decisions=results.decisions(experiment, policy),
     warnings=results.warnings(experiment, policy),
@@ -96,7 +106,6 @@ def train_and_evaluate(
     **results.relaxed(jax.device_get(run.state.search_state)),
   )
   if processes.index() == 0:
-    files.write_json(path / workdir_lib.ARCH, results.arch(experiment, choices))
     files.write_json(path / workdir_lib.RESULT, result)
     _LOG.info('report: %s', report.write_report(str(path)))
   _summarize(result)
@@ -152,6 +161,22 @@ def _reference(
   ]
 
 
+def _retrained(
+  config, workdir: pathlib.Path, stop: Callable[[], bool]
+) -> dict[str, Any]:
+  """Trains the network that arch.json describes from the beginning."""
+  fixed = config.copy_and_resolve_references()
+  with fixed.unlocked(), fixed.ignore_type():
+    fixed.quant.arch = str(workdir / workdir_lib.ARCH)
+    fixed.quant.menus, fixed.quant.groups = (), ()
+    fixed.sizes.widths, fixed.sizes.kernels = (), ()
+    fixed.references = ()
+  _LOG.info('from the beginning: the selected network')
+  return train_and_evaluate(fixed, workdir / workdir_lib.RETRAINED, stop=stop)[
+    'found'
+  ]
+
+
 def _describe(experiment) -> None:
   space, config = experiment.space, experiment.config
   _LOG.info(
@@ -181,5 +206,14 @@ def _summarize(result) -> None:
     found['cost_target'],
     found['average_bits'],
   )
+  if retrained := result['retrained']:
+    _LOG.info(
+      'retrained from the beginning: test %s %.2f %%; served minus retrained '
+      '%+.2f points, loss %+.4f',
+      result['metric'],
+      100 * retrained[result['metric']],
+      100 * (found[result['metric']] - retrained[result['metric']]),
+      found['loss'] - retrained['loss'],
+    )
   for warning in result['warnings']:
     _LOG.warning('%s', warning)

@@ -15,6 +15,8 @@ SENSITIVITY = 'sensitivity.json'
 SENSITIVITY_FIGURE = 'sensitivity.png'
 # A row of averaged metrics for each logging point.
 HISTORY = 'history.jsonl'
+# The workdir of the same network trained from the beginning.
+RETRAINED = 'retrained'
 REPORT = 'report.html'
 CHECKPOINTS = 'checkpoints'
 # A folder with one JSON file per process: its step and the time.

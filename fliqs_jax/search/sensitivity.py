@@ -147,14 +147,21 @@ def scorer(
   return scores
 
 
-def clipped(raw: Scores) -> tuple[Scores, int]:
-  """Returns scores of at least zero, and how many were below.
+def regular(space: search_space.SearchSpace, raw: Scores) -> tuple[Scores, int]:
+  """Returns scores without what only noise explains, and how many were below 0.
 
-  A negative score says that a cheaper option does better, which is noise of few
-  batches more often than not.
+  No score is below zero, and an option is no worse than one of fewer bits,
+  fewer channels or a smaller kernel.
 
   Args:
-    raw: {decision: [K]} scores.
+    space: the model's decisions.
+    raw: {decision: [K]} measured scores.
   """
-  count = sum(int(np.sum(values < 0)) for values in raw.values())
-  return {name: np.maximum(values, 0.0) for name, values in raw.items()}, count
+  result = {}
+  for decision in space.decisions:
+    scores, rank = raw[decision.name], np.asarray(decision.precision)
+    # [K, K]: whether the option of the column has at most the row's precision.
+    below = (rank[None, :] < rank[:, None]) | np.eye(len(rank), dtype=bool)
+    least = np.min(np.where(below, scores[None, :], np.inf), axis=1)
+    result[decision.name] = np.maximum(least, 0.0)
+  return result, sum(int(np.sum(scores < 0)) for scores in raw.values())

@@ -47,6 +47,11 @@ class Decision:
     raise NotImplementedError
 
   @property
+  def precision(self) -> Sequence[int]:
+    """[K] bits, channels or kernel sizes: more cost more, and are no worse."""
+    raise NotImplementedError
+
+  @property
   def dearest(self) -> int:
     """Index of the most precise format, or of the largest size."""
     raise NotImplementedError
@@ -90,6 +95,11 @@ class FormatDecision(Decision):
     return tuple(numeric_format.name for numeric_format in self.menu)
 
   @property
+  def precision(self) -> tuple[int, ...]:
+    """[K] bits of the formats."""
+    return tuple(f.bits for f in self.menu)
+
+  @property
   def dearest(self) -> int:
     """Index of the format with the most bits, of these the most mantissa."""
     precisions = [(f.bits, f.mantissa_bits) for f in self.menu]
@@ -117,6 +127,11 @@ class SizeDecision(Decision):
   def labels(self) -> tuple[int, ...]:
     """[K] numbers of channels or sizes of the kernel."""
     return self.size.labels
+
+  @property
+  def precision(self) -> tuple[int, ...]:
+    """[K] numbers of channels or sizes of the kernel."""
+    return self.labels
 
   @property
   def dearest(self) -> int:

@@ -75,10 +75,16 @@ def test_kl_is_between_softmax_outputs():
   assert sensitivity.kl(_loss)(dearest, dearest, None) == 0
 
 
-def test_scores_below_zero_are_clipped_and_counted():
-  clipped, count = sensitivity.clipped({'a': np.asarray([-1.0, 2.0, 0.0])})
+def test_what_only_noise_explains_is_taken_out_of_scores():
+  # INT4 is no worse than INT2, INT8 no worse than INT4; nothing is below zero.
+  raw = {
+    'first': np.asarray([2.0, 3.0, 0.0]),
+    'second': np.asarray([4.0, -1.0, 0.0]),
+  }
+  regular, count = sensitivity.regular(_SPACE, raw)
   assert count == 1
-  np.testing.assert_array_equal(clipped['a'], [0.0, 2.0, 0.0])
+  np.testing.assert_array_equal(regular['first'], [2.0, 2.0, 0.0])
+  np.testing.assert_array_equal(regular['second'], [4.0, 0.0, 0.0])
 
 
 def test_no_batch_is_an_error():
