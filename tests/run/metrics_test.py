@@ -250,9 +250,14 @@ def test_a_damaged_line_is_named_and_left_alone(tmp_path):
 
 def test_a_row_must_follow_the_one_before(tmp_path):
   with metrics.Writer(tmp_path, None) as writer:
-    write_rows(writer, [4])
+    write_rows(writer, [2, 4])
     with pytest.raises(ValueError, match='step 4 cannot follow'):
       write_rows(writer, [4])
+  # The one before may have been written by the start before.
+  with metrics.Writer(tmp_path, 4) as writer:
+    with pytest.raises(ValueError, match='step 3 cannot follow .* step 4'):
+      write_rows(writer, [3])
+    write_rows(writer, [5])
 
 
 @pytest.mark.parametrize('name', ['step', 'policy', 'speed'])
