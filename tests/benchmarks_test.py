@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import gpu_step
 from benchmarks import layer_times
+from benchmarks import memory
 from benchmarks import serving
 from benchmarks import step_time
 from fliqs_jax import models
@@ -68,6 +69,26 @@ def test_steps_are_timed_against_the_float_ones():
   assert rows[names.index('float')][2] == '1.00 (1.00 to 1.00)'
   assert rows[names.index('stock')][1] == '1.00 (1.00 to 1.00)'
   assert lines[-1].startswith('16 / 3: ')
+
+
+def test_the_accounting_of_memory_is_that_of_the_paper():
+  lines = memory.accounting('resnet18', batch=32)
+  rows = [line.split(' | ') for line in lines if line.startswith('| ')][1:]
+  # Table 6: 11.7 M weights of 2 bytes; gradients of weights and copies; outputs
+  # of convolutions, 2.31 M an image (the paper rounds to 2.3), of one byte.
+  # Three formats in each of 22 layers; the paper counts 17 of them.
+  fliqs, composite, _, branched = [row[1:4] for row in rows]
+  assert fliqs == ['23.4', '46.8', '73.9']
+  assert composite == branched == ['70.2', '93.5', '221.6']
+  assert [row[-1] for row in rows] == ['66 |'] * 4
+
+
+def test_relaxed_steps_are_measured_against_the_sampled_one():
+  model = models.published('mlp') | dict(hidden=(4,))
+  lines = memory.measured(step_time.Problem(model, 4, 4), rounds=2)
+  rows = [line.split(' | ') for line in lines if line.startswith('| ')][1:]
+  assert [row[0] for row in rows] == [f'| {name}' for name in memory.ROWS]
+  assert rows[0][2:] == ['1.00', '1.00 (1.00 to 1.00) |']
 
 
 @pytest.mark.parametrize('tiny', [False, True])
