@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.optimize
@@ -104,12 +104,19 @@ def solve(
       all budgets; the message names the lowest cost.
   """
   check_scores(space, scores)
-  program = _Program(space, budgets)
+  program = Program(
+    {d.name: len(d.labels) for d in space.decisions},
+    [
+      Limit(terms(space, budget.cost), budget.target, budget.lowest)
+      for budget in budgets
+    ],
+  )
   # Sums of float32 may exceed a limit that the program's float64 sums meet.
   for slack in (0.5 * TOLERANCE, 0.0, -TOLERANCE):
-    choices = program.solved(scores, slack)
-    if choices is None:
+    chosen = program.solved(scores, slack)
+    if chosen is None:
       break
+    choices = space.at(chosen)
     if all(budget.admits(choices) for budget in budgets):
       return choices
   raise ValueError(_infeasible(budgets))
@@ -135,24 +142,27 @@ def greedy(
       budgets.
   """
   check_scores(space, scores)
-  tables = [Terms(space, budget.cost) for budget in budgets]
   chosen = {d.name: d.dearest for d in space.decisions}
-  for table, budget in zip(tables, budgets):
+  for budget in budgets:
+    table = terms(space, budget.cost)
     while (cost := table.cost(chosen)) > budget.target * (1 + TOLERANCE):
       steps = []
       for d in space.decisions:
-        for k in range(len(d.labels)):
-          saved = cost - table.cost(chosen | {d.name: k})
-          if saved > TOLERANCE * cost:
-            added = scores[d.name][k] - scores[d.name][chosen[d.name]]
-            steps.append((float(added) / saved, d.name, k))
+        values = np.asarray(scores[d.name], np.float64)
+        added = values - values[chosen[d.name]]
+        saved = table.saved(d.name, chosen)
+        steps += [
+          (added[k] / saved[k], d.name, k)
+          for k in np.flatnonzero(saved > TOLERANCE * cost)
+        ]
       if not steps:
         raise ValueError(_infeasible(budgets))
       _, name, k = min(steps)
-      chosen[name] = k
+      chosen[name] = int(k)
   return space.at(chosen)
 
 
+@dataclasses.dataclass(frozen=True)
 class Terms:
   """A cost as tables: one per set of decisions that it depends on together.
 
@@ -161,35 +171,8 @@ class Terms:
     tables: {names of decisions: [K1, K2, ...] cost of each combination}.
   """
 
-  def __init__(self, space: search_space.SearchSpace, cost: cost_model.Cost):
-    """Evaluates the cost of every op at every combination of its options.
-
-    Args:
-      space: the decisions of a model.
-      cost: one of its costs.
-    """
-    self.constant = cost.constant
-    self.tables: dict[tuple[str, ...], np.ndarray] = {}
-    options = {d.name: len(d.labels) for d in space.decisions}
-    for leaves, of in cost.terms():
-      follows = {leaf: cost.decision_of[leaf] for leaf in leaves}
-      names = tuple(dict.fromkeys(follows.values()))
-      if not names:
-        self.constant += float(of({}))
-        continue
-      shape = tuple(options[name] for name in names)
-      table = np.empty(shape)
-      for index in itertools.product(*map(range, shape)):
-        picked = dict(zip(names, index))
-        table[index] = float(
-          of(
-            {
-              leaf: np.eye(options[name])[picked[name]]
-              for leaf, name in follows.items()
-            }
-          )
-        )
-      self.tables[names] = self.tables.get(names, 0.0) + table
+  constant: float
+  tables: Mapping[tuple[str, ...], np.ndarray]
 
   def cost(self, chosen: Mapping[str, int]) -> float:
     """Returns the cost of {decision: index of its option}, in the unit."""
@@ -198,34 +181,98 @@ class Terms:
       for names, table in self.tables.items()
     )
 
+  def saved(self, decision: str, chosen: Mapping[str, int]) -> np.ndarray:
+    """Returns [K] what each option of a decision saves of the cost.
 
-class _Program:
-  """The integer program of a space and its budgets."""
+    Args:
+      decision: name of the decision.
+      chosen: {decision: index of its option} before the change.
+    """
+    result = np.zeros(())
+    for names, table in self.tables.items():
+      if decision in names:
+        costs = table[
+          tuple(slice(None) if n == decision else chosen[n] for n in names)
+        ]
+        result = result + costs[chosen[decision]] - costs
+    return np.atleast_1d(result)
 
-  def __init__(
-    self, space: search_space.SearchSpace, budgets: Sequence[Budget]
-  ):
-    self._space, self._budgets = space, budgets
+
+def terms(space: search_space.SearchSpace, cost: cost_model.Cost) -> Terms:
+  """Returns a cost as tables: every op at every combination of its options.
+
+  Args:
+    space: the decisions of a model.
+    cost: one of its costs.
+  """
+  constant = cost.constant
+  tables: dict[tuple[str, ...], np.ndarray] = {}
+  options = {d.name: len(d.labels) for d in space.decisions}
+  for leaves, of in cost.terms():
+    follows = {leaf: cost.decision_of[leaf] for leaf in leaves}
+    names = tuple(dict.fromkeys(follows.values()))
+    if not names:
+      constant += float(of({}))
+      continue
+    shape = tuple(options[name] for name in names)
+    table = np.empty(shape)
+    for index in itertools.product(*map(range, shape)):
+      picked = dict(zip(names, index))
+      table[index] = float(
+        of(
+          {
+            leaf: np.eye(options[name])[picked[name]]
+            for leaf, name in follows.items()
+          }
+        )
+      )
+    tables[names] = tables.get(names, 0.0) + table
+  return Terms(constant, tables)
+
+
+class Limit(NamedTuple):
+  """A limit of one cost that is given as tables.
+
+  Attributes:
+    terms: the cost.
+    target: its highest value, in its unit.
+    lowest: its lowest value, in its unit.
+  """
+
+  terms: Terms
+  target: float
+  lowest: float = -math.inf
+
+
+class Program:
+  """The integer program of decisions, and of limits of their costs."""
+
+  def __init__(self, options: Mapping[str, int], limits: Sequence[Limit]):
+    """Makes the constraints that no scores change.
+
+    Args:
+      options: {decision: number of its options}.
+      limits: limits of one or several costs.
+    """
+    self._options, self._limits = options, limits
     self._first: dict[str, int] = {}
     self._count = 0
     self._rows: list[tuple[list[int], list[float], float, float]] = []
-    for d in space.decisions:
-      self._first[d.name] = self._add(len(d.labels))
-      ones = range(self._first[d.name], self._count)
+    for name, count in options.items():
+      self._first[name] = self._add(count)
+      ones = range(self._first[name], self._count)
       self._rows.append((list(ones), [1.0] * len(ones), 1.0, 1.0))
     self._binary = self._count
     self._joint: dict[tuple[str, ...], int] = {}
-    terms = [Terms(space, budget.cost) for budget in budgets]
-    self._costs = [list(self._coefficients(term)) for term in terms]
-    self._constants = [term.constant for term in terms]
+    self._costs = [list(self._coefficients(limit.terms)) for limit in limits]
 
   def _add(self, count: int) -> int:
     self._count += count
     return self._count - count
 
-  def _coefficients(self, terms: Terms) -> Iterator[tuple[int, float]]:
+  def _coefficients(self, cost: Terms) -> Iterator[tuple[int, float]]:
     """Yields the variables of a cost and what each adds to it."""
-    for names, table in terms.tables.items():
+    for names, table in cost.tables.items():
       if len(names) == 1:
         first = self._first[names[0]]
       else:
@@ -253,37 +300,49 @@ class _Program:
         )
     return first
 
-  def solved(self, scores: Scores, slack: float) -> Choices | None:
-    """Returns the best architecture; None: there is none.
+  def solved(self, scores: Scores, slack: float = 0.0) -> dict[str, int] | None:
+    """Returns {decision: index of its option} at the least sum of scores.
+
+    None if no choice is within the limits.
 
     Args:
       scores: {decision: [K]}.
       slack: relative error with which a target may be exceeded.
     """
-    rows = list(self._rows)
-    objective = np.zeros(self._count)
+    excess = np.zeros(self._count)
     for name, first in self._first.items():
       values = np.asarray(scores[name], np.float64)
-      objective[first : first + len(values)] = values
-    scale = max(float(np.abs(objective).max()), 1e-30)
-    objective /= scale
-    for budget, costs, constant in zip(
-      self._budgets, self._costs, self._constants
-    ):
-      unit = abs(budget.target) or 1.0
-      variables = [v for v, _ in costs]
-      values = [value / unit for _, value in costs]
+      excess[first : first + len(values)] = values - values.min()
+    rows = self._constraints(slack)
+    # An option that alone adds more than a known solution is in no better one.
+    # Without it the rest is scaled up: the solver sees 1e-6 of the largest
+    # score, but scores differ by more than that.
+    chosen, largest = None, float(excess.max())
+    while True:
+      x = self._minimum(excess, largest, rows)
+      if x is None:
+        return chosen
+      chosen = {
+        name: int(np.argmax(x[first : first + self._options[name]]))
+        for name, first in self._first.items()
+      }
+      total = sum(excess[self._first[name] + k] for name, k in chosen.items())
+      if largest == 0 or total > largest / 8:
+        return chosen
+      largest = float(total)
+
+  def _constraints(self, slack: float) -> scipy.optimize.LinearConstraint:
+    rows = list(self._rows)
+    for limit, costs in zip(self._limits, self._costs):
+      unit, constant = abs(limit.target) or 1.0, limit.terms.constant
       rows.append(
         (
-          variables,
-          values,
-          (budget.lowest - constant) / unit - slack,
-          (budget.target - constant) / unit + slack,
+          [variable for variable, _ in costs],
+          [value / unit for _, value in costs],
+          (limit.lowest - constant) / unit - slack,
+          (limit.target - constant) / unit + slack,
         )
       )
-      # So small that it decides among equal scores alone.
-      for variable, value in zip(variables, values):
-        objective[variable] -= 1e-6 * value
     entries = [
       (value, i, variable)
       for i, (variables, values, _, _) in enumerate(rows)
@@ -294,28 +353,36 @@ class _Program:
     matrix = scipy.sparse.csr_array(
       (values, tuple(places)), shape=(len(rows), self._count)
     )
+    return scipy.optimize.LinearConstraint(
+      matrix, [row[2] for row in rows], [row[3] for row in rows]
+    )
+
+  def _minimum(
+    self,
+    excess: np.ndarray,
+    largest: float,
+    constraints: scipy.optimize.LinearConstraint,
+  ) -> np.ndarray | None:
+    """Returns the variables of the best choice; None: there is none.
+
+    Args:
+      excess: score of each variable, at least zero.
+      largest: the largest score of a variable that may be used.
+      constraints: the rows of the program.
+    """
+    objective = excess / (largest or 1.0)
+    for limit, costs in zip(self._limits, self._costs):
+      # So small that it decides among equal scores alone.
+      for variable, value in costs:
+        objective[variable] -= 1e-6 * value / (abs(limit.target) or 1.0)
     binary = np.arange(self._count) < self._binary
-    result = scipy.optimize.milp(
+    return scipy.optimize.milp(
       objective,
       integrality=binary.astype(int),
-      bounds=scipy.optimize.Bounds(0, 1),
-      constraints=scipy.optimize.LinearConstraint(
-        matrix, [row[2] for row in rows], [row[3] for row in rows]
-      ),
+      bounds=scipy.optimize.Bounds(0, np.where(excess <= largest, 1, 0)),
+      constraints=constraints,
       options={'mip_rel_gap': 0.0},
-    )
-    if result.x is None:
-      return None
-    return self._space.at(
-      {
-        d.name: int(
-          np.argmax(
-            result.x[self._first[d.name] : self._first[d.name] + len(d.labels)]
-          )
-        )
-        for d in self._space.decisions
-      }
-    )
+    ).x
 
 
 def _infeasible(budgets: Sequence[Budget]) -> str:

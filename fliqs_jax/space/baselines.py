@@ -83,7 +83,7 @@ def random_at_cost(
       f'no architecture costs at most {target:.6g} {cost.unit}: the cheapest '
       f'costs {least:.6g}; raise the target'
     )
-  terms = allocation.Terms(space, cost)
+  terms = allocation.terms(space, cost)
   probabilities = probabilities_at_cost(space, cost, target)
   chosen = {d.name: 0 for d in space.decisions}
   for _ in range(_DRAWS):

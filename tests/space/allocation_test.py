@@ -74,6 +74,23 @@ def test_six_layers_of_four_formats_equal_brute_force(relative):
   assert _total(scores, greedy) >= _total(scores, choices) - 1e-9
 
 
+@pytest.mark.parametrize('relative', [0.6, 1.7, 3.0, 3.6])
+def test_scores_of_very_different_sizes_equal_brute_force(relative):
+  # From 1 to 1e-12: the solver's own tolerance is 1e-6 of the largest.
+  space = _space(24, 16, 16, 12, 8, 10, formats=_INTEGERS)
+  cost = space.cost('bops')
+  budget = allocation.Budget(cost, relative * fliqs.uniform_cost(cost, 'INT4'))
+  rng = np.random.default_rng(3)
+  scores = {
+    d.name: 10.0 ** (-3.0 * np.arange(4) - 3.0 * rng.random(4))
+    for d in space.decisions
+  }
+  choices = allocation.solve(space, scores, [budget])
+  np.testing.assert_allclose(
+    _total(scores, choices), _brute_force(space, scores, [budget]), rtol=1e-5
+  )
+
+
 @pytest.mark.parametrize('relative', [0.5, 0.8, 1.3])
 def test_products_of_two_decisions_of_a_layer_are_exact(relative):
   space = _space(8, 4, 6, 3, formats=('INT2', 'INT4', 'INT8'), mode='separate')
@@ -121,7 +138,7 @@ def test_tables_of_terms_add_up_to_the_cost_where_sizes_are_open():
   rng = np.random.default_rng(0)
   for kind in ('bops', 'size'):
     cost = space.cost(kind)
-    terms = allocation.Terms(space, cost)
+    terms = allocation.terms(space, cost)
     for _ in range(3):
       chosen = {
         d.name: int(rng.integers(len(d.labels))) for d in space.decisions
