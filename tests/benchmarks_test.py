@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import exhaustive
+from benchmarks import exhaustive_problem
 from benchmarks import gpu_step
 from benchmarks import layer_times
 from benchmarks import memory
@@ -114,3 +116,46 @@ def test_without_an_accelerator_nothing_is_measured(monkeypatch, capsys):
   monkeypatch.setattr(sys, 'argv', ['gpu_step'])
   gpu_step.main()
   assert capsys.readouterr().out.count('\n') == 1
+
+
+@pytest.fixture(scope='module', name='tiny_problem')
+def _tiny_problem():
+  """Two layers of two formats: four assignments, for a few steps."""
+  return exhaustive_problem.Problem(steps=8, hidden=(2,), menu=('INT2', 'INT8'))
+
+
+def test_costs_of_all_assignments_are_multiples_of_int4(tiny_problem):
+  # 64 x 2 and 2 x 10 products: the first layer has 128 of 148; INT8 costs 4 and
+  # INT2 a fourth of INT4.
+  share = 128 / 148
+  first, second = np.array([0.25, 0.25, 4, 4]), np.array([0.25, 4, 0.25, 4])
+  np.testing.assert_allclose(
+    tiny_problem.costs, share * first + (1 - share) * second, rtol=1e-6
+  )
+  choices = tiny_problem.choices(tiny_problem.assignments)
+  np.testing.assert_array_equal(tiny_problem.numbers(choices), np.arange(4))
+  assert [tiny_problem.uniform(i) for i in (0, 1)] == [0, 3]
+
+
+def test_the_best_assignment_of_one_half_is_valued_by_the_other(tiny_problem):
+  # Within 1 are INT2 everywhere, .25, and INT8 in the second layer alone,
+  # .25 x 128/148 + 4 x 20/148 = .76. Seed 0 prefers the first, which seed 1
+  # finds to lose 5; seed 1 the second, of which seed 0 thinks 3.
+  table = np.array([[1.0, 3.0, 0.0, 0.0], [5.0, 4.0, 0.0, 0.0]])
+  assert exhaustive.best(tiny_problem, table, 1.0) == (5 + 3) / 2
+
+
+def test_every_method_selects_within_budget(tiny_problem, tmp_path, capsys):
+  result = exhaustive.measure(
+    tiny_problem, tmp_path, 2, [1.0], ['two_trainings', 'sensitivity']
+  )
+  for (values,) in result['methods'].values():
+    assert values['within'] == 1
+    assert np.isfinite(values['served']).all()
+  assert result['methods']['two_trainings'][0]['gap'] == [0, 0]
+  assert capsys.readouterr().out.count('| 1 | ') == 2
+  # The losses are read again: the files are of the first start.
+  written = [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())]
+  tiny_problem.table(tmp_path, 2)
+  assert len(written) == 2
+  assert written == [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]

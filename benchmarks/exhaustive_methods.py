@@ -1,0 +1,227 @@
+"""Methods that choose assignments of the exhaustive problem.
+
+A method is a function (problem, targets [T], streams of S seeds) -> `Selected`;
+targets are budgets in multiples of the cost of uniform INT4.
+"""
+
+from collections.abc import Callable, Mapping
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import exhaustive_data
+from benchmarks import exhaustive_problem
+import fliqs_jax as fliqs
+from fliqs_jax.search import policy as policy_lib
+from fliqs_jax.search import presets
+from fliqs_jax.search import scored
+from fliqs_jax.search import sensitivity
+from fliqs_jax.space import allocation
+from fliqs_jax.tasks import classification
+
+# Validation batches of a scoring, as in a run.
+_SCORED_BATCHES = 8
+# `random` uses at least this share of the budget.
+_USED = 0.9
+
+
+class Selected(NamedTuple):
+  """What a method selects and serves, for T targets and S seeds.
+
+  Attributes:
+    numbers: [T, S] int, rows of `Problem.assignments`.
+    served: [T, S] test loss with the weights of the search; None: the selected
+      network is trained from scratch.
+    compute: matrix products of examples over those of training without a
+      search; a backward pass counts twice, quantization is not counted.
+  """
+
+  numbers: np.ndarray
+  served: np.ndarray | None
+  compute: float
+
+
+Method = Callable[
+  [exhaustive_problem.Problem, np.ndarray, exhaustive_data.Stream], Selected
+]
+# (variables, step, rows of validation batches [steps, V]) -> scores.
+_Score = Callable[[Mapping[str, Any], int, np.ndarray], sensitivity.Scores]
+
+
+def searched(
+  problem: exhaustive_problem.Problem,
+  targets: np.ndarray,
+  streams: exhaustive_data.Stream,
+  *,
+  preset: str,
+  **overrides: Any,
+) -> Selected:
+  """Searches with a preset, as a run does with `cost.bound='at_most'`.
+
+  Args:
+    problem: the network and its training.
+    targets: [T] budgets.
+    streams: the S seeds.
+    preset: key of `presets.PRESETS`.
+    **overrides: keys of the `search` section of a config in place of the
+      preset's own: `start`, `freeze`, `scores`, `scorings`.
+  """
+  keys = presets.search_keys(preset, problem.steps) | overrides
+  phases = problem.phases(keys['start'], keys['freeze'])
+  mix = presets.PRESETS[preset].mix
+
+  def controller(target):
+    return fliqs.make_controller(
+      preset, lambda choices: problem.cost(choices) / target, phases
+    )
+
+  def start(target, stream):
+    return problem.start(controller(target), stream)
+
+  def train(target, stream, state, first, end):
+    step = problem.step(controller(target), phases, keys['quality'], mix)
+    return problem.train(step, state, stream, first, end)
+
+  def serve(target, stream, state):
+    del target
+    choices = fliqs.argmax(state.search_state.policy)
+    return choices, problem.test_loss(state, choices, stream)
+
+  scorings = keys['scorings']
+  points = phases.scorings(scorings) if scorings else (phases.freeze,)
+  score = _scorer(problem, keys['scores']) if scorings else None
+  train_all = _for_all(train, 1)
+  states = _for_all(start, 0)(targets, streams)
+  states = train_all(targets, streams, states, 0, points[0])
+  for first, end in itertools.pairwise((*points, problem.steps)):
+    states = _allocated(problem, targets, streams, states, first, score)
+    states = train_all(targets, streams, states, first, end)
+  choices, served = jax.device_get(_for_all(serve, 1)(targets, streams, states))
+  judged = problem.steps if controller(1.0).judges else 0
+  batches = judged + scorings * _SCORED_BATCHES * _networks(problem)
+  examples = batches * problem.valid_batch / (problem.steps * problem.batch)
+  passes = len(problem.menu) if mix == 'branched' else 1
+  return Selected(problem.numbers(choices), served, passes + examples / 3)
+
+
+def after_training(
+  problem: exhaustive_problem.Problem,
+  targets: np.ndarray,
+  streams: exhaustive_data.Stream,
+  *,
+  scores: str,
+) -> Selected:
+  """Scores the formats of a network trained at the dearest one.
+
+  Args:
+    problem: the network and its training.
+    targets: [T] budgets.
+    streams: the S seeds.
+    scores: key of `sensitivity.METRICS`.
+  """
+  dearest = problem.choices(problem.assignments[-1])
+  train = jax.jit(jax.vmap(lambda stream: problem.alone(dearest, stream)))
+  trained = train(streams)
+  score = _scorer(problem, scores)
+  variables = jax.device_get({'params': trained.params, **trained.model_state})
+  numbers = []
+  for seed, rows in enumerate(streams.valid):
+    each = score(_at(variables, seed), problem.steps, rows)
+    numbers.append([problem.best(each, target) for target in targets])
+  return Selected(np.array(numbers).T, None, 2.0)
+
+
+def at_random(
+  problem: exhaustive_problem.Problem,
+  targets: np.ndarray,
+  streams: exhaustive_data.Stream,
+) -> Selected:
+  """Draws assignments that use most of the budget.
+
+  Args:
+    problem: the network and its training.
+    targets: [T] budgets.
+    streams: the S seeds.
+  """
+  rng = np.random.default_rng(0)
+  numbers = []
+  for target in targets:
+    share = problem.costs / target
+    fit = (share > _USED) & (share <= 1 + allocation.TOLERANCE)
+    numbers.append(rng.choice(np.flatnonzero(fit), len(streams.valid)))
+  return Selected(np.stack(numbers), None, 1.0)
+
+
+# Another method is another row.
+METHODS: dict[str, Method] = {
+  'random': at_random,
+  'two_trainings': functools.partial(after_training, scores='loss'),
+  **{
+    name: functools.partial(searched, preset=name) for name in presets.PRESETS
+  },
+}
+
+
+def _for_all(function, states):
+  """Jits a function of (target, stream, states, numbers), for all T and S."""
+
+  def for_all(targets, streams, *args):
+    rest = (None,) * (len(args) - states)
+    over_seeds = jax.vmap(function, (None, 0) + (0,) * states + rest)
+    over_all = jax.vmap(over_seeds, (0, None) + (0,) * states + rest)
+    return over_all(jnp.asarray(targets, jnp.float32), streams, *args)
+
+  return jax.jit(for_all)
+
+
+def _at(tree, *index):
+  return jax.tree.map(lambda x: x[index], tree)
+
+
+def _networks(problem):
+  """Returns how many networks are judged on each batch of a scoring."""
+  return 1 + sum(len(d.labels) - 1 for d in problem.space.decisions)
+
+
+def _scorer(problem: exhaustive_problem.Problem, scores: str) -> _Score:
+  metric = sensitivity.METRICS[scores](classification.loss(0.0))
+  scorer = sensitivity.scorer(problem.model.apply, metric, problem.space)
+
+  def score(variables, step, rows):
+    used = np.roll(rows, -step, axis=0)[:_SCORED_BATCHES]
+    batches = [exhaustive_data.rows_of('valid', batch) for batch in used]
+    return sensitivity.clipped(scorer(variables, batches))[0]
+
+  return score
+
+
+def _allocated(problem, targets, streams, states, step, score):
+  """Returns the states with an architecture within budget in each policy."""
+  variables = jax.device_get({'params': states.params, **states.model_state})
+  searches = jax.device_get(states.search_state)
+
+  def allocate(t, s):
+    search = _at(searches, t, s)
+    if score is None:  # The likeliest one.
+      scores = jax.tree.map(lambda x: -jax.nn.log_softmax(x), search.policy)
+    else:
+      scores = score(_at(variables, t, s), step, streams.valid[s])
+    choices = problem.choices(
+      problem.assignments[problem.best(scores, targets[t])]
+    )
+    if score is None:
+      return search.replace(policy=policy_lib.settled(choices))
+    return scored.allocated(choices, scores)
+
+  seeds = range(len(streams.valid))
+  rows = [[allocate(t, s) for s in seeds] for t in range(len(targets))]
+
+  def stack(*leaves):
+    return jnp.stack(leaves)
+
+  over_seeds = [jax.tree.map(stack, *row) for row in rows]
+  return states.replace(search_state=jax.tree.map(stack, *over_seeds))
