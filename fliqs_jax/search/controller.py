@@ -23,8 +23,6 @@ class Controller(NamedTuple):
       if not, `update` gets None for qualities.
     warms_up_dearest: whether the weights train at the most precise formats
       until the search starts, not at those of the first proposal.
-    trains_best: whether the weights train on the argmax of the policy once the
-      search has started, not on the first proposal.
     differentiates: whether `update` gets, in place of qualities, the gradient
       of the training loss with respect to the first proposal, a tree of [K].
   """
@@ -35,7 +33,6 @@ class Controller(NamedTuple):
   samples: int
   judges: bool = True
   warms_up_dearest: bool = False
-  trains_best: bool = False
   differentiates: bool = False
 
 

@@ -123,6 +123,8 @@ def default(
 ) -> controller_lib.Controller:
   """Returns the better controller: paired samples, cost in closed form.
 
+  Until the search starts, the weights train at the most precise formats.
+
   Each step judges four architectures on the same validation images, each
   relative to the mean of the others. The expected cost error is differentiated
   exactly. Over the search its weight grows by sqrt(10) and the learning rate by
@@ -199,7 +201,10 @@ def default(
     )
     return updated, dict(reward=rewards.mean(), sampled_cost=cost.mean())
 
-  return _controller(adam, update, relative_cost, phases, samples=_SAMPLES)
+  controller = _controller(
+    adam, update, relative_cost, phases, samples=_SAMPLES
+  )
+  return controller._replace(warms_up_dearest=True)
 
 
 def _controller(

@@ -20,7 +20,6 @@ from fliqs_jax.layers import operands as operands_lib
 from fliqs_jax.runtime import replicas as replicas_lib
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import optimizers
-from fliqs_jax.search import policy as policy_lib
 from fliqs_jax.search import schedules
 from fliqs_jax.search import train_state
 from fliqs_jax.space import search_space
@@ -156,18 +155,15 @@ def _trained(
   proposed: Any,
 ) -> Any:
   """Returns the architecture {decision: [K]} on which the weights train."""
-  searching = state.step >= phases.search_start
-
-  def once_searching(now: Any, before: Any) -> Any:
-    return jax.tree.map(lambda n, b: jnp.where(searching, n, b), now, before)
-
   trained = jax.tree.map(lambda a: a[0], proposed)
-  if controller.trains_best:
-    best = policy_lib.argmax(state.search_state.policy)
-    trained = once_searching(best, trained)
-  if controller.warms_up_dearest:
-    trained = once_searching(trained, space.with_dearest_formats(trained))
-  return trained
+  if not controller.warms_up_dearest:
+    return trained
+  searching = state.step >= phases.search_start
+  return jax.tree.map(
+    lambda first, dearest: jnp.where(searching, first, dearest),
+    trained,
+    space.with_dearest_formats(trained),
+  )
 
 
 def _gradients(
