@@ -1,5 +1,6 @@
 """Formatting of numbers in reports; a number that is not finite is a dash."""
 
+from collections.abc import Sequence
 import math
 
 UNKNOWN = '–'
@@ -51,3 +52,14 @@ def duration(seconds: float) -> str:
   if hours:
     return f'{hours} h {minutes} min'
   return f'{minutes} min {rest} s' if minutes else f'{seconds:.1f} s'
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """Returns a Markdown table.
+
+  Args:
+    head: [C] names of the columns.
+    rows: [C] texts each.
+  """
+  lines = [head, ['---'] * len(head), *rows]
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)

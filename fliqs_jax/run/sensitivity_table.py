@@ -92,7 +92,7 @@ def measure(
     metric=metric,
     batches=batches,
     hashes=hashes(run),
-    negative=sensitivity.clipped(scores)[1],
+    negative=sensitivity.regular(space, scores)[1],
     costs={kind: _range(space.cost(kind)) for kind in cost_model.KINDS},
     decisions={
       d.name: dict(
@@ -168,7 +168,7 @@ def read(
 def raw_scores(content: Mapping[str, Any]) -> sensitivity.Scores:
   """Returns {decision: [K] float64} of a table, as measured.
 
-  Negative scores are among them; `sensitivity.clipped` makes them zero.
+  Negative scores are among them; `sensitivity.regular` removes the noise.
 
   Args:
     content: content of a sensitivity.json.
@@ -214,7 +214,7 @@ class Allocated(NamedTuple):
 
   Attributes:
     choices: {decision: [K] one-hot}.
-    score: the sum of its scores, none of them below zero.
+    score: the sum of its scores, without noise (`sensitivity.regular`).
     cost: its cost, in the unit of the experiment's cost.
     target: the budget, in the same unit.
   """
@@ -234,7 +234,7 @@ def allocate(
 
   Args:
     experiment: parts of a run; `at_target` sets another target or cost.
-    raw: {decision: [K]} scores; those below zero count as zero.
+    raw: {decision: [K]} scores as measured; `sensitivity.regular` is applied.
     method: `exact`, the least sum of scores, or `greedy`.
 
   Raises:
@@ -245,7 +245,7 @@ def allocate(
     raise ValueError(
       f'--method={method} is unknown; allowed: {", ".join(METHODS)}'
     )
-  scores, _ = sensitivity.clipped(raw)
+  scores, _ = sensitivity.regular(experiment.space, raw)
   budget = allocation.Budget(experiment.cost, experiment.target)
   choices = METHODS[method](experiment.space, scores, [budget])
   return Allocated(
@@ -269,7 +269,7 @@ def front(
 
   Args:
     experiment: parts of a run; its target is not used.
-    raw: {decision: [K]} scores; those below zero count as zero.
+    raw: {decision: [K]} scores as measured; `sensitivity.regular` is applied.
     count: the number of budgets, at least 2.
     method: as in `allocate`.
 

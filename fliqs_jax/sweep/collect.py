@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 from fliqs_jax.report import figures
+from fliqs_jax.report import number_text
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
@@ -222,8 +223,7 @@ def _spread(mean: float, spread: float | None, form: str) -> str:
 def markdown(summary: Summary) -> str:
   """Returns the table, and below it a list of all unfinished runs."""
   head, *rows = table(summary)
-  lines = [head, ['---'] * len(head), *rows]
-  text = '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
+  text = number_text.markdown(head, rows)
   if missing := summary.missing:
     text += f'\n\n{len(missing)} of {len(summary.runs)} runs are missing:\n'
     text += ''.join(

@@ -1,10 +1,15 @@
 """Sensitivity tables of a trained run, and the budgets solved from them."""
 
+import contextlib
+import csv
+import io
 import json
 
 import numpy as np
 import pytest
 
+from fliqs_jax import allocate
+from fliqs_jax import sensitivity as sensitivity_command
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import sensitivity_table
@@ -17,11 +22,18 @@ from tests import tiny
 
 @pytest.fixture(scope='module', name='trained')
 def _trained(tmp_path_factory):
-  """Returns a restored run and its table."""
+  """Returns the workdir of a run, the run, and its table, by the command."""
   workdir = tmp_path_factory.mktemp('tiny')
   train.train_and_evaluate(tiny.get_config('steps=20'), str(workdir))
-  run = evaluation.restore(str(workdir))
-  return workdir, run, sensitivity_table.measure(run, 'fisher', batches=2)
+  out = workdir / 'table'
+  printed = io.StringIO()
+  with contextlib.redirect_stdout(printed):
+    flags = [str(workdir), '--batches=2', f'--out={out}']
+    assert sensitivity_command.main(flags) == 0
+  assert printed.getvalue().startswith('| decision | INT4 | INT8 | BF16 |')
+  assert (out / 'sensitivity.png').read_bytes().startswith(b'\x89PNG')
+  table = json.loads((out / 'sensitivity.json').read_text())
+  return workdir, evaluation.restore(str(workdir)), table
 
 
 def test_a_table_has_a_score_for_every_option_and_none_at_the_anchor(trained):
@@ -142,7 +154,8 @@ def test_every_target_costs_at_most_that_and_scores_no_more_than_less(trained):
     assert points[-1].score == 0
     scores = [point.score for point in points]
     assert scores == sorted(scores, reverse=True)
-    assert scores[0] == pytest.approx(sum(max(row) for row in raw.values()))
+    regular, _ = sensitivity.regular(run.experiment.space, raw)
+    assert scores[0] == pytest.approx(sum(row[0] for row in regular.values()))
 
 
 def test_scores_below_zero_count_as_zero(trained):
@@ -152,10 +165,10 @@ def test_scores_below_zero_count_as_zero(trained):
   raw[name] = np.asarray([-1.0, 2.0, 0.0])
   experiment = sensitivity_table.at_target(run.experiment, 1.0, 'INT4')
   point = sensitivity_table.allocate(experiment, raw)
-  clipped, count = sensitivity.clipped(raw)
+  regular, count = sensitivity.regular(experiment.space, raw)
   assert count == 1
   assert point.score == pytest.approx(
-    sum(values[0] for values in clipped.values())
+    sum(values[0] for values in regular.values())
   )
 
 
@@ -179,3 +192,51 @@ def test_targets_of_another_cost(trained):
     sensitivity_table.allocate(experiment, raw, 'best')
   with pytest.raises(ValueError, match='--front=1 must be at least 2'):
     sensitivity_table.front(experiment, raw, 1)
+
+
+def test_the_command_writes_an_arch_that_the_run_takes(
+  trained, tmp_path, capsys
+):
+  workdir, run, _ = trained
+  table = f'--table={workdir / "table" / "sensitivity.json"}'
+  out = tmp_path / 'arch.json'
+  flags = [str(workdir), table, '--target=2', f'--out={out}']
+  assert allocate.main(flags) == 0
+  printed = json.loads(capsys.readouterr().out)
+  assert printed['cost_over_target'] <= 1 + 1e-6
+  assert printed['negative_scores'] == 0
+  choices = evaluation.choose(run, str(out))
+  cost = float(run.experiment.cost_of(choices))
+  assert cost == pytest.approx(printed['cost'])
+  uniform = float(run.experiment.cost_of(run.experiment.space.uniform('INT4')))
+  content = json.loads(out.read_text())
+  assert content['cost'] == dict(
+    kind='bops', unit='GBOPs', value=cost, target=pytest.approx(2 * uniform)
+  )
+
+
+def test_the_command_writes_a_front(trained, tmp_path, capsys):
+  workdir, _, content = trained
+  table = f'--table={workdir / "table" / "sensitivity.json"}'
+  out = tmp_path / 'front.csv'
+  flags = [str(workdir), table, '--front=3', f'--out={out}']
+  assert allocate.main(flags) == 0
+  # A head, a rule and three budgets.
+  assert len(capsys.readouterr().out.splitlines()) == 5
+  head, *rows = csv.reader(out.read_text().splitlines())
+  assert head[4:] == list(content['decisions'])
+  assert rows[0][4:] == ['INT4'] * 2
+  assert rows[-1][4:] == ['BF16'] * 2
+
+
+def test_mistakes_of_the_command_line(trained, capsys):
+  workdir, *_ = trained
+  # The table is elsewhere.
+  assert allocate.main([str(workdir), '--target=2']) == 2
+  assert 'sensitivity.json cannot be read' in capsys.readouterr().err
+  assert sensitivity_command.main([str(workdir), '--scores=fish']) == 2
+  assert '--scores=fish is unknown' in capsys.readouterr().err
+  for flags in ([], ['--target=2', '--front=3']):
+    with pytest.raises(SystemExit):
+      allocate.main([str(workdir), *flags])
+    assert 'give --target or --front' in capsys.readouterr().err
