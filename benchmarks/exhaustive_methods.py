@@ -194,7 +194,7 @@ def _scorer(problem: exhaustive_problem.Problem, scores: str) -> _Score:
   def score(variables, step, rows):
     used = np.roll(rows, -step, axis=0)[:_SCORED_BATCHES]
     batches = [exhaustive_data.rows_of('valid', batch) for batch in used]
-    return sensitivity.clipped(scorer(variables, batches))[0]
+    return sensitivity.regular(problem.space, scorer(variables, batches))[0]
 
   return score
 
