@@ -67,10 +67,10 @@ class Problem:
     dense = fliqs.with_spec(fliqs.QuantDense, spec)
     return mlp.MLP(10, hidden=self.hidden, dense=dense)
 
-  @functools.cached_property
-  def image(self) -> jax.Array:
+  @property
+  def image(self) -> np.ndarray:
     """One input of the network."""
-    return jnp.zeros((1, *self.model.input_shape))
+    return np.zeros((1, *self.model.input_shape), np.float32)
 
   @functools.cached_property
   def space(self) -> search_space.SearchSpace:
