@@ -33,7 +33,7 @@ def write(
 
   Args:
     workdir: path of the run's workdir.
-    metric: a key of `sensitivity.METRICS`.
+    metric: one of `sensitivity_table.METRICS`.
     batches: the number of validation batches.
     out: path of the directory for both files; empty: the workdir.
 

@@ -5,15 +5,17 @@ then solved from it in a moment, without data. It belongs to these weights: the
 hashes in the file refuse those of another run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import itertools
 import json
 import pathlib
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import numpy as np
 
+from fliqs_jax import models
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import results
@@ -28,6 +30,9 @@ _SCHEMA = 1
 
 # The values of `--method`: each returns an architecture within its budgets.
 METHODS = {'exact': allocation.solve, 'greedy': allocation.greedy}
+
+# The values of `--scores`.
+METRICS = (*sensitivity.METRICS, 'hessian')
 
 # The hashes of a table, and what differs where they do.
 _HASHED = dict(
@@ -49,18 +54,19 @@ def measure(
 
   Args:
     run: a finished run with an open decision.
-    metric: a key of `sensitivity.METRICS`.
+    metric: one of `METRICS`.
     batches: the number of validation batches, at least 1.
 
   Raises:
-    ValueError: the metric is unknown, `batches` is below 1, the run has no open
-      decision, or a score is not finite (the decision is named).
+    ValueError: the metric is unknown or does not see a decision, `batches` is
+      below 1, the run has no open decision, or a score is not finite (the
+      decision is named).
   """
   experiment, state, _ = run
   space = experiment.space
-  if metric not in sensitivity.METRICS:
+  if metric not in METRICS:
     raise ValueError(
-      f'--scores={metric} is unknown; allowed: {", ".join(sensitivity.METRICS)}'
+      f'--scores={metric} is unknown; allowed: {", ".join(METRICS)}'
     )
   if batches < 1:
     raise ValueError(f'--batches={batches} must be at least 1')
@@ -74,16 +80,10 @@ def measure(
   model_state = evaluation.settled_statistics(
     experiment, state, dearest, devices
   )
-  score = sensitivity.scorer(
-    experiment.model.apply,
-    sensitivity.METRICS[metric](experiment.task.loss(0.0)),
-    space,
-    devices.everywhere,
-  )
   examples = experiment.streams.valid(experiment.phases.steps)
-  scores = score(
+  scores = _scorer(experiment, metric, devices)(
     {'params': state.served_params, **model_state},
-    devices.feed(itertools.islice(examples, batches)),
+    list(devices.feed(itertools.islice(examples, batches))),
   )
   allocation.check_scores(space, scores)
   return dict(
@@ -283,6 +283,31 @@ def front(
     allocate(dataclasses.replace(experiment, target=float(t)), raw, method)
     for t in targets
   ]
+
+
+def _scorer(
+  experiment: experiment_lib.Experiment,
+  metric: str,
+  devices: devices_lib.Devices,
+) -> Callable[[Mapping[str, Any], Sequence[Any]], sensitivity.Scores]:
+  """Returns the function `(variables, batches) -> scores` of a metric."""
+  apply, loss = experiment.model.apply, experiment.task.loss(0.0)
+  if metric == 'hessian':
+    plain = models.construct(
+      experiment.config.model,
+      experiment.streams.num_classes,
+      conv=nn.Conv,
+      dense=nn.Dense,
+    )
+    return sensitivity.hessian_scorer(
+      apply, plain.apply, loss, experiment.space
+    )
+  return sensitivity.scorer(
+    apply,
+    sensitivity.METRICS[metric](loss),
+    experiment.space,
+    devices.everywhere,
+  )
 
 
 def _range(cost: cost_model.Cost) -> dict[str, Any]:
