@@ -17,10 +17,15 @@ from fliqs_jax.numerics.formats import NumericFormat
 from fliqs_jax.search.policy import argmax
 from fliqs_jax.search.presets import make as make_controller
 from fliqs_jax.search.schedules import phases
+from fliqs_jax.search.scored import score_and_solve
+from fliqs_jax.search.sensitivity import fisher
+from fliqs_jax.search.sensitivity import scorer as make_scorer
 from fliqs_jax.search.train_state import create as create_state
 from fliqs_jax.search.train_step import eval_step
 from fliqs_jax.search.train_step import search_step
 from fliqs_jax.serving.export_model import export_model
+from fliqs_jax.space.allocation import Budget
+from fliqs_jax.space.allocation import likeliest
 from fliqs_jax.space.cost_model import uniform as uniform_cost
 from fliqs_jax.space.discovery import find as find_decisions
 from fliqs_jax.space.quant_spec import QuantSpec
@@ -29,6 +34,7 @@ from fliqs_jax.space.search_space import SearchSpace
 __version__ = '0.2.0'
 
 __all__ = [
+  'Budget',
   'NumericFormat',
   'QuantConv',
   'QuantDense',
@@ -41,9 +47,13 @@ __all__ = [
   'create_state',
   'eval_step',
   'export_model',
+  'fisher',
   'find_decisions',
+  'likeliest',
   'make_controller',
+  'make_scorer',
   'phases',
+  'score_and_solve',
   'search_step',
   'searchable',
   'set_activation_quantization',

@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import optax
 
 from fliqs_jax import data
@@ -22,7 +21,6 @@ from fliqs_jax.run import config as config_lib
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import optimizers
-from fliqs_jax.search import policy as policy_lib
 from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
 from fliqs_jax.search import sensitivity
@@ -174,15 +172,9 @@ class Experiment:
     Args:
       policy: {decision: [K]} logits, on the host.
     """
-    likeliest = jax.device_get(policy_lib.argmax(policy))
-    if self.space.is_fixed or self.config.cost.bound != AT_MOST:
-      return likeliest
-    if allocation.Budget(self.cost, self.target).admits(likeliest):
-      return likeliest
-    log_probs = jax.device_get(jax.tree.map(jax.nn.log_softmax, policy))
-    return self.allocate(
-      {name: -np.asarray(v) for name, v in log_probs.items()}
-    )
+    at_most = self.config.cost.bound == AT_MOST and not self.space.is_fixed
+    budgets = [allocation.Budget(self.cost, self.target)] if at_most else []
+    return allocation.likeliest(self.space, policy, budgets)
 
   def cost_of(self, choices: Mapping[str, Any]) -> Any:
     """Returns the cost of {decision: [K]}, in the cost's unit."""

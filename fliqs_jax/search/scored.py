@@ -1,10 +1,11 @@
 """The controller that follows scores: it keeps to what was allocated last.
 
-Nothing is learnt in a step. At a few steps the options are scored
-(`sensitivity`), the budget is solved (`space.allocation`), and `allocated` puts
-the solution into the state.
+Nothing is learnt in a step. Before a few steps the options are scored
+(`sensitivity`), the budget is solved (`space.allocation`), and the solution is
+put into the state.
 """
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from flax import struct
@@ -15,6 +16,10 @@ from fliqs_jax.runtime import replicas as replicas_lib
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import policy as policy_lib
 from fliqs_jax.search import schedules
+from fliqs_jax.search import sensitivity
+from fliqs_jax.search import train_state
+from fliqs_jax.space import allocation
+from fliqs_jax.space import search_space
 
 
 @struct.dataclass
@@ -43,6 +48,35 @@ def allocated(choices: Any, scores: Any) -> Any:
   )
 
 
+def score_and_solve(
+  state: train_state.TrainState,
+  score: Callable[[Mapping[str, Any], Iterable[Any]], sensitivity.Scores],
+  space: search_space.SearchSpace,
+  batches: Iterable[Any],
+  budgets: Sequence[allocation.Budget],
+) -> train_state.TrainState:
+  """Returns the state in which the weights train on at the best architecture.
+
+  For a loop of your own with the preset `sensitivity`: call it before each step
+  of `phases.scorings(n)`.
+
+  Args:
+    state: training state with the controller of `sensitivity`.
+    score: the function that `sensitivity.scorer` returns.
+    space: the decisions of the model.
+    batches: validation batches, dicts of inputs and `label`; some eight.
+    budgets: limits of costs.
+
+  Raises:
+    ValueError: a score is not finite (the decision is named), or no
+      architecture is within the budgets.
+  """
+  raw = score({'params': state.params, **state.model_state}, batches)
+  scores, _ = sensitivity.regular(space, raw)
+  choices = allocation.solve(space, scores, budgets)
+  return state.replace(search_state=allocated(choices, scores))
+
+
 def controller(
   relative_cost: controller_lib.RelativeCost,
   phases: schedules.Phases,
@@ -53,7 +87,8 @@ def controller(
   """Returns the controller.
 
   Before the search starts, weights train at the most precise formats and, where
-  sizes are open, at random ones; then on the architecture in the state.
+  sizes are open, at random ones; then on the architecture in the state. If none
+  was put there, no option is picked and every result is NaN.
 
   Args:
     relative_cost: tree of [K] -> C / C_T [].
@@ -69,9 +104,12 @@ def controller(
 
   def propose(state: ScoredState, key: jax.Array, step: jax.Array) -> Any:
     return jax.tree.map(
-      lambda drawn, best: jnp.where(step < phases.search_start, drawn, best),
+      lambda drawn, best, logits: jnp.where(
+        step < phases.search_start, drawn, best * (jnp.max(logits) > 0)
+      ),
       policy_lib.sample(jax.tree.map(jnp.zeros_like, state.policy), key, 1),
       policy_lib.argmax(state.policy),
+      state.policy,
     )
 
   def update(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.optimize
 import scipy.sparse
+import scipy.special
 
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import search_space
@@ -120,6 +121,31 @@ def solve(
     if all(budget.admits(choices) for budget in budgets):
       return choices
   raise ValueError(_infeasible(budgets))
+
+
+def likeliest(
+  space: search_space.SearchSpace,
+  policy: Mapping[str, Any],
+  budgets: Sequence[Budget] = (),
+) -> Choices:
+  """Returns the likeliest architecture of all within the budgets.
+
+  Args:
+    space: the decisions of a model.
+    policy: {decision: [K]} logits.
+    budgets: limits of costs; none: the argmax of the policy.
+
+  Raises:
+    ValueError: no architecture is within the budgets.
+  """
+  logits = {name: np.asarray(values) for name, values in policy.items()}
+  best = space.at(
+    {name: int(values.argmax()) for name, values in logits.items()}
+  )
+  if all(budget.admits(best) for budget in budgets):
+    return best
+  minus = {name: -scipy.special.log_softmax(v) for name, v in logits.items()}
+  return solve(space, minus, budgets)
 
 
 def greedy(

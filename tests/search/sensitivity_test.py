@@ -163,6 +163,17 @@ def test_the_controller_keeps_to_what_was_allocated():
   assert metrics['entropy'] < 1e-6
 
 
+def test_without_an_allocation_no_option_is_picked():
+  # A layer that reads such a leaf gives NaN, so the loss shows it.
+  phases = schedules.Phases(steps=8, act_start=0, search_start=2, freeze=6)
+  controller = scored.controller(lambda tree: jnp.ones(()), phases)
+  state = controller.init(_SPACE.zeros())
+  proposed = controller.propose(state, jax.random.key(0), jnp.asarray(2))
+  assert all(not leaf.any() for leaf in jax.tree.leaves(proposed))
+  before = controller.propose(state, jax.random.key(0), jnp.asarray(1))
+  assert all(leaf.sum() == 1 for leaf in jax.tree.leaves(before))
+
+
 @pytest.mark.parametrize(
   ('count', 'steps'), [(0, ()), (1, (10,)), (2, (10, 30)), (3, (10, 20, 30))]
 )
