@@ -62,5 +62,5 @@ def mixed(on_grid: OnGrid, probabilities: jax.Array) -> quantize.Quantized:
 
   shape = jax.eval_shape(on_grid, menu[0]).values.shape
   # -0 is the neutral element: 0 + -0 would lose the sign.
-  values, _ = lax.scan(add, jnp.full(shape, -0.0), (menu, weights))
+  values, _ = lax.scan(add, jnp.full(shape, -0.0), (jnp.asarray(menu), weights))
   return quantize.Quantized(values, scale[0])

@@ -6,6 +6,7 @@ lambda of the cost is raised while the expected cost is above the target and
 lowered while it is below, so it needs no tuning.
 """
 
+import dataclasses
 from typing import Any
 
 from flax import struct
@@ -99,7 +100,8 @@ def controller(
     slope, cost = jax.grad(loss, has_aux=True)(state.policy)
     updates, opt_state = adam.update(slope, state.opt_state)
     rate = _PRICE_RATE / phases.search_steps
-    learnt = state.replace(
+    learnt = dataclasses.replace(
+      state,
       policy=optax.apply_updates(state.policy, updates),
       opt_state=opt_state,
       price=jnp.maximum(0.0, state.price + rate * (cost - 1.0)),

@@ -6,6 +6,7 @@ put into the state.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
 from typing import Any
 
 from flax import struct
@@ -74,7 +75,7 @@ def score_and_solve(
   raw = score({'params': state.params, **state.model_state}, batches)
   scores, _ = sensitivity.regular(space, raw)
   choices = allocation.solve(space, scores, budgets)
-  return state.replace(search_state=allocated(choices, scores))
+  return dataclasses.replace(state, search_state=allocated(choices, scores))
 
 
 def controller(

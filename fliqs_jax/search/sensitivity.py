@@ -179,7 +179,7 @@ def hessian_scorer(
   paths = [path for group in layers.values() for path in group]
 
   def kernels(params: Any) -> dict[str, jax.Array]:
-    flat = traverse_util.flatten_dict(params, sep='/')
+    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep='/')
     return {
       path: flat[f'{path}/kernel' if path else 'kernel'] for path in paths
     }
@@ -212,7 +212,9 @@ def hessian_scorer(
       train=False,
       mutable=['operands'],
     )
-    operands = traverse_util.flatten_dict(recorded['operands'], sep='/')
+    operands: dict[str, Any] = traverse_util.flatten_dict(
+      recorded['operands'], sep='/'
+    )
     result = {}
     for path, w in kernels(variables['params']).items():
       prefix = f'{path}/' if path else ''

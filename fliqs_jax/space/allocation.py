@@ -172,7 +172,7 @@ def greedy(
   for budget in budgets:
     table = terms(space, budget.cost)
     while (cost := table.cost(chosen)) > budget.target * (1 + TOLERANCE):
-      steps = []
+      steps: list[tuple[float, str, Any]] = []
       for d in space.decisions:
         values = np.asarray(scores[d.name], np.float64)
         added = values - values[chosen[d.name]]
