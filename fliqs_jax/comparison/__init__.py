@@ -1,0 +1,1 @@
+"""Comparisons: search methods and baselines on one problem, at equal cost."""
