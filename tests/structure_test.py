@@ -20,6 +20,7 @@ FLOORS = (
   ('serving', 'report'),
   ('run',),
   ('sweep',),
+  ('comparison',),
 )
 
 # The files in which a heavy library may be imported: one each, but TFDS, of

@@ -20,12 +20,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     space='int_s',
     preset='default',
     target=1.5,
+    arch='',
     data_dir='',
     act_clip='',
   )
   config = digits.get_config(
     f'steps={arg.steps},seed={arg.seed},space={arg.space},'
     f'preset={arg.preset},target={arg.target}'
+    + (f',arch={arg.arch}' if arg.arch else '')
   )
   with config.unlocked(), config.ignore_type():
     config.model = dict(name='mlp', hidden=(16,))

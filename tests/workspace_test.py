@@ -114,7 +114,7 @@ def test_each_command_in_backticks_exists():
 
 
 def test_the_table_of_floors_names_every_module():
-  rows = re.findall(r'^\| \d \| `?(\w+)`? \|.*\| (.*) \|$', _MAP, re.MULTILINE)
+  rows = re.findall(r'^\| \d+ \| `?(\w+)`? \|.*\| (.*) \|$', _MAP, re.MULTILINE)
   named = {folder: re.findall(r'`(\w+)`', modules) for folder, modules in rows}
   for folder in (_PACKAGE, *_PACKAGE.glob('*/')):
     modules = [p.stem for p in folder.glob('*.py') if p.stem[0] != '_']

@@ -83,7 +83,7 @@ def mean_difference(a: Curve, b: Curve) -> float | None:
   for one, other, sign in ((a, b, 1.0), (b, a, -1.0)):
     if len(one) == 1:
       there = at(other, one[0][0])
-      return None if there is None else sign * (one[0][1] - there)
+      return None if there is None else sign * (one[0][1] - there) + 0.0
   low, high = max(a[0][0], b[0][0]), min(a[-1][0], b[-1][0])
   if low >= high:
     return None

@@ -25,7 +25,7 @@ from fliqs_jax.search import train_state
 
 _LOG = logging.getLogger(__name__)
 
-_BATCHES = 8
+BATCHES = 8  # Of validation images, at each scoring.
 
 
 class Allocator:
@@ -120,7 +120,7 @@ class Allocator:
     batches = self._experiment.streams.valid(step)
     raw = self._score(
       {'params': state.params, **state.model_state},
-      self._devices.feed(itertools.islice(batches, _BATCHES)),
+      self._devices.feed(itertools.islice(batches, BATCHES)),
     )
     scores, negative = sensitivity.regular(self._experiment.space, raw)
     _LOG.info(

@@ -27,3 +27,11 @@ PROFILE = 'profile'
 SWEEP_RESULT = 'sweep.json'
 SWEEP_PAGE = 'sweep.html'
 SWEEP_FIGURE = 'pareto.png'
+
+# A comparison's folder: what its runs share, and its results.
+COMPARISON_PLAN = 'plan.json'
+COMPARISON_RESULT = 'compare.json'
+COMPARISON_PAGE = 'compare.html'
+COMPARISON_FIGURE = 'compare.png'
+# In the workdir of a run: the architecture that it was given.
+ASSIGNED = 'assigned.json'

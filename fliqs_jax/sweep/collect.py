@@ -104,7 +104,7 @@ def collect(
   Raises:
     ValueError: no run is finished, or the runs cannot be compared.
   """
-  runs = [_look(run, pathlib.Path(out, run.name), cost) for run in sweep.runs]
+  runs = [look(run, pathlib.Path(out, run.name), cost) for run in sweep.runs]
   finished = [run for run in runs if run['state'] == 'finished']
   if not finished:
     raise ValueError(
@@ -136,8 +136,16 @@ def collect(
   )
 
 
-def _look(run: sweep_file.Run, workdir: pathlib.Path, cost: str):
-  """Returns the state and detail of a run, and its numbers if finished."""
+def look(
+  run: sweep_file.Run, workdir: pathlib.Path, cost: str = 'cost'
+) -> dict[str, Any]:
+  """Returns the state and detail of a run, and its numbers if finished.
+
+  Args:
+    run: the planned run.
+    workdir: path of its workdir.
+    cost: name of the cost, a key of `COSTS`.
+  """
   known = dict(name=run.name, swept=dict(run.swept))
 
   def is_(state, detail='', **more):

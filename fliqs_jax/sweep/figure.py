@@ -11,10 +11,14 @@ import numpy as np
 from fliqs_jax.report import figures
 from fliqs_jax.sweep import pareto
 
-# A colour-blind reader can distinguish them; each also has its own shape.
-_COLOURS = '#4c8dc4', '#dc5c4c', '#2e9c80', '#c98a1b', '#8a63b8'
+# A colour-blind reader can distinguish the first five; shapes differ, too.
+_COLOURS = (
+  *('#4c8dc4', '#dc5c4c', '#2e9c80', '#c98a1b', '#8a63b8'),
+  *('#c8558f', '#7d8f2f', '#3fa7b8', '#9a6b4c', '#5d6b7e'),
+)
 _SHAPES = 'osD^vPX'
-_LEGEND = 9  # More entries would leave too little space for the axes.
+_PLAIN = 'space', 'method', 'format'  # Settings whose values say enough.
+_LEGEND = 12  # More entries would leave too little space for the axes.
 
 
 def draw(
@@ -41,7 +45,9 @@ def draw(
   looks = zip(itertools.cycle(_COLOURS), itertools.cycle(_SHAPES))
   handles, alone = [], []
   for series, curve in curves.items():
-    named = len(curve) > 1 and len(handles) < _LEGEND
+    # The points of methods are too close to each other for names beside them.
+    named = len(curve) > 1 or 'method' in dict(series)
+    named = named and len(handles) < _LEGEND
     colour, shape = next(looks) if named else (figures.GREY, 'o')
     _curve(axes, curve, colour, shape)
     if named:
@@ -73,17 +79,18 @@ def draw(
 
 def label(settings: Mapping[str, str]) -> str:
   """Returns settings as a short text: `int_l` for a single `space=int_l`."""
-  if set(settings) <= {'space'}:
-    return settings.get('space', 'searched')
-  return ', '.join(
-    value if key == 'space' else f'{key}={value}'
-    for key, value in settings.items()
+  return (
+    ', '.join(
+      value if key in _PLAIN else f'{key}={value}'
+      for key, value in settings.items()
+    )
+    or 'searched'
   )
 
 
 def _front(axes, points: Sequence[pareto.Point]) -> None:
   """Draws the best quality at or below each cost, as a staircase."""
-  best = [p for p in points if p.front]
+  best = sorted((p for p in points if p.front), key=lambda p: p.cost)
   axes.step(
     [p.cost for p in best],
     [100 * p.value for p in best],

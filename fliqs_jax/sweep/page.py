@@ -51,12 +51,13 @@ def render(
     tables.table([html.escape(name) for name in head], lines, left),
   ]
   if missing:
-    body += ['<h2 id="missing">Not finished</h2>', _missing(missing)]
-  body += ['<h2>Runs</h2>', _runs(summary)]
+    body += ['<h2 id="missing">Not finished</h2>', missing_table(missing)]
+  body += ['<h2>Runs</h2>', finished_table(summary)]
   return page.document(summary['sweep'], body)
 
 
-def _missing(runs: Sequence[Mapping[str, Any]]) -> str:
+def missing_table(runs: Sequence[Mapping[str, Any]]) -> str:
+  """Returns the runs that are not finished: items of sweep.json's `runs`."""
   rows = [
     f'<tr><td class=left>{html.escape(run["name"])}</td>'
     f'<td class="left warn">{html.escape(run["state"])}</td>'
@@ -66,8 +67,12 @@ def _missing(runs: Sequence[Mapping[str, Any]]) -> str:
   return tables.table(['run', 'state', ''], rows, range(3))
 
 
-def _runs(summary: Mapping[str, Any]) -> str:
-  """Returns every finished run, with a link to its own report."""
+def finished_table(summary: Mapping[str, Any]) -> str:
+  """Returns every finished run, with a link to its own report.
+
+  Args:
+    summary: content of sweep.json.
+  """
   rows = []
   for run in summary['runs']:
     if run['state'] != 'finished':

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import statistics
 
-# The names of a run's seed and cost target, as argument and as key.
+# The names of a run's seed, and of what moves it along a curve: its cost
+# target, as argument and as key, or the one format of a uniform network.
 _SEEDS = ('seed',)
-_TARGETS = ('target', 'cost.target')
+_TARGETS = ('target', 'cost.target', 'format')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Point:
 
   @property
   def series(self) -> dict[str, str]:
-    """The settings without the cost target, which make one curve."""
+    """The settings without the target or format, which make one curve."""
     return {k: v for k, v in self.settings.items() if k not in _TARGETS}
 
 

@@ -27,6 +27,7 @@ import re
 from typing import Any
 
 from absl import flags
+import ml_collections
 from ml_collections import config_flags
 import yaml
 
@@ -106,6 +107,11 @@ def read(path: str | os.PathLike[str]) -> Sweep:
 
 
 def config(run: Run) -> dict[str, Any]:
+  """Returns the content of a run's config; raises as `load` does."""
+  return load(run).to_dict()
+
+
+def load(run: Run) -> ml_collections.ConfigDict:
   """Returns a run's config, made and checked as in the run itself.
 
   Raises:
@@ -135,7 +141,7 @@ def config(run: Run) -> dict[str, Any]:
     message = message.removeprefix('ValueError: ')
     raise ValueError(f'{" ".join(run.flags)}: {message}') from None
   config_lib.check(made)
-  return made.to_dict()
+  return made
 
 
 class _Loader(yaml.SafeLoader):

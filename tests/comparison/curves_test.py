@@ -50,15 +50,19 @@ def test_the_mean_is_over_the_logarithm_of_the_common_costs():
 def test_a_difference_has_the_spread_of_its_seeds():
   # Both have the same noise for a seed, which cancels: 1 everywhere.
   noise = {0: 0.0, 1: 5.0, 2: -3.0}
-  a = {t: {s: (c, 1 + n) for s, n in noise.items()} for t, c in ((1, 1), (2, 4))}
-  b = {t: {s: (c, 0 + n) for s, n in noise.items()} for t, c in ((1, 1), (2, 4))}
+  a = {
+    t: {s: (c, 1 + n) for s, n in noise.items()} for t, c in ((1, 1), (2, 4))
+  }
+  b = {
+    t: {s: (c, 0 + n) for s, n in noise.items()} for t, c in ((1, 1), (2, 4))
+  }
   apart = curves.difference(a, b)
   assert apart.value == pytest.approx(1)
   assert apart.error == pytest.approx(0, abs=1e-12)
   # Noise of a alone: means of n draws of a two-valued noise of 0 and 2 have the
   # standard deviation 1 / sqrt(n).
   a = {1: {seed: (2.0, 2.0 * (seed % 2)) for seed in range(16)}}
-  b = {1: {seed: (2.0, 0.0) for seed in range(16)}}
+  b = {1: dict.fromkeys(range(16), (2.0, 0.0))}
   apart = curves.difference(a, b)
   assert apart.value == pytest.approx(1)
   assert apart.error == pytest.approx(1 / math.sqrt(16), rel=0.1)
