@@ -4,7 +4,7 @@ A method is a function (problem, targets [T], streams of S seeds) -> `Selected`;
 targets are budgets in multiples of the cost of uniform INT4.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import functools
 import itertools
 from typing import Any, NamedTuple
@@ -48,8 +48,6 @@ class Selected(NamedTuple):
 Method = Callable[
   [exhaustive_problem.Problem, np.ndarray, exhaustive_data.Stream], Selected
 ]
-# (variables, step, rows of validation batches [steps, V]) -> scores.
-_Score = Callable[[Mapping[str, Any], int, np.ndarray], sensitivity.Scores]
 
 
 def searched(
@@ -130,8 +128,13 @@ def after_training(
   variables = jax.device_get({'params': trained.params, **trained.model_state})
   numbers = []
   for seed, rows in enumerate(streams.valid):
-    each = score(_at(variables, seed), problem.steps, rows)
-    numbers.append([problem.best(each, target) for target in targets])
+    raw = score(_at(variables, seed), _batches(rows, problem.steps))
+    each, _ = sensitivity.regular(problem.space, raw)
+    solved = [
+      allocation.solve(problem.space, each, [problem.budget(target)])
+      for target in targets
+    ]
+    numbers.append([int(problem.numbers(choices)) for choices in solved])
   return Selected(np.array(numbers).T, None, 2.0)
 
 
@@ -187,41 +190,43 @@ def _networks(problem):
   return 1 + sum(len(d.labels) - 1 for d in problem.space.decisions)
 
 
-def _scorer(problem: exhaustive_problem.Problem, scores: str) -> _Score:
+def _scorer(problem: exhaustive_problem.Problem, scores: str) -> Any:
   metric = sensitivity.METRICS[scores](classification.loss(0.0))
-  scorer = sensitivity.scorer(problem.model.apply, metric, problem.space)
+  return sensitivity.scorer(problem.model.apply, metric, problem.space)
 
-  def score(variables, step, rows):
-    used = np.roll(rows, -step, axis=0)[:_SCORED_BATCHES]
-    batches = [exhaustive_data.rows_of('valid', batch) for batch in used]
-    return sensitivity.regular(problem.space, scorer(variables, batches))[0]
 
-  return score
+def _batches(rows: np.ndarray, step: int) -> list[dict[str, jax.Array]]:
+  """Returns the validation batches of a scoring.
+
+  Args:
+    rows: [steps, V] rows of the validation split.
+    step: number of the step.
+  """
+  used = np.roll(rows, -step, axis=0)[:_SCORED_BATCHES]
+  return [exhaustive_data.rows_of('valid', batch) for batch in used]
 
 
 def _allocated(problem, targets, streams, states, step, score):
   """Returns the states with an architecture within budget in each policy."""
-  variables = jax.device_get({'params': states.params, **states.model_state})
-  searches = jax.device_get(states.search_state)
+  host = jax.device_get(states.replace(key=None, opt_state=None))
 
-  def allocate(t, s):
-    search = _at(searches, t, s)
-    if score is None:  # The likeliest one.
-      scores = jax.tree.map(lambda x: -jax.nn.log_softmax(x), search.policy)
-    else:
-      scores = score(_at(variables, t, s), step, streams.valid[s])
-    choices = problem.choices(
-      problem.assignments[problem.best(scores, targets[t])]
-    )
+  def allocate(target, state, rows):
+    budgets, search = [problem.budget(target)], state.search_state
     if score is None:
-      return search.replace(policy=policy_lib.settled(choices))
-    return scored.allocated(choices, scores)
+      best = allocation.likeliest(problem.space, search.policy, budgets)
+      return search.replace(policy=policy_lib.settled(best))
+    batches = _batches(rows, step)
+    return scored.score_and_solve(
+      state, score, problem.space, batches, budgets
+    ).search_state
 
-  seeds = range(len(streams.valid))
-  rows = [[allocate(t, s) for s in seeds] for t in range(len(targets))]
+  searches = [
+    [allocate(t, _at(host, i, j), s) for j, s in enumerate(streams.valid)]
+    for i, t in enumerate(targets)
+  ]
 
   def stack(*leaves):
     return jnp.stack(leaves)
 
-  over_seeds = [jax.tree.map(stack, *row) for row in rows]
+  over_seeds = [jax.tree.map(stack, *of_seeds) for of_seeds in searches]
   return states.replace(search_state=jax.tree.map(stack, *over_seeds))

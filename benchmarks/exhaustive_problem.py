@@ -26,7 +26,6 @@ from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import schedules
 from fliqs_jax.search import train_state
 from fliqs_jax.search import train_step
-from fliqs_jax.space import allocation
 from fliqs_jax.space import search_space
 from fliqs_jax.tasks import classification
 
@@ -102,12 +101,10 @@ class Problem:
     cost = self.space.cost('bops')
     return self.space.relative_cost(cost, fliqs.uniform_cost(cost, 'INT4'))
 
-  def best(self, scores: Mapping[str, Any], target: float) -> int:
-    """Returns the number of the assignment of least scores within a budget."""
+  def budget(self, target: float) -> fliqs.Budget:
+    """Returns the budget of a multiple of the cost of uniform INT4."""
     cost = self.space.cost('bops')
-    budget = allocation.Budget(cost, target * fliqs.uniform_cost(cost, 'INT4'))
-    choices = allocation.solve(self.space, scores, [budget])
-    return int(self.numbers(choices))
+    return fliqs.Budget(cost, target * fliqs.uniform_cost(cost, 'INT4'))
 
   def uniform(self, option: int) -> int:
     """Returns the number of the assignment with one option everywhere."""
