@@ -4,10 +4,10 @@ Between its points a curve is linear in the logarithm of the cost. Beyond its
 ends it is not known.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import math
 import statistics
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ import numpy as np
 _SAME_COST = 1e-6
 
 # {point: {seed: (cost, quality)}}; a point is a target or a format.
-Runs = Mapping[Hashable, Mapping[Hashable, tuple[float, float]]]
+Runs = Mapping[Any, Mapping[Any, tuple[float, float]]]
 Curve = Sequence[tuple[float, float]]  # (cost, quality), by cost
 
 
@@ -136,7 +136,7 @@ def difference(a: Runs, b: Runs, samples: int = 1000) -> Difference | None:
   return Difference(value, statistics.stdev(seen), float(low), float(high))
 
 
-def _means(runs: Runs, seeds: Sequence[Hashable] | None = None) -> Curve:
+def _means(runs: Runs, seeds: Sequence[Any] | None = None) -> Curve:
   """Returns the curve of means, over given seeds or over all of each point."""
   points = []
   for of_seed in runs.values():

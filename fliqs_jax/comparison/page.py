@@ -25,7 +25,8 @@ _EFFORTS = (
   'seed, and the gap what the served one has more; methods without such '
   'numbers train so anyway. “Forward” and “backward” are passes of a training '
   'batch, and times are without compiling; those of greedy and ilp hold the '
-  'network whose sensitivities they use.'
+  'network whose sensitivities they use. “Memory” is what a step of training '
+  'needs beside weights and batch, by the compiler’s accounting.'
 )
 _PAIRS = (
   'The row minus the column, in points, with the standard error over seeds: '

@@ -22,7 +22,7 @@ class Passes(NamedTuple):
   backward: float
 
 
-def of_run(config: Mapping[str, Any], result: Mapping[str, Any]) -> Passes:
+def of_run(content: Mapping[str, Any], result: Mapping[str, Any]) -> Passes:
   """Counts the passes of a finished run.
 
   A step of training is one pass forward and one backward; one of a branched
@@ -32,10 +32,10 @@ def of_run(config: Mapping[str, Any], result: Mapping[str, Any]) -> Passes:
   is not counted.
 
   Args:
-    config: content of config.json.
+    content: content of config.json.
     result: content of result.json.
   """
-  config = config_lib.completed(config)
+  config = config_lib.completed(content)
   steps = config.train.steps
   options = [len(d['options']) for d in result['decisions'].values()]
   if all(count == 1 for count in options):

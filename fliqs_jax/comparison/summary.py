@@ -75,6 +75,8 @@ class Row:
     seconds: wall time of training in seconds, without compiling.
     forward: forward passes, in training batches.
     backward: backward passes, in training batches.
+    memory: bytes that a step of training needs beside its arguments, by the
+      compiler's accounting; the largest of all seeds, None if unknown.
   """
 
   method: str
@@ -93,6 +95,7 @@ class Row:
   seconds: Mean
   forward: float
   backward: float
+  memory: int | None
 
   @property
   def label(self) -> str:
@@ -177,6 +180,7 @@ class Summary:
     """Returns the cells of the efforts; the first row is the head."""
     head = ['method', 'target', f'{self.sweep.metric} from scratch, %']
     head += ['gap, points', 'gap, loss', 'training, s', 'forward', 'backward']
+    head += ['memory']
     return [
       head,
       *(
@@ -189,6 +193,7 @@ class Summary:
           f'{row.seconds.value:,.0f}',
           f'{row.forward:,.0f}',
           f'{row.backward:,.0f}',
+          '' if row.memory is None else number_text.memory(8 * row.memory),
         ]
         for row in self.rows
       ),
@@ -408,6 +413,9 @@ def _row(
     seconds=mean([run.seconds for run in runs]),
     forward=statistics.fmean(run.passes.forward for run in runs),
     backward=statistics.fmean(run.passes.backward for run in runs),
+    memory=max(
+      (m for run in runs if (m := run.result.get('step_bytes'))), default=None
+    ),
   )
 
 

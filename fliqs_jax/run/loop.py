@@ -41,12 +41,15 @@ class Run:
       checkpoint.
     compilations: number of compilations of the step in this process.
     compile_seconds: wall time of these compilations in seconds.
+    step_bytes: memory that the step needs beside its arguments, on one device;
+      None if nothing was compiled or the compiler does not know.
   """
 
   state: train_state.TrainState
   seconds_before: float = 0.0
   compilations: int = 0
   compile_seconds: float = 0.0
+  step_bytes: int | None = None
 
 
 def run(
@@ -172,6 +175,7 @@ def _compile(experiment, devices, result, batch):
   compiled = devices.compile(step, result.state, *batch)
   result.compilations += 1
   result.compile_seconds = time.monotonic() - began
+  result.step_bytes = devices_lib.step_bytes(compiled)
   _LOG.info('compiled in %.1f s', result.compile_seconds)
   return compiled
 

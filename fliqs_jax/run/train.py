@@ -102,6 +102,7 @@ def train_and_evaluate(
     seed=config.seed,
     compilations=run.compilations,
     compile_seconds=run.compile_seconds,
+    step_bytes=run.step_bytes,
     wall_seconds=run.seconds_before + time.monotonic() - began,
     **results.relaxed(jax.device_get(run.state.search_state)),
   )

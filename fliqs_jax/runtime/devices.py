@@ -153,6 +153,19 @@ class Devices:
     )
 
 
+def step_bytes(compiled: Any) -> int | None:
+  """Returns the memory that a compiled step needs beside its arguments.
+
+  Args:
+    compiled: the result of `Devices.compile`.
+
+  Returns:
+    Bytes of one device, by the compiler's accounting; None if it has none.
+  """
+  analysis = compiled.memory_analysis()
+  return analysis and int(analysis.temp_size_in_bytes)
+
+
 def one_device() -> Devices:
   """Returns one device of this process: JAX's default, or else the first."""
   device = jax.config.jax_default_device or jax.local_devices()[0]

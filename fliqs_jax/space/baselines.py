@@ -88,7 +88,7 @@ def random_at_cost(
   chosen = {d.name: 0 for d in space.decisions}
   for _ in range(_DRAWS):
     chosen = {
-      name: int(rng.choice(len(p), p=p)) for name, p in probabilities.items()
+      name: rng.choice(len(p), p=p) for name, p in probabilities.items()
     }
     if _LEAST_SHARE * target <= terms.cost(chosen) <= highest:
       return space.at(chosen)

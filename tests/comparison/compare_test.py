@@ -152,7 +152,10 @@ def compared(tmp_path):
       _finish(plan, planned, 0.65 + noise, 2.0)
     else:
       again = dict(accuracy=0.80 + noise, loss=0.1)
-      workdir = _finish(plan, planned, 0.75 + noise, 1.5, retrained=again)
+      size = 1000 * (planned.seed + 1)
+      workdir = _finish(
+        plan, planned, 0.75 + noise, 1.5, retrained=again, step_bytes=size
+      )
       (workdir / 'retrained').mkdir()
       time = dict(wall_seconds=12.0)
       (workdir / 'retrained' / 'result.json').write_text(json.dumps(time))
@@ -184,6 +187,7 @@ def test_a_row_has_the_numbers_by_hand(compared):
   # .25 and .21 against .1 and .1.
   assert default.loss_gap.value == pytest.approx(0.13)
   assert default.seconds.value == 30 - 10 - 12
+  assert (default.memory, random.memory) == (2000, None)
   # 60 steps, each judging a batch of 64 beside a training batch of 64.
   assert (default.forward, default.backward) == (120, 60)
 
@@ -327,6 +331,7 @@ def test_from_end_to_end_and_again(tmp_path, capsys, monkeypatch):
   kept = json.loads((tmp_path / 'out/compare.json').read_text())
   rows = {row['method']: row for row in kept['rows']}
   assert list(rows) == ['uniform', 'random', 'ilp', 'sensitivity']
+  assert all(row['memory'] > 4000 for row in kept['rows'])
   for name in ('random', 'ilp', 'sensitivity'):
     assert rows[name]['within'] == 1
     assert rows[name]['quality']['value'] > 0.3  # A tenth is chance.

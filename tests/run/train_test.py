@@ -71,6 +71,8 @@ def test_a_run_logs_and_saves_at_its_intervals(finished):
 
 def test_a_run_compiles_its_step_once(finished):
   assert finished[1]['compilations'] == 1
+  # At least the gradients of 64 x 16 and 16 x 10 weights, in float32.
+  assert finished[1]['step_bytes'] > 4 * (1024 + 160)
 
 
 def test_the_found_architecture_is_the_frozen_policy(finished):
