@@ -20,6 +20,7 @@ import jax  # noqa: E402
 # The files that take longest, first: no worker shall end alone with one.
 _LONG = (
   'recipes_test',
+  'compare_test',
   'processes_test',
   'examples_test',
   'devices_test',

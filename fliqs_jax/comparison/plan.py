@@ -23,6 +23,8 @@ from fliqs_jax.sweep import sweep_file
 
 # The arguments of a config that the comparison sets.
 _SET = ('target', 'seed', 'preset', 'arch')
+# The keys that leave decisions open, or join them.
+_OPEN = ('quant.menus', 'quant.groups', 'sizes.widths', 'sizes.kernels')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +238,7 @@ class Plan:
           f'{method}/{name}/seed{seed}',
           settings | dict(format=name, seed=str(seed)),
           dict(seed=str(seed), space=name),
-          self._nothing_open(),
+          self._without(*_OPEN),
         )
         yield Planned(run, method, '', seed)
       return
@@ -251,7 +253,8 @@ class Plan:
         arguments |= dict(preset=method)
       else:
         arguments |= dict(arch=str(self.out / name / workdir_lib.ASSIGNED))
-        overrides = self._nothing_open()
+        # An arch.json fixes every layer, also those that are not quantized.
+        overrides = self._without(*_OPEN, 'quant.exclude')
       swept = settings | point | dict(seed=str(seed))
       run = self._run(name, swept, arguments, overrides)
       yield Planned(run, method, target, seed)
@@ -265,13 +268,15 @@ class Plan:
       f.name for f in sorted(formats, key=lambda f: (f.bits, f.mantissa_bits))
     ]
 
-  def _nothing_open(self) -> dict[str, str]:
-    """Returns overrides that remove the rules of a config's open decisions."""
+  def _without(self, *keys: str) -> dict[str, str]:
+    """Returns overrides that empty those keys that the config has filled."""
     config = self.experiment(self.targets[0]).config
-    keys = ('quant.menus', 'quant.groups', 'sizes.widths', 'sizes.kernels')
-    return {
-      key: '()' for key in keys if config[key.split('.')[0]][key.split('.')[1]]
-    }
+    filled = {}
+    for key in keys:
+      section, _, name = key.partition('.')
+      if config[section][name]:
+        filled[key] = '()'
+    return filled
 
   def _run(
     self,

@@ -169,6 +169,7 @@ def _retrained(
   fixed = config.copy_and_resolve_references()
   with fixed.unlocked(), fixed.ignore_type():
     fixed.quant.arch = str(workdir / workdir_lib.ARCH)
+    fixed.quant.exclude = ()  # The arch.json names these layers, too.
     fixed.quant.menus, fixed.quant.groups = (), ()
     fixed.sizes.widths, fixed.sizes.kernels = (), ()
     fixed.references = ()

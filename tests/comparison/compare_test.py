@@ -10,6 +10,7 @@ from fliqs_jax.comparison import passes
 from fliqs_jax.comparison import perform
 from fliqs_jax.comparison import plan as plan_lib
 from fliqs_jax.comparison import summary as summary_lib
+from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.runtime import processes
 from fliqs_jax.sweep import sweep_file
 from tests import tiny
@@ -293,6 +294,34 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
   plan = _plan(tmp_path / 'out', methods=('uniform', 'random'), seeds=1)
   failed = perform.perform(plan, True, lambda: False)
   assert failed == ['uniform/INT4/seed0']
+
+
+def test_rules_of_a_config_do_not_contradict_an_assignment(
+  tmp_path, monkeypatch
+):
+  spaces = {}
+
+  def build(config, workdir, *, stop, retrain):
+    del stop, retrain
+    experiment = experiment_lib.build(config)
+    spaces[workdir.parent.name] = experiment.space
+
+  monkeypatch.setattr(perform.train, 'train_and_evaluate', build)
+  rules = {
+    'quant.exclude': "('head',)",
+    'quant.menus': "(('hidden0', ('INT4', 'INT8')),)",
+  }
+  # 16 x 1024 + 256 x 160 at INT4; with INT8 it is 1.86 times that.
+  plan = plan_lib.Plan(
+    _CONFIG, tmp_path, ('uniform', 'random'), ('1.5', '1.8'), 1, rules
+  )
+  plan.check()
+  assert not perform.perform(plan, False, lambda: False)
+  # The menu of the one layer that is left.
+  assert list(spaces) == ['INT4', 'INT8', '1.5', '1.8']
+  for space in spaces.values():
+    assert space.is_fixed
+    assert space.assignment(space.only())['head'] == (None, None)
 
 
 def test_another_comparison_in_the_directory_is_refused(compared, started):
