@@ -89,7 +89,8 @@ def controller(
 
   Before the search starts, weights train at the most precise formats and, where
   sizes are open, at random ones; then on the architecture in the state. If none
-  was put there, no option is picked and every result is NaN.
+  was put there, no option of a menu of several is picked and every result is
+  NaN.
 
   Args:
     relative_cost: tree of [K] -> C / C_T [].
@@ -104,10 +105,12 @@ def controller(
     return ScoredState(logits, jax.tree.map(jnp.zeros_like, logits))
 
   def propose(state: ScoredState, key: jax.Array, step: jax.Array) -> Any:
+    def option(drawn: Any, best: Any, logits: Any) -> jax.Array:
+      picked = (jnp.max(logits) > 0) | (logits.shape[-1] == 1)
+      return jnp.where(step < phases.search_start, drawn, best * picked)
+
     return jax.tree.map(
-      lambda drawn, best, logits: jnp.where(
-        step < phases.search_start, drawn, best * (jnp.max(logits) > 0)
-      ),
+      option,
       policy_lib.sample(jax.tree.map(jnp.zeros_like, state.policy), key, 1),
       policy_lib.argmax(state.policy),
       state.policy,
