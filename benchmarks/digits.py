@@ -1,7 +1,7 @@
 r"""Compares searched models with uniform ones on real digits.
 
 python -m benchmarks.digits [--seeds=5] [--steps=1500] [--targets=1.5] \
-    [--rows=uniform,formats,paper,sizes]
+    [--rows=uniform,formats,default,paper,sizes,sizes_default]
 
 For each seed the benchmark trains the uniform networks and searches each space
 for each target (a multiple of the uniform 4-bit cost) with `configs/digits.py`.
@@ -9,9 +9,11 @@ All runs use the same code and the same number of steps. It prints cost, test
 accuracy and cross-entropy, mean and standard deviation over seeds. Rows:
 
   uniform  one format for all layers
-  formats  searches of formats only
-  paper    searches of formats with the paper's controller
+  formats  searches of formats only, with the config's own preset
+  default  the same with the preset `default`
+  paper    the same with the paper's controller
   sizes    searches of channels, at one format and together with formats
+  sizes_default  the same with the preset `default`
 """
 
 import argparse
@@ -25,12 +27,13 @@ from fliqs_jax.run import train
 _ROWS = {
   'uniform': ('space=INT4', 'space=INT8', 'space=BF16'),
   'formats': ('space=int_s', 'space=int_l'),
+  'default': ('space=int_s,preset=default', 'space=int_l,preset=default'),
   'paper': ('space=int_s,preset=paper', 'space=int_l,preset=paper'),
-  'sizes': (
-    'space=INT4,nas',
-    'space=INT8,nas',
-    'space=int_s,nas',
-    'space=int_l,nas',
+  'sizes': ('space=INT4,nas', 'space=INT8,nas', 'space=int_l,nas'),
+  'sizes_default': (
+    'space=INT4,nas,preset=default',
+    'space=INT8,nas,preset=default',
+    'space=int_l,nas,preset=default',
   ),
 }
 

@@ -12,6 +12,9 @@ differs from another in one point:
   float    our fused step (training batch forward and backward, update, judging
            on the validation batch, controller), without quantization
   int8     the fused step at uniform INT8: menus of one format
+  uniform  training at uniform INT8: as int8, without judging
+  scored   the fused step of the preset `sensitivity` with three formats, which
+           judges nothing, at an allocated architecture
   3        the fused step with three formats (int_s) in every layer
   16       the fused step with sixteen formats (fp_l) in every layer
   widths   as 3, with channels of 0.5 or 1 times the published ones
@@ -53,6 +56,7 @@ from fliqs_jax.layers import quant_layers
 from fliqs_jax.numerics import formats
 from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
+from fliqs_jax.search import scored
 from fliqs_jax.search import train_state
 from fliqs_jax.search import train_step
 from fliqs_jax.space import cost_model
@@ -84,6 +88,8 @@ STEPS = {
   'train': dict(exclude=('*',), judged=False),
   'float': dict(exclude=('*',)),
   'int8': dict(formats='INT8'),
+  'uniform': dict(formats='INT8', judged=False),
+  'scored': dict(formats='int_s', preset='sensitivity'),
   '3': dict(formats='int_s'),
   '16': dict(formats='fp_l'),
   'widths': dict(formats='int_s', sizes=sizes_lib.Sizes(widths=(0.5, 1.0))),
@@ -170,7 +176,12 @@ def _stock(problem: Problem, image) -> tuple[Callable, Any]:
 
 
 def _ours(
-  problem: Problem, image, judged=True, sizes=models.AS_PUBLISHED, **quant
+  problem: Problem,
+  image,
+  judged=True,
+  sizes=models.AS_PUBLISHED,
+  preset='default',
+  **quant,
 ) -> tuple[Callable, Any]:
   """Returns the fused step and its state."""
   spec = quant_spec.QuantSpec(**quant, act_clip=4.0)
@@ -189,12 +200,15 @@ def _ours(
   cost = space.cost('bops')
   target = cost_model.uniform(cost, 'INT8')
   phases = schedules.phases(1000, 0.0, 0.0, 1.0)
-  search = presets.make('default', space.relative_cost(cost, target), phases)
+  search = presets.make(preset, space.relative_cost(cost, target), phases)
   state = jax.jit(
     lambda key: train_state.create(
       model, space, _OPTIMIZER, search, key, image, train=False
     )
   )(jax.random.key(0))
+  if preset == 'sensitivity':
+    allocated = scored.allocated(space.uniform('INT8'), space.zeros())
+    state = dataclasses.replace(state, search_state=allocated)
   step = train_step.search_step(
     apply,
     _LOSS,
@@ -299,9 +313,15 @@ def measure(
       f'{variant.temporary_mb:.1f} | {peak} | '
       f'{variant.compile_seconds:.1f} | {variant.cached_seconds:.1f} |',
     )
-  for name in ('16', 'widths', 'sizes'):
-    if paired := ratio(name, '3'):
-      lines += ['', f'{name} / 3: {paired}']
+  for name, base in (
+    ('16', '3'),
+    ('widths', '3'),
+    ('sizes', '3'),
+    ('scored', 'uniform'),
+    ('3', 'uniform'),
+  ):
+    if paired := ratio(name, base):
+      lines += ['', f'{name} / {base}: {paired}']
   return lines
 
 

@@ -21,7 +21,7 @@ Arguments:
   steps: number of steps of training.
   seed: seed of all randomness.
   gamma: weight of the cost against the quality; the preset's own if not given.
-  preset: default, paper or sensitivity, the search.
+  preset: the search: sensitivity, default, paper, edmips or dnas.
   arch: an arch.json, to train that assignment.
   references: also train the uniform networks at 4, 8 and 16 bits.
   smoke: a few steps on synthetic images, as a trial.
@@ -63,7 +63,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     steps=2000,
     seed=0,
     gamma=float,
-    preset='default',
+    preset='sensitivity',
     arch='',
     references=False,
     smoke=False,
