@@ -14,9 +14,9 @@ import pathlib
 from fliqs_jax.comparison import methods as methods_lib
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
+from fliqs_jax.run import sensitivity_table
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import presets
-from fliqs_jax.search import sensitivity
 from fliqs_jax.space import cost_model
 from fliqs_jax.sweep import collect
 from fliqs_jax.sweep import sweep_file
@@ -56,7 +56,7 @@ class Plan:
     seeds: number of seeds, 0, 1, ...
     overrides: {dotted key: text} of keys that are overridden in every run.
     metric: how options are scored for `greedy` and `ilp`, a key of
-      `sensitivity.METRICS`.
+      `sensitivity_table.METRICS`.
   """
 
   config: str
@@ -167,10 +167,10 @@ class Plan:
         raise ValueError(f'--targets: {target!r} must be a number above 0')
     if self.seeds < 1:
       raise ValueError(f'--seeds={self.seeds} must be at least 1')
-    if self.metric not in sensitivity.METRICS:
+    if self.metric not in sensitivity_table.METRICS:
       raise ValueError(
         f'--metric={self.metric} is unknown; allowed: '
-        f'{", ".join(sensitivity.METRICS)}'
+        f'{", ".join(sensitivity_table.METRICS)}'
       )
     if ',' in str(self.out):
       raise ValueError(
