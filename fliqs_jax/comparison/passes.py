@@ -48,9 +48,8 @@ def of_run(content: Mapping[str, Any], result: Mapping[str, Any]) -> Passes:
   judged = 0.0
   if _judges(config):
     judged += steps * valid_share
-  # The dearest network, twice as its outputs are the reference, and each other
-  # option.
-  networks = 2 + sum(options) - len(options)
+  # The dearest network, whose outputs are the reference, and each other option.
+  networks = 1 + sum(options) - len(options)
   judged += keys.scorings * allocator.BATCHES * networks * valid_share
   return Passes(steps * branches + judged, steps * branches)
 

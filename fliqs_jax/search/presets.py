@@ -81,22 +81,22 @@ def _default_keys(steps: int) -> dict[str, Any]:
 def _sensitivity_keys(steps: int) -> dict[str, Any]:
   del steps
   return dict(
-    start=_START,
-    freeze=0.75,
+    start=0.375,
+    freeze=0.5,
     gamma=0.0,
     quality='cross_entropy',
     learning_rate=0.0,
     entropy_schedule='off',
     entropy_beta=0.0,
     scores='fisher',
-    scorings=3,
+    scorings=1,
   )
 
 
 def _relaxed_keys(steps: int) -> dict[str, Any]:
   return dict(
-    start=_START,
-    freeze=0.75,
+    start=0.375,
+    freeze=0.5,
     gamma=0.0,
     quality='cross_entropy',
     learning_rate=2 / math.sqrt(max((1 - _START) * steps, 1)),

@@ -246,8 +246,8 @@ def test_passes_of_scores_and_branches_are_counted():
     config = tiny.get_config(f'preset={preset}').to_dict()
     return passes.of_run(config, dict(decisions=decisions))
 
-  # 3 scorings of 8 batches: two passes of the dearest, one of 2 others.
-  assert of('sensitivity') == (60 + 3 * 8 * 4, 60)
+  # A scoring of 8 batches: a pass of the dearest and of 2 others.
+  assert of('sensitivity') == (60 + 8 * 3, 60)
   # Menus of 3 and 1 formats: 2 products a step in the mean.
   assert of('dnas') == (120, 120)
   assert of('edmips') == (60, 60)

@@ -237,6 +237,9 @@ def _within_budget(workdir):
 @pytest.mark.slow
 def test_a_scored_run_that_is_stopped_ends_bit_identical(tmp_path):
   config = tiny.get_config('preset=sensitivity')
+  with config.unlocked():
+    config.search.start, config.search.freeze = 0.25, 0.75
+    config.search.scorings = 3
   # Scored before the steps 15, 30 and 45. Saved at 30 and at 47: once before a
   # scoring, once after the last.
   whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
