@@ -171,7 +171,8 @@ class _Product(served_layers.Stored):
     super().__init__(module, inputs, choices, state)
     self.dtype = inputs.dtype
 
-  def __call__(self, lhs, rhs):
+  def __call__(self, lhs, rhs, contracted=()):
+    del contracted  # One scale for each operand.
     return self.rounded(lhs, 'activations'), self.rounded(rhs, 'weights')
 
 

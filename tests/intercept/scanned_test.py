@@ -176,7 +176,7 @@ def test_a_stack_goes_by_an_assignment_where_one_program_can():
   mixed = uniform | {'body/up/@1': ('INT4', 'INT4')}
   assert space.assignment(space.choices(mixed)) == mixed
   spec = quant_spec.QuantSpec(assignment=mixed)
-  with pytest.raises(ValueError, match='steps of body/up.* different formats'):
+  with pytest.raises(ValueError, match='iterations of body/up.* different'):
     discovery.find(searchable_lib.searchable(foreign_models.Stack(), spec), X)
 
 

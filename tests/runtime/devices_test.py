@@ -135,7 +135,11 @@ def test_convolutions_and_batch_norm_see_the_batch_of_all_devices():
     'paper', lambda tree: jnp.ones(()), experiment.phases
   )
   experiment = dataclasses.replace(
-    experiment, model=model, space=space, controller=controller
+    experiment,
+    model=model,
+    step_model=model,
+    space=space,
+    controller=controller,
   )
   one, _ = _steps(experiment, 1, 2)
   many, _ = _steps(experiment, 4, 2)
