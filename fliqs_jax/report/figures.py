@@ -156,7 +156,8 @@ def curves(
 
   Args:
     history: rows with `step`, `loss`, `quality`, `reward`, `cost` and
-      `entropy`; a value that is not finite leaves a gap.
+      `entropy`; a value that is not finite leaves a gap, and a metric without
+      any value, such as the reward of a search that judges nothing, no panel.
     marks: {description of a phase: its first step}.
     searched: whether there are other metrics to draw than the loss.
   """
@@ -168,6 +169,14 @@ def curves(
       'cost': 'expected cost / target',
       'entropy': 'policy entropy (nats)',
     }
+  series = {
+    name: np.array([row[name] for row in history], float) for name in titles
+  }
+  titles = {
+    name: title
+    for name, title in titles.items()
+    if name == 'loss' or np.isfinite(series[name]).any()
+  }
   across = min(3, len(titles) + 1)
   down = math.ceil((len(titles) + 1) / across)
   figure = figure_lib.Figure((WIDTH / 3 * across, 2.1 * down))
@@ -180,7 +189,7 @@ def curves(
   goal = {'color': _BITS_COLOURS[4], 'linewidth': 1}
   steps = [row['step'] for row in history]
   for (name, title), axes in zip(titles.items(), grid):
-    values = np.array([row[name] for row in history], float)
+    values = series[name]
     known = np.isfinite(values).sum()
     # A single point has no line.
     marker = '.' if known == 1 else ''

@@ -122,7 +122,9 @@ class FinishedRun:
     marks = {'activations quantized': phases.act_start}
     if self.searched:
       marks |= {'search starts': phases.search_start}
-      marks |= {'policy frozen': phases.freeze}
+      # A single scoring is the start of the search and its end.
+      if self.config['search'].get('scorings') != 1:
+        marks |= {'policy frozen': phases.freeze}
     return marks
 
   @property
