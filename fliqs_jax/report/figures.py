@@ -177,7 +177,8 @@ def curves(
     for name, title in titles.items()
     if name == 'loss' or np.isfinite(series[name]).any()
   }
-  across = min(3, len(titles) + 1)
+  # Four fields, the legend's included, make a square.
+  across = 2 if len(titles) == 3 else min(3, len(titles) + 1)
   down = math.ceil((len(titles) + 1) / across)
   figure = figure_lib.Figure((WIDTH / 3 * across, 2.1 * down))
   figure.subplots_adjust(0, 0, 1, 1, 0.2, 0.36)
