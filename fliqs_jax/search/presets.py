@@ -95,8 +95,8 @@ def _sensitivity_keys(steps: int) -> dict[str, Any]:
 
 def _relaxed_keys(steps: int) -> dict[str, Any]:
   return dict(
-    start=0.375,
-    freeze=0.5,
+    start=_START,
+    freeze=0.75,
     gamma=0.0,
     quality='cross_entropy',
     learning_rate=2 / math.sqrt(max((1 - _START) * steps, 1)),

@@ -38,6 +38,23 @@ def test_the_default_s_learning_rate_follows_the_steps_of_the_search():
   )
 
 
+@pytest.mark.parametrize(
+  ('preset', 'start', 'freeze', 'scorings'),
+  [
+    # What docs/results.md was measured with.
+    ('sensitivity', 0.375, 0.5, 1),
+    ('edmips', 0.25, 0.75, 0),
+    ('dnas', 0.25, 0.75, 0),
+  ],
+)
+def test_searches_without_a_policy_gradient_start_and_end_as_measured(
+  preset, start, freeze, scorings
+):
+  keys = presets.search_keys(preset, 1000)
+  assert (keys['start'], keys['freeze']) == (start, freeze)
+  assert keys['scorings'] == scorings
+
+
 @pytest.mark.parametrize('preset', ['paper', 'default'])
 def test_a_weight_of_the_cost_takes_the_place_of_the_preset_s(preset):
   own = presets.search_keys(preset, 100)
