@@ -1,6 +1,7 @@
 """Parts of a run, built from a config; refuses a config that cannot work."""
 
 from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
 import functools
 import json
@@ -155,14 +156,13 @@ class Experiment:
     budget = allocation.Budget(self.cost, self.target)
     if self.config.cost.bound == AT_MOST:
       return allocation.solve(self.space, scores, [budget])
-    for share in _SHARES:
+    *shares, last = _SHARES
+    for share in shares:
       budget = allocation.near(self.cost, self.target, share)
-      try:
+      with contextlib.suppress(ValueError):
         return allocation.solve(self.space, scores, [budget])
-      except ValueError:
-        if share == _SHARES[-1]:
-          raise
-    raise AssertionError('unreachable')
+    budget = allocation.near(self.cost, self.target, last)
+    return allocation.solve(self.space, scores, [budget])
 
   def selected(self, policy: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the architecture that is served, {decision: [K] one-hot}.

@@ -150,33 +150,35 @@ def _reference(
   config, name: str, workdir: pathlib.Path, stop: Callable[[], bool]
 ) -> dict[str, Any]:
   """Trains the published network with one format everywhere."""
-  uniform = config.copy_and_resolve_references()
-  with uniform.unlocked(), uniform.ignore_type():
-    uniform.quant.formats = name
-    uniform.quant.menus, uniform.quant.groups = (), ()
-    uniform.sizes.widths, uniform.sizes.kernels = (), ()
-    uniform.references = ()
   _LOG.info('reference: uniform %s', name)
-  return train_and_evaluate(uniform, workdir / f'uniform_{name}', stop=stop)[
-    'found'
-  ]
+  folder = workdir / f'uniform_{name}'
+  return _trained_fixed(config, folder, stop, formats=name)
 
 
 def _retrained(
   config, workdir: pathlib.Path, stop: Callable[[], bool]
 ) -> dict[str, Any]:
   """Trains the network that arch.json describes from the beginning."""
+  _LOG.info('from the beginning: the selected network')
+  return _trained_fixed(
+    config,
+    workdir / workdir_lib.RETRAINED,
+    stop,
+    arch=str(workdir / workdir_lib.ARCH),
+    exclude=(),  # The arch.json names these layers, too.
+  )
+
+
+def _trained_fixed(
+  config, workdir: pathlib.Path, stop: Callable[[], bool], **quant: Any
+) -> dict[str, Any]:
+  """Trains a network with nothing open; `quant` are keys of that section."""
   fixed = config.copy_and_resolve_references()
   with fixed.unlocked(), fixed.ignore_type():
-    fixed.quant.arch = str(workdir / workdir_lib.ARCH)
-    fixed.quant.exclude = ()  # The arch.json names these layers, too.
-    fixed.quant.menus, fixed.quant.groups = (), ()
-    fixed.sizes.widths, fixed.sizes.kernels = (), ()
+    fixed.quant.update(menus=(), groups=(), **quant)
+    fixed.sizes.update(widths=(), kernels=())
     fixed.references = ()
-  _LOG.info('from the beginning: the selected network')
-  return train_and_evaluate(fixed, workdir / workdir_lib.RETRAINED, stop=stop)[
-    'found'
-  ]
+  return train_and_evaluate(fixed, workdir, stop=stop)['found']
 
 
 def _describe(experiment) -> None:
