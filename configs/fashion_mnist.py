@@ -1,4 +1,4 @@
-r"""FLIQS search on Fashion-MNIST, a small ResNet or MobileNetV2, on a CPU.
+r"""FLIQS search on Fashion-MNIST, a small network, on a CPU.
 
 python -m fliqs_jax.main --workdir=$DIR \
     --config=configs/fashion_mnist.py:data_dir=$DATA,space=int_l,target=1.5
@@ -9,13 +9,15 @@ accuracy, and train in minutes on two cores.
 Arguments:
   data_dir: directory of the four IDX files; Debian's package
     dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist.
-  model: resnet (ResNet-8 of 4, 8 and 16 channels) or mobilenet (MobileNetV2 at
-    a quarter of its channels, with one block a stage).
+  model: resnet (ResNet-8 of 4, 8 and 16 channels), mobilenet (MobileNetV2 at
+    a quarter of its channels, with one block a stage) or transformer (DeiT of
+    3 blocks of 48 channels, 16 patches of 7x7 pixels, 20 quantized layers).
   space: a named space (int_s, int_l, fp_s, fp_l), several formats joined by a
     plus, as INT2+INT3+INT4+INT8, or one format, which trains that uniform
     network.
   nas: also search the channels of each layer: 0.5, 1, 1.5 or 2 times for the
     ResNet, 1 or 2 times for the MobileNetV2, which has multiples of 8 only.
+    The transformer has no sizes to search.
   mode: tied, weights, activations or separate.
   target: cost target, as a multiple of uniform 4-bit.
   steps: number of steps of training.
@@ -46,8 +48,13 @@ _MODELS = {
     strides=(2, 1, 2, 1, 2, 1, 2, 1),
     dropout=0.0,
   ),
+  'transformer': dict(
+    name='deit_ti16', width=0.25, depth=3, patch=7, drop_path=0.0
+  ),
 }
 _WIDTHS = {'resnet': (0.5, 1.0, 1.5, 2.0), 'mobilenet': (1.0, 2.0)}
+_SGD = dict(name='sgd', learning_rate=0.05, weight_decay=5e-4)
+_ADAMW = dict(name='adamw', learning_rate=2e-3, weight_decay=0.05)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -72,6 +79,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     raise ValueError(
       f'config argument model={arg.model!r} is unknown; allowed: '
       f'{", ".join(_MODELS)}'
+    )
+  if arg.nas and arg.model not in _WIDTHS:
+    raise ValueError(
+      f'config argument nas: model={arg.model} has no sizes to search; allowed: '
+      f'{", ".join(_WIDTHS)}'
     )
   config = ml_collections.ConfigDict()
   config.seed = arg.seed
@@ -127,12 +139,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.search = presets.search_keys(arg.preset, steps, arg.gamma)
   config.optimizer = dict(
-    name='sgd',
-    learning_rate=0.05,
+    _ADAMW if arg.model == 'transformer' else _SGD,
     schedule='cosine',
     warmup=0.05,
     momentum=0.9,
-    weight_decay=5e-4,
     ema_decay=0.0,
   )
   log_every = max(1, steps // 40)

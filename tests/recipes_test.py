@@ -110,6 +110,15 @@ def test_fashion_mnist_has_two_networks_and_menus_of_ones_own(model):
     _config('fashion_mnist', 'model=dense')
 
 
+def test_fashion_mnist_s_transformer_has_20_layers_and_no_sizes():
+  config = _config('fashion_mnist', 'model=transformer,smoke')
+  layers = experiment_lib.build(config).space.formats
+  # Patches, classifier, and 3 blocks of query, key, value, out and two of MLP.
+  assert len(layers) == 2 + 3 * 6
+  with pytest.raises(ValueError, match='transformer has no sizes to search'):
+    _config('fashion_mnist', 'model=transformer,nas')
+
+
 # The slowest to compile judge one architecture a step, not four.
 _ARGS = dict.fromkeys(
   ('inceptionv3_imagenet', 'mobilenetv2_imagenet', 'efficientnet_imagenet'),
