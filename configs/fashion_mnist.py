@@ -82,7 +82,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
   if arg.nas and arg.model not in _WIDTHS:
     raise ValueError(
-      f'config argument nas: model={arg.model} has no sizes to search; allowed: '
+      f'config argument nas: {arg.model} has no sizes to search; allowed: '
       f'{", ".join(_WIDTHS)}'
     )
   config = ml_collections.ConfigDict()
