@@ -453,6 +453,4 @@ def _text(number: Mean | None, form: str, scale: float = 1.0) -> str:
 
 def _markdown(cells: Sequence[Sequence[str]]) -> str:
   head, *rows = cells
-  return '\n'.join(
-    f'| {" | ".join(row)} |' for row in (head, ['---'] * len(head), *rows)
-  )
+  return number_text.markdown(head, rows)

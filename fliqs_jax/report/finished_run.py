@@ -110,6 +110,15 @@ class FinishedRun:
     return dict(sorted(sizes, key=lambda x: x[1]['kind']))
 
   @property
+  def scored(self) -> dict[str, Mapping[str, Any]]:
+    """The decisions whose options were scored, with `anchor` and `scores`."""
+    # Results of 0.2.0 lack the key, as those of other searches.
+    scores = self.result.get('scored', {}).get('decisions', {})
+    return {
+      n: {**d, **scores[n]} for n, d in self.searched.items() if n in scores
+    }
+
+  @property
   def has_sizes(self) -> bool:
     """Whether a decision picked a size of any layer, in this run or before."""
     return any(layer['sizes'] for layer in self.layers)

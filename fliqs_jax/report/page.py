@@ -89,6 +89,9 @@ _CAPTIONS = {
   'policy_of_sizes': 'The probability of each number of channels and each size '
   'of a kernel, by decision, from the smallest (light) to the largest (dark); '
   'layers that must agree share a decision.',
+  'scores': 'What each option costs in quality, one decision at a time, as '
+  'scored in training on validation data; a dot is the most precise option, '
+  'from which the others are measured.',
   'allocation': 'A dot is a layer, beside others of as many bits and the same '
   'size; channels are shown as a part of the largest option. In the '
   'paper’s searches (A.7) fewer bits come with more channels and, less '
@@ -130,6 +133,8 @@ def render(
     body += [_figure('pareto', images, same=same)]
   body += ['<h2>Training and search</h2>', _figure('curves', images)]
   body += ['<h2>Policy</h2>', _policy(run, images)]
+  if 'scores' in images:
+    body += ['<h2>Scores</h2>', _scores(run), _figure('scores', images)]
   uniform = (
     f', the grey bar its share at {run.reference}' if run.reference else ''
   )
@@ -266,6 +271,24 @@ def _policy(
   if not names:
     return '<p>The history holds too few policies to draw their course.</p>'
   return '\n'.join(_figure(name, images) for name in names)
+
+
+def _scores(run: finished_run.FinishedRun) -> str:
+  """Returns the sum of the scores beside the measured change of the loss."""
+  scored = run.result['scored']
+  text = (
+    f'The {scored["metric"]} scores of the selected options sum to '
+    f'{scored["sum"]:.3g}; the search takes them to add up.'
+  )
+  name, *others = {decision['anchor'] for decision in run.scored.values()}
+  if name in run.references and not others:
+    change = run.found['loss'] - run.references[name]['loss']
+    if math.isfinite(change):
+      text += (
+        f' On test data the loss of the served network is {change:+.3f} from '
+        f'that of uniform {name}.'
+      )
+  return f'<p>{html.escape(text)}</p>'
 
 
 def _provenance(run: finished_run.FinishedRun) -> str:

@@ -16,6 +16,7 @@ from fliqs_jax.report import figures
 from fliqs_jax.report import finished_run
 from fliqs_jax.report import page
 from fliqs_jax.report import policy_figure
+from fliqs_jax.report import sensitivity_figure
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 
@@ -72,6 +73,10 @@ def _drawings(
         result[name] = bind(
           policy_figure.policy, run.policy_rows, decisions, tint
         )
+  if run.scored:
+    result['scores'] = bind(
+      sensitivity_figure.sensitivity, run.scored, run.result['scored']['metric']
+    )
   if allocation_figure.panes(run.layers):
     result['allocation'] = bind(allocation_figure.allocation, run.layers, tint)
   if run.references:

@@ -161,6 +161,39 @@ def relaxed(search_state: Any) -> dict[str, Any]:
   return dict(relaxed=gap)
 
 
+def scored(
+  experiment: experiment_lib.Experiment, search_state: Any
+) -> dict[str, Any]:
+  """Returns the scores that led to the served architecture.
+
+  Args:
+    experiment: parts of the run.
+    search_state: state of the controller at the end, on the host.
+
+  Returns:
+    {'scored': the metric, the sum over the selected options, and for each
+    decision its dearest option and [K] scores}; {} if nothing was scored.
+  """
+  if not experiment.is_scored:
+    return {}
+  scores = search_state.scores
+  choices = experiment.selected(search_state.policy)
+  return dict(
+    scored=dict(
+      metric=experiment.config.search.scores,
+      sum=sum(float(scores[name] @ choices[name]) for name in scores),
+      decisions={
+        d.name: dict(
+          anchor=d.labels[d.dearest],
+          scores=[float(score) for score in scores[d.name]],
+        )
+        for d in experiment.space.decisions
+        if len(d.labels) > 1
+      },
+    )
+  )
+
+
 def warnings(
   experiment: experiment_lib.Experiment, policy: Mapping[str, Any]
 ) -> list[str]:

@@ -80,7 +80,8 @@ def train_and_evaluate(
       _claim(config, path)
   _describe(experiment)
   run = loop.run(experiment, devices, path, stop, trace, began)
-  policy = jax.device_get(run.state.search_state.policy)
+  search_state = jax.device_get(run.state.search_state)
+  policy = search_state.policy
   choices = experiment.selected(policy)
   references = {
     name: _reference(config, name, path, stop) for name in config.references
@@ -104,7 +105,8 @@ def train_and_evaluate(
     compile_seconds=run.compile_seconds,
     step_bytes=run.step_bytes,
     wall_seconds=run.seconds_before + time.monotonic() - began,
-    **results.relaxed(jax.device_get(run.state.search_state)),
+    **results.relaxed(search_state),
+    **results.scored(experiment, search_state),
   )
   if processes.index() == 0:
     files.write_json(path / workdir_lib.RESULT, result)

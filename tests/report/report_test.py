@@ -150,6 +150,24 @@ def test_unsettled_decisions_are_marked(tmp_path):
   assert 'unsettled 0.700' in page
 
 
+def test_scores_are_drawn_and_their_sum_is_beside_the_measured_loss(tmp_path):
+  files = finished.files()
+  result = files['result.json']
+  scores = {'anchor': 'BF16', 'scores': [0.02, 0.001, 0.0]}
+  decisions = dict.fromkeys(result['decisions'], scores)
+  result['scored'] = {'metric': 'kl', 'sum': 0.0425, 'decisions': decisions}
+  result['found']['loss'] = 0.13
+  result['references']['BF16'] = result['references']['INT8'] | {'loss': 0.1}
+  page = finished.page(tmp_path, files)
+  assert 'The kl scores of the selected options sum to 0.0425' in page
+  assert 'network is +0.030 from that of uniform BF16' in page
+  assert (tmp_path / 'scores.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_page_without_scores_has_no_section_of_them(plain):
+  assert '<h2>Scores' not in plain[1]
+
+
 def test_shares_are_of_the_found_and_of_the_uniform_cost(tmp_path):
   run = finished_run.read(finished.write(tmp_path, finished.files()))
   # 1e9 MACs each: 64, 16, 16, 64 and, not quantized, 256 GBOPs make 416; with

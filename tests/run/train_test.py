@@ -1,6 +1,7 @@
 """A whole run: what it leaves, and that a kill leaves no trace."""
 
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -243,12 +244,12 @@ def test_a_scored_run_that_is_stopped_ends_bit_identical(tmp_path):
   # Scored before the steps 15, 30 and 45. Saved at 30 and at 47: once before a
   # scoring, once after the last.
   whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
-  train.train_and_evaluate(config, whole)
+  scored = train.train_and_evaluate(config, whole)['scored']
   for steps in (30, 17):
     asked = iter([False] * (steps - 1) + [True])
     with pytest.raises(loop.PreemptedError):
       train.train_and_evaluate(config, stopped, stop=asked.__next__)
-  train.train_and_evaluate(config, stopped)
+  assert train.train_and_evaluate(config, stopped)['scored'] == scored
   _same_state(
     _final_state(whole, config).state, _final_state(stopped, config).state
   )
@@ -256,6 +257,18 @@ def test_a_scored_run_that_is_stopped_ends_bit_identical(tmp_path):
     stopped / 'arch.json'
   ).read_text()
   assert _within_budget(whole)
+  # What is served has the least sum of scores of all nine architectures within
+  # the budget of 28,416 bit operations: 1024 MACs, and 160.
+  menu, sums = (4, 8, 16), {}
+  first, second = (
+    scored['decisions'][n]['scores'] for n in ('hidden0', 'head')
+  )
+  for i, j in itertools.product(range(3), repeat=2):
+    if 1024 * menu[i] ** 2 + 160 * menu[j] ** 2 <= 28_416:
+      sums[i, j] = first[i] + second[j]
+  assert scored['sum'] == pytest.approx(min(sums.values()))
+  assert scored['sum'] > 0
+  assert scored['decisions']['head']['anchor'] == 'BF16'
 
 
 @pytest.mark.slow
