@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.run import config as config_lib
@@ -35,7 +36,10 @@ def settled_statistics(
 ) -> Mapping[str, Any]:
   """Returns the model's collections, with statistics of one architecture.
 
-  Runs `train.settle_batches` training batches forward, with fixed weights.
+  Runs `train.settle_batches` training batches forward, with fixed weights, and
+  returns the mean over the second half of them. Running statistics of a few
+  batches are too noisy to be served: where many activations are equal, such as
+  the background of an image, a small shift rounds all of them another way.
 
   Args:
     experiment: parts of the run.
@@ -49,13 +53,31 @@ def settled_statistics(
   arch = experiment.space.expand(choices)
   steps = experiment.phases.steps
   batches = devices.feed(experiment.streams.train(steps))
-  model_state = state.model_state
-  for i in range(experiment.config.train.settle_batches):
+  count = experiment.config.train.settle_batches
+  mean = model_state = state.model_state
+  for i in range(count):
     key = jax.random.fold_in(state.key, steps + i)
     model_state = settle(
       state.served_params, model_state, arch, next(batches), key
     )
-  return model_state
+    seen = i - count // 2
+    mean = _averaged(mean, model_state, seen) if seen > 0 else model_state
+  return mean
+
+
+@jax.jit
+def _averaged(mean: Any, new: Any, seen: Any) -> Any:
+  """Returns the mean of `seen` values and a new one; of integers the new one.
+
+  What does not change, such as an infinite threshold, stays bit for bit.
+  """
+
+  def averaged(mean: jax.Array, new: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(new.dtype, jnp.floating):
+      return new
+    return jnp.where(new == mean, new, mean + (new - mean) / (seen + 1))
+
+  return jax.tree.map(averaged, mean, new)
 
 
 def validation_quality(
