@@ -137,7 +137,7 @@ def _start(experiment, devices, checkpoints):
     )
   )
   if restored is None:
-    return 0, Run(jax.jit(initial_state, out_shardings=where)()), {}
+    return 0, Run(devices.create(initial_state)), {}
   step, state, extra = restored
   _LOG.info('resumed at step %d', step)
   return step, Run(state, extra['seconds']), extra['metrics']

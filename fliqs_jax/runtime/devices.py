@@ -26,6 +26,9 @@ _AXIS = 'data'
 # The least number of elements of a leaf that is split, our choice. Smaller ones
 # would cost more communication than they save memory.
 _LARGE = 1 << 14
+# For a program that runs once. On the CPU it has the same bits, and random
+# initial weights compile in a fifth of the time.
+_ONCE = {'xla_backend_optimization_level': 1}
 
 
 def replicas(keys: ml_collections.ConfigDict) -> replicas_lib.Replicas:
@@ -105,6 +108,16 @@ class Devices:
       return self.everywhere
     axis = int(np.argmax(even))
     return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, _AXIS))
+
+  def create(self, initial_state: Callable[[], Any]) -> Any:
+    """Returns the `TrainState` that `initial_state` makes, on the devices."""
+    where = self.of_state(jax.eval_shape(initial_state))
+    on_cpu = self.mesh.devices.flat[0].platform == 'cpu'
+    return jax.jit(
+      initial_state,
+      out_shardings=where,
+      compiler_options=_ONCE if on_cpu else None,
+    )()
 
   def feed(self, batches: Iterable[Any]) -> Iterator[Any]:
     """Yields batches on the devices.

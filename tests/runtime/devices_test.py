@@ -56,8 +56,7 @@ def _after(config, count, steps):
 
 def _steps(experiment, count, steps):
   devices = _devices(count, experiment.config.parallel)
-  where = devices.of_state(jax.eval_shape(experiment.initial_state))
-  state = jax.jit(experiment.initial_state, out_shardings=where)()
+  state = devices.create(experiment.initial_state)
   streams = experiment.streams
   batches = zip(devices.feed(streams.train(0)), devices.feed(streams.valid(0)))
   step, metrics = None, []
