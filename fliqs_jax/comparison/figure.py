@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from matplotlib import figure as figure_lib
+from matplotlib import ticker
 
 from fliqs_jax.comparison import methods as methods_lib
 from fliqs_jax.sweep import figure as sweep_figure
@@ -39,4 +40,7 @@ def draw(
     figure.axes[0].set(
       xlim=(low, high), ylim=(min(ends) - margin, max(ends) + margin)
     )
+    if high < 10 * low:  # A decade has too few ticks of its own.
+      figure.axes[0].xaxis.set_major_locator(ticker.MaxNLocator(6))
+      figure.axes[0].xaxis.set_minor_locator(ticker.NullLocator())
   return figure

@@ -70,6 +70,16 @@ def test_a_difference_has_the_spread_of_its_seeds():
   assert apart.high - apart.low == pytest.approx(4 * apart.error, rel=0.15)
 
 
+def test_the_error_is_that_of_paired_differences():
+  # At one cost the differences are 1, 2 and 6: their mean is 3, its standard
+  # error sqrt(((2 ** 2 + 1 + 3 ** 2) / 2) / 3) = sqrt(7 / 3).
+  a = {'a': {seed: (2.0, 10.0 + d) for seed, d in enumerate((1.0, 2.0, 6.0))}}
+  b = {'b': dict.fromkeys(range(3), (2.0, 10.0))}
+  apart = curves.difference(a, b, samples=20_000)
+  assert apart.value == pytest.approx(3)
+  assert apart.error == pytest.approx(math.sqrt(7 / 3), rel=0.02)
+
+
 def test_one_seed_has_no_spread_and_no_runs_no_difference():
   one = {1: {0: (2.0, 3.0)}}
   assert curves.difference(one, one) == curves.Difference(0.0)
