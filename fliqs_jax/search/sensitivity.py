@@ -97,6 +97,10 @@ def scorer(
   float64}, means over the batches, zero at the dearest option; it raises
   ValueError if there is no batch.
 
+  Where sizes are open, running statistics are means over networks of all sizes
+  and fit none of them, so each network is judged in training mode, with the
+  statistics of the batch.
+
   Args:
     apply: the model's `apply`.
     metric: one of `METRICS`, of the task's loss.
@@ -104,11 +108,23 @@ def scorer(
     everywhere: where all processes can read an array, if the batches are split
       over the devices of several.
   """
+  has_sizes = any(
+    d.kind != 'format' and len(d.labels) > 1 for d in space.decisions
+  )
 
   def forward(variables: Mapping[str, Any], choices: Any, batch: Any) -> Any:
-    arch = space.expand(choices)
+    everything = {**variables, 'arch': space.expand(choices)}
     inputs = data.model_inputs(batch)
-    return apply({**variables, 'arch': arch}, inputs, train=False)
+    if not has_sizes:
+      return apply(everything, inputs, train=False)
+    outputs, _ = apply(
+      everything,
+      inputs,
+      train=True,
+      mutable=[name for name in variables if name != 'params'],
+      rngs={'dropout': jax.random.key(0)},
+    )
+    return outputs
 
   def judged(
     variables: Mapping[str, Any], choices: Any, reference: Any, batch: Any

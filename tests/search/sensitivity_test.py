@@ -15,6 +15,7 @@ from fliqs_jax.search import schedules
 from fliqs_jax.search import scored
 from fliqs_jax.search import sensitivity
 from fliqs_jax.space import search_space
+from fliqs_jax.space import sizes as sizes_lib
 
 _MENU = tuple(map(formats.parse, ('INT2', 'INT4', 'INT8')))
 _SPACE = search_space.SearchSpace(
@@ -134,6 +135,31 @@ def test_hessian_refuses_decisions_that_set_no_weights():
     ValueError, match='hessian sees weights alone, but head/a'
   ):
     _hessian_scorer(spec)
+
+
+def test_sizes_are_judged_with_the_statistics_of_the_batch():
+  channels = sizes_lib.Channels('net/channels', (2, 4), (2, 4))
+  space = search_space.SearchSpace(
+    (search_space.SizeDecision('net/channels', ('net/width',), channels),),
+    (),
+    ops=(),
+    params=1,
+  )
+
+  def apply(variables, x, *, train, mutable=(), rngs=None):
+    y = x * (variables['arch']['net']['width'] @ jnp.asarray([2.0, 4.0]))
+    stats = variables['batch_stats']
+    if not train:
+      return y / stats['scale']
+    assert mutable == ['batch_stats']
+    return y / jnp.mean(y), {'batch_stats': stats}
+
+  score = sensitivity.scorer(apply, sensitivity.loss(_loss), space)
+  variables = {'params': {}, 'batch_stats': {'scale': 3.0}}
+  # Each width has its own mean, so that both networks give 0.5 and 1.5. With
+  # the running mean the outputs of the narrow one would be half as large.
+  scores = score(variables, _BATCHES[:1])
+  np.testing.assert_allclose(scores['net/channels'], [0.0, 0.0], atol=1e-7)
 
 
 def test_no_batch_is_an_error():
