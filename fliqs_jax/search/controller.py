@@ -21,8 +21,9 @@ class Controller(NamedTuple):
     samples: number M of architectures in each step.
     judges: whether the step judges the architectures on the validation batch;
       if not, `update` gets None for qualities.
-    warms_up_dearest: whether the weights train at the most precise formats
-      until the search starts, not at those of the first proposal.
+    warm_up: on what the weights train until the search starts: `proposed`, the
+      first proposal; `dearest_formats`, that at the most precise formats; or
+      `dearest`, which has the largest sizes, too.
     differentiates: whether `update` gets, in place of qualities, the gradient
       of the training loss with respect to the first proposal, a tree of [K].
   """
@@ -32,7 +33,7 @@ class Controller(NamedTuple):
   update: Callable[..., tuple[Any, dict[str, jax.Array]]]
   samples: int
   judges: bool = True
-  warms_up_dearest: bool = False
+  warm_up: str = 'proposed'
   differentiates: bool = False
 
 

@@ -204,7 +204,7 @@ def default(
   controller = _controller(
     adam, update, relative_cost, phases, samples=_SAMPLES
   )
-  return controller._replace(warms_up_dearest=True)
+  return controller._replace(warm_up='dearest_formats')
 
 
 def _controller(

@@ -87,8 +87,8 @@ def controller(
 ) -> controller_lib.Controller:
   """Returns the controller.
 
-  Before the search starts, weights train at the most precise formats and, where
-  sizes are open, at random ones; then on the architecture in the state. If none
+  Before the search starts, weights train at the most precise formats and the
+  largest sizes; then on the architecture in the state. If none
   was put there, no option of a menu of several is picked and every result is
   NaN.
 
@@ -105,16 +105,13 @@ def controller(
     return ScoredState(logits, jax.tree.map(jnp.zeros_like, logits))
 
   def propose(state: ScoredState, key: jax.Array, step: jax.Array) -> Any:
-    def option(drawn: Any, best: Any, logits: Any) -> jax.Array:
-      picked = (jnp.max(logits) > 0) | (logits.shape[-1] == 1)
-      return jnp.where(step < phases.search_start, drawn, best * picked)
+    del key
 
-    return jax.tree.map(
-      option,
-      policy_lib.sample(jax.tree.map(jnp.zeros_like, state.policy), key, 1),
-      policy_lib.argmax(state.policy),
-      state.policy,
-    )
+    def option(best: Any, logits: Any) -> jax.Array:
+      picked = (jnp.max(logits) > 0) | (logits.shape[-1] == 1)
+      return (best * (picked | (step < phases.search_start)))[None]
+
+    return jax.tree.map(option, policy_lib.argmax(state.policy), state.policy)
 
   def update(
     state: ScoredState, archs: Any, qualities: None, step: jax.Array
@@ -126,5 +123,5 @@ def controller(
     )
 
   return controller_lib.Controller(
-    init, propose, update, samples=1, judges=False, warms_up_dearest=True
+    init, propose, update, samples=1, judges=False, warm_up='dearest'
   )

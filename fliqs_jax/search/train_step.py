@@ -156,13 +156,14 @@ def _trained(
 ) -> Any:
   """Returns the architecture {decision: [K]} on which the weights train."""
   trained = jax.tree.map(lambda a: a[0], proposed)
-  if not controller.warms_up_dearest:
+  if controller.warm_up == 'proposed':
     return trained
+  dearest = space.dearest()
+  if controller.warm_up == 'dearest_formats':
+    dearest = trained | {d.name: dearest[d.name] for d in space.formats}
   searching = state.step >= phases.search_start
   return jax.tree.map(
-    lambda first, dearest: jnp.where(searching, first, dearest),
-    trained,
-    space.with_dearest_formats(trained),
+    lambda first, other: jnp.where(searching, first, other), trained, dearest
   )
 
 

@@ -257,14 +257,6 @@ class SearchSpace:
     """Returns the architecture of the most precise formats, largest sizes."""
     return self.at({d.name: d.dearest for d in self.decisions})
 
-  def with_dearest_formats(self, choices: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `choices` {decision: [K]} with every format the most precise."""
-    formats_at_most = {
-      d.name: np.eye(len(d.labels), dtype=np.float32)[d.dearest]
-      for d in self.formats
-    }
-    return {**choices, **formats_at_most}
-
   def uniform(self, name: str) -> dict[str, np.ndarray]:
     """Returns the architecture with one format everywhere, of published size.
 

@@ -140,8 +140,8 @@ def test_hessian_refuses_decisions_that_set_no_weights():
 def test_sizes_are_judged_with_the_statistics_of_the_batch():
   channels = sizes_lib.Channels('net/channels', (2, 4), (2, 4))
   space = search_space.SearchSpace(
-    (search_space.SizeDecision('net/channels', ('net/width',), channels),),
     (),
+    (search_space.SizeDecision('net/channels', ('net/width',), channels),),
     ops=(),
     params=1,
   )

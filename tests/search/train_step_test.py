@@ -20,6 +20,7 @@ from fliqs_jax.search import schedules
 from fliqs_jax.search import train_state
 from fliqs_jax.search import train_step
 from fliqs_jax.space import search_space
+from fliqs_jax.space import sizes
 
 _INT4, _INT8 = [1.0, 0.0], [0.0, 1.0]
 _TRAIN = dict(x=jnp.arange(1.0, 5.0), label=jnp.zeros(4))
@@ -187,11 +188,26 @@ def test_weights_warm_up_at_the_dearest_formats():
   # Of INT4 at each step: -12.5 times at INT8 in the two steps before the
   # search, -1/2 times after.
   _, states, _ = _steps(
-    [[_INT4, _INT8], [_INT4, _INT8], [_INT4, _INT8]], warms_up_dearest=True
+    [[_INT4, _INT8], [_INT4, _INT8], [_INT4, _INT8]], warm_up='dearest_formats'
   )
   np.testing.assert_allclose(
     _values(states, 'params'), [1.0, -12.5, 156.25, -78.125], rtol=1e-6
   )
+
+
+@pytest.mark.parametrize(
+  ('warm_up', 'weights'),
+  [('dearest', [1.0, -12.5, 156.25]), ('dearest_formats', [1.0, -0.5, 0.25])],
+)
+def test_sizes_warm_up_at_the_largest_or_as_proposed(warm_up, weights):
+  # The model triples at the second of two sizes, the larger one.
+  channels = sizes.Channels('layer/channels', (2, 4), (2, 4))
+  decision = search_space.SizeDecision('layer', ('layer/format',), channels)
+  space = search_space.SearchSpace((), (decision,), ops=(), params=1)
+  _, states, _ = _steps(
+    [[_INT4, _INT8], [_INT4, _INT8]], space=space, warm_up=warm_up
+  )
+  np.testing.assert_allclose(_values(states, 'params'), weights, rtol=1e-6)
 
 
 def test_a_controller_that_judges_nothing_gets_no_qualities():
