@@ -8,6 +8,7 @@ run crashed.
 """
 
 from collections.abc import Sequence
+import gc
 import logging
 import os
 import sys
@@ -56,6 +57,10 @@ def main(argv: Sequence[str]) -> None:
   """Runs the search; a user's mistake gives one line and status 2."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
+  # Tracing makes many small objects; by default an eighth of a start would be
+  # spent on looking for garbage among them.
+  gc.freeze()
+  gc.set_threshold(200_000)
   # Log only this project's lines: libraries log a hundred for each checkpoint.
   absl_logging.set_verbosity(absl_logging.ERROR)
   log = logging.getLogger('fliqs_jax')
