@@ -4,9 +4,10 @@ The running statistics are first settled for the architecture; then the test
 split is read. A finished run is restored from its last checkpoint.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import itertools
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -25,6 +26,9 @@ from fliqs_jax.search import train_step
 
 # Batches of the validation split on which a quality is measured.
 _BATCHES = 8
+# Examples of a batch by which statistics are settled, and the largest number of
+# training batches that make one.
+_SETTLED, _MOST_JOINED = 1024, 16
 
 
 def settled_statistics(
@@ -36,10 +40,11 @@ def settled_statistics(
 ) -> Mapping[str, Any]:
   """Returns the model's collections, with statistics of one architecture.
 
-  Runs `train.settle_batches` training batches forward, with fixed weights, and
-  returns the mean over the second half of them. Running statistics of a few
-  batches are too noisy to be served: where many activations are equal, such as
-  the background of an image, a small shift rounds all of them another way.
+  Runs `train.settle_batches` batches forward, with fixed weights, and returns
+  the mean over the second half of them. A small training batch is joined with
+  the next ones, because its statistics are too noisy to be served: where many
+  activations are equal, such as the background of an image, a small shift
+  rounds all of them another way, and layers behind would see both ways.
 
   Args:
     experiment: parts of the run.
@@ -52,8 +57,8 @@ def settled_statistics(
   settle = jax.jit(train_step.settle_step(model.apply))
   arch = experiment.space.expand(choices)
   steps = experiment.phases.steps
-  batches = devices.feed(experiment.streams.train(steps))
   count = experiment.config.train.settle_batches
+  batches = devices.feed(_joined(experiment, steps))
   mean = model_state = state.model_state
   for i in range(count):
     key = jax.random.fold_in(state.key, steps + i)
@@ -63,6 +68,22 @@ def settled_statistics(
     seen = i - count // 2
     mean = _averaged(mean, model_state, seen) if seen > 0 else model_state
   return mean
+
+
+def _joined(
+  experiment: experiment_lib.Experiment, step: int
+) -> Iterator[Mapping[str, Any]]:
+  """Yields training batches from a step on, small ones joined to larger ones.
+
+  They have some `_SETTLED` examples, if that takes at most `_MOST_JOINED`
+  training batches: the forward pass needs no more memory than training then.
+  """
+  size = experiment.config.data.batch_size
+  number = min(math.ceil(_SETTLED / size), _MOST_JOINED)
+  batches = iter(experiment.streams.train(step))
+  while True:
+    parts = list(itertools.islice(batches, number))
+    yield jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
 
 @jax.jit
