@@ -1,12 +1,16 @@
 """All tests: warnings are errors, no implicit rank promotion, 8 devices.
 
 Runs use one of them; a test that wants all says `jax.default_device(None)`.
-Programs are compiled once for all tests of a worker and the runs they start:
-compiling is most of what tests do. Those that compile most are marked `slow`;
-docs/testing.md says when to run which.
+
+Compiling is most of what tests do. So programs are compiled fast and run slow,
+those of started processes, too; a test marked `optimized` compiles as users do.
+Programs are compiled once for all tests of a worker and the runs they start.
+Tests that compile most are marked `slow`; docs/testing.md says when to run
+which.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -14,36 +18,76 @@ import tempfile
 _CACHE = tempfile.mkdtemp(prefix='compiled')
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE  # Before jax is imported.
+os.environ['XLA_FLAGS'] = ''
 
 import jax  # noqa: E402
+from jax._src import compiler  # noqa: E402
+import pytest  # noqa: E402
+
+# Less than half of the time, and a step takes twice as long.
+_FAST = {
+  'xla_backend_optimization_level': 0,
+  'xla_llvm_disable_expensive_passes': True,
+  'xla_cpu_use_fusion_emitters': False,
+}
 
 # The files that take longest, first: no worker shall end alone with one.
 _LONG = (
   'recipes_test',
-  'compare_test',
-  'processes_test',
-  'examples_test',
-  'devices_test',
   'export_intercepted_test',
-  'scanned_test',
-  'models_test',
-  'benchmarks_test',
+  'processes_test',
   'train_test',
-  'quant_layers_test',
-  'searchable_test',
   'served_layers_test',
   'slicing_test',
-  'open_layers_test',
-  'checkpoint_test',
+  'examples_test',
   'found_networks_test',
-  'export_test',
-  'report_sizes_test',
+  'compare_test',
+  'devices_test',
+  'searchable_test',
   'published_costs_test',
+  'benchmarks_test',
+  'quant_layers_test',
+  'models_test',
+  'export_test',
+  'float_ops_test',
+  'scanned_test',
+  'checkpoint_test',
+  'open_layers_test',
+  'relaxed_layers_test',
+  'report_sizes_test',
 )
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_default_device', jax.devices()[0])
+# For the processes that tests start; the devices of this one exist.
+os.environ['XLA_FLAGS'] = ' '.join(
+  f'--{name}={str(value).lower()}' for name, value in _FAST.items()
+)
+
+
+_optimized_options = compiler.get_compile_options
+
+
+def _fast_options(*args, env_options_overrides, **kwargs):
+  options = _FAST | env_options_overrides
+  return _optimized_options(*args, env_options_overrides=options, **kwargs)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  """Chooses how programs are compiled; JAX has no public way to do so."""
+  optimized = item.get_closest_marker('optimized')
+  options = _optimized_options if optimized else _fast_options
+  if compiler.get_compile_options is not options:
+    jax.clear_caches()  # Of programs that are compiled in the other way.
+    compiler.get_compile_options = options
+
+
+def pytest_collection_finish():
+  """Collects garbage seldom: while JAX traces, that is a sixth of the time."""
+  gc.freeze()
+  gc.set_threshold(200_000)
 
 
 def pytest_collection_modifyitems(items):

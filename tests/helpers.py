@@ -7,12 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Compiling fast matters more in tests than running fast.
-COMPILER = {
-  'xla_backend_optimization_level': 0,
-  'xla_llvm_disable_expensive_passes': True,
-}
-
 
 def random(shape, seed=0):
   x = np.random.default_rng(seed).standard_normal(shape)
@@ -43,9 +37,10 @@ def close(actual, expected, tolerance=1e-5):
 
 def init(model, *args, **kwargs):
   """Returns initial variables; compiles only what leads to them."""
-  return jax.jit(lambda key: model.init(key, *args, **kwargs))(
-    jax.random.key(0)
-  )
+  return jax.jit(
+    lambda key: model.init(key, *args, **kwargs),
+    compiler_options={'xla_backend_optimization_level': 1},
+  )(jax.random.key(0))
 
 
 def step(model):

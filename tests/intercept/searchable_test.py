@@ -18,6 +18,8 @@ from tests import helpers
 from tests.intercept import foreign_models
 from tests.layers import cases
 
+pytestmark = pytest.mark.optimized
+
 # One for each op and each of the ways in which it may be written.
 SOME = (
   'conv_strided_grouped',

@@ -488,8 +488,6 @@ def test_a_killed_launcher_leaves_no_orphans(tmp_path):
 def test_a_sweep_runs_here_and_what_is_finished_is_not_run_again(
   tmp_path, monkeypatch, capfd
 ):
-  # What the compiler does to go fast takes longer than this run.
-  monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0')
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   file, out = tmp_path / 'one.yaml', tmp_path / 'runs'
   file.write_text(

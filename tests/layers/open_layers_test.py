@@ -13,7 +13,6 @@ from fliqs_jax.layers import channel_masks
 from fliqs_jax.layers import quant_layers
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import sizes
-from tests import helpers
 
 INPUTS = sizes.Channels('a/channels', (2, 4, 6), (2, 4, 6))
 OUTPUTS = sizes.Channels('b/channels', (3, 5, 8), (3, 5, 8))
@@ -142,7 +141,7 @@ def compiled(layer, case):
       _, after = layer.apply(variables, x, mutable='quant_stats')
     return y, gradients, after
 
-  return jax.jit(run, compiler_options=helpers.COMPILER)
+  return jax.jit(run)
 
 
 def cut(params, case, inputs, outputs, kernel):

@@ -20,6 +20,8 @@ from fliqs_jax.space import quant_spec
 from tests import helpers
 from tests.layers import cases
 
+pytestmark = pytest.mark.optimized
+
 
 @functools.cache
 def forward_and_backward(layer):

@@ -69,37 +69,39 @@ def build(name, spec, open_sizes):
   return model, discovery.find(model, inputs(size, 1), spec=spec, train=False)
 
 
-def random_variables(model, x):
+@functools.cache
+def shapes(model, name):
+  """Returns the variables as `jax.ShapeDtypeStruct`, flat."""
+  init = functools.partial(model.init, train=False)
+  x = inputs(NETWORKS[name][2], BATCH)
+  found = jax.eval_shape(init, jax.random.key(0), x)
+  return traverse_util.flatten_dict(found, sep='/')
+
+
+def random_variables(model, name):
   """Returns variables as they may be in the middle of a search, flat."""
   rng = np.random.default_rng(1)
-  shapes = jax.eval_shape(
-    functools.partial(model.init, train=False), jax.random.key(0), x
-  )
   result = {}
-  for path, like in traverse_util.flatten_dict(shapes, sep='/').items():
-    collection, name = path.split('/')[0], path.rpartition('/')[2]
+  for path, like in shapes(model, name).items():
+    collection, leaf = path.split('/')[0], path.rpartition('/')[2]
     if collection in ('cost', 'sizes', 'arch'):
       continue
     value = rng.normal(size=like.shape)
     if collection == 'quant_stats':
       known = dict(mean=0.1, mean_square=0.1, count=7, active=True)
-      value = np.full(like.shape, known.get(name, 3.0))
-    elif name in ('scale', 'var'):
-      value = rng.uniform(0.2, 0.6, like.shape) ** (1 if name == 'var' else 0.5)
-    elif name in ('bias', 'mean'):
+      value = np.full(like.shape, known.get(leaf, 3.0))
+    elif leaf in ('scale', 'var'):
+      value = rng.uniform(0.2, 0.6, like.shape) ** (1 if leaf == 'var' else 0.5)
+    elif leaf in ('bias', 'mean'):
       value = value * 0.2
-    elif name.startswith('kernel'):
+    elif leaf.startswith('kernel'):
       value = 1.5 * value / max(1, like.size // like.shape[-1]) ** 0.5
     result[path] = np.asarray(value, like.dtype)
   return result
 
 
-def sliced(variables, model, space, choices, x):
+def sliced(variables, picked, space, choices):
   """Returns the variables of the found network, by what picks their sizes."""
-  picked = jax.eval_shape(
-    functools.partial(model.init, train=False), jax.random.key(0), x
-  )['sizes']
-  picked = traverse_util.flatten_dict(picked, sep='/')
   leaves = {k: int(np.argmax(v)) for k, v in space.leaves(choices).items()}
 
   def count(layer, leaf):
@@ -159,7 +161,7 @@ def searched(name):
   spec = quant_spec.QuantSpec('int_s', exclude=exclude)
   model, space = build(name, spec, NETWORKS[name][1])
   x = inputs(NETWORKS[name][2], BATCH)
-  variables = random_variables(model, x)
+  variables = random_variables(model, name)
   run = compiled(
     name, model, space, variables, helpers.random_choices(space, 0), x
   )
@@ -178,7 +180,7 @@ def compiled(name, model, space, variables, choices, x):
     return logits, state
 
   args = nested(variables), space.expand(choices), x
-  return jax.jit(run).lower(*args).compile(compiler_options=helpers.COMPILER)
+  return jax.jit(run).lower(*args).compile()
 
 
 @pytest.mark.parametrize(
@@ -198,9 +200,15 @@ def test_the_found_network_is_the_searched_one_with_the_rest_cut_away(
     name, spec, sizes.Sizes(found=space.sizes(choices))
   )
   assert found_space.is_fixed
-  cut = sliced(variables, model, space, choices, x)
-  shapes = {k: v.shape for k, v in random_variables(found, x).items()}
-  assert {k: v.shape for k, v in cut.items()} == shapes
+  picked = {
+    path.removeprefix('sizes/'): value
+    for path, value in shapes(model, name).items()
+    if path.startswith('sizes/')
+  }
+  cut = sliced(variables, picked, space, choices)
+  assert {k: v.shape for k, v in cut.items()} == {
+    k: v.shape for k, v in random_variables(found, name).items()
+  }
   only = found_space.only()
   small_run = compiled(name, found, found_space, cut, only, x)
   actual, state = small_run(nested(cut), found_space.expand(only), x)
@@ -211,7 +219,7 @@ def test_the_found_network_is_the_searched_one_with_the_rest_cut_away(
   # Statistics of live channels move as in the found network; those of dead
   # ones stay.
   after = traverse_util.flatten_dict(expected_state, sep='/')
-  cut_after = sliced(after, model, space, choices, x)
+  cut_after = sliced(after, picked, space, choices)
   for path, value in traverse_util.flatten_dict(state, sep='/').items():
     np.testing.assert_allclose(
       value, cut_after[path], rtol=1e-5, atol=1e-6, err_msg=path

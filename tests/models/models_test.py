@@ -19,7 +19,6 @@ from fliqs_jax.models import inception_v3
 from fliqs_jax.models import mobilenet_v2
 from fliqs_jax.models import recommender
 from fliqs_jax.models import resnet
-from tests import helpers
 
 BATCH = 4
 CLASSES = 3
@@ -125,12 +124,7 @@ def compiled(name):
     return logits, new_state, gradients, evaluated
 
   variables = random_variables(model, x)
-  run = (
-    jax.jit(run, compiler_options=helpers.COMPILER)
-    .lower(variables, 0)
-    .compile()
-  )
-  return variables, run
+  return variables, jax.jit(run).lower(variables, 0).compile()
 
 
 @pytest.mark.slow

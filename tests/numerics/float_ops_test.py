@@ -9,6 +9,8 @@ import pytest
 
 from fliqs_jax.numerics import float_ops
 
+pytestmark = pytest.mark.optimized
+
 _NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 # image, kernel, strides, padding, groups

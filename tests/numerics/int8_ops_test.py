@@ -13,6 +13,8 @@ import pytest
 from fliqs_jax.numerics import float_ops
 from fliqs_jax.numerics import int8_ops
 
+pytestmark = pytest.mark.optimized
+
 _OTHER_AXES = lax.ConvDimensionNumbers((0, 1, 2, 3), (3, 2, 0, 1), (0, 1, 2, 3))
 
 

@@ -5,10 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fliqs_jax.numerics import formats
 from fliqs_jax.numerics import mixture
 from fliqs_jax.numerics import quantize
+
+pytestmark = pytest.mark.optimized
 
 
 def _on_grid(x, menu, thresholds):

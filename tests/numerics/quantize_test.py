@@ -17,6 +17,8 @@ from fliqs_jax.numerics import clipping
 from fliqs_jax.numerics import formats
 from fliqs_jax.numerics import quantize
 
+pytestmark = pytest.mark.optimized
+
 INTEGERS = [f'INT{bits}' for bits in range(2, 9)]
 FLOATS = [f'E{x}M{b - 1 - x}' for b in range(4, 9) for x in range(1, b)]
 SCALED = INTEGERS + FLOATS

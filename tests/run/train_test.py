@@ -361,11 +361,7 @@ def _start(workdir, *extra):
     cwd=_ROOT,
     stderr=subprocess.PIPE,
     text=True,
-    env={
-      **os.environ,
-      'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': '--xla_backend_optimization_level=0',
-    },
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
   )
 
 

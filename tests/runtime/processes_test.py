@@ -23,10 +23,6 @@ from tests import helpers
 from tests import tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
-# Compiling fast matters more here than running fast.
-_COMPILE_FAST = (
-  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
-)
 
 
 def _port():
@@ -50,7 +46,6 @@ class _Run:
         FLIQS_PROCESS_ID=str(i),
         JAX_NUM_CPU_DEVICES=str(devices),
         JAX_PLATFORMS='cpu',
-        XLA_FLAGS=_COMPILE_FAST,
       )
       command = [
         *(sys.executable, '-m', 'fliqs_jax.main'),
@@ -212,7 +207,6 @@ def test_the_launcher_starts_all_again_when_one_is_killed(whole, tmp_path):
       ],
       cwd=_ROOT,
       stderr=log,
-      env={**os.environ, 'XLA_FLAGS': _COMPILE_FAST},
     )
   heartbeat = workdir / 'heartbeat' / '1.json'
   deadline = time.monotonic() + 240
@@ -243,7 +237,6 @@ def test_processes_find_each_other_through_a_cluster(tmp_path):
       env={
         **os.environ,
         'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': '',
         'SLURM_JOB_ID': job,
         'SLURM_STEP_NODELIST': 'localhost',
         'SLURM_STEP_NUM_NODES': '1',

@@ -20,7 +20,7 @@ from fliqs_jax.serving import stablehlo
 from tests import helpers
 from tests.intercept import foreign_models
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 X = helpers.random((2, 8))
 
@@ -78,9 +78,12 @@ class EveryFormat(nn.Module):
 
   @nn.compact
   def __call__(self, x):
+    def small(*args):
+      return helpers.by_key(*args) / 3
+
     for i in range(self.number):
-      x = nn.Conv(4, (3,), name=f'conv{i}')(x)
-      x = nn.tanh(nn.Dense(4, name=f'dense{i}')(x))
+      x = nn.Conv(4, (3,), kernel_init=small, name=f'conv{i}')(x)
+      x = nn.tanh(nn.Dense(4, kernel_init=small, name=f'dense{i}')(x))
     return x
 
 

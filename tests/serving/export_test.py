@@ -26,7 +26,7 @@ from fliqs_jax.serving import stablehlo
 from fliqs_jax.serving import stored_layers
 from tests import tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 _FILES = (
   'manifest.json',

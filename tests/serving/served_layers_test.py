@@ -24,6 +24,8 @@ from fliqs_jax.space import quant_spec
 from tests import helpers
 from tests.layers import cases
 
+pytestmark = pytest.mark.optimized
+
 SERVED = {
   quant_layers.QuantConv: served_layers.ServedConv,
   quant_layers.QuantDense: served_layers.ServedDense,
@@ -217,11 +219,7 @@ def test_a_network_of_mixed_formats_is_served_bit_for_bit(name):
   model = models.build(NETWORKS[name], 10, spec)
   x = jnp.asarray(helpers.random((4, 8, 8, 3), seed=1))
   space = discovery.find(model, x[:1], spec=spec, train=False)
-  variables = dict(
-    jax.jit(model.init, static_argnames='train')(
-      jax.random.key(0), x[:1], train=False
-    )
-  )
+  variables = dict(helpers.init(model, x[:1], train=False))
   params = variables.pop('params')
   state = {k: v for k, v in variables.items() if k not in ('arch', 'cost')}
   # The formats take turns over the layers.
