@@ -6,8 +6,6 @@ the moments of the input (`quant_stats`) and the cost of the op (`cost`).
 """
 
 from collections.abc import Callable, Sequence
-import functools
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -17,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.layers import channel_masks
-from fliqs_jax.numerics import clipping
+from fliqs_jax.layers import grids
 from fliqs_jax.numerics import float_ops
-from fliqs_jax.numerics import formats
 from fliqs_jax.numerics import mixture
 from fliqs_jax.numerics import one_hot as one_hot_lib
 from fliqs_jax.numerics import quantize
@@ -27,12 +24,7 @@ from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import sizes
 
-# Decay of the running moments, our choice. Batch n has the weight
-# max(1/n, 1 - decay): the first batches are averaged, so the moments need no
-# debiasing.
-_STATS_DECAY = 0.99
-
-Menu = Sequence[formats.NumericFormat]
+Menu = grids.Menu
 
 
 def set_activation_quantization(quant_stats: Any, active: Any) -> Any:
@@ -186,17 +178,15 @@ class Operands:
     is_branched = self.spec.mix == 'branched' and self.choices.tied
     if menu is None or not (is_branched and self._is_relaxed(menu)):
       return op(*self(x, w, contracted))
-    x_on_grid = self._activations_on_grid(x)
-    w_on_grid = self._weights_on_grid(w, contracted)
-    leaf = self._decision('weights', menu)
-    # Hidden from XLA, which reassociates the scales of constant formats.
-    one_hots = lax.optimization_barrier(mixture.one_hots(len(menu)))
-    # Unrolled: XLA on CPU runs convolutions inside a loop on one thread.
-    results = [
-      p * op(*map(self._compute_dtype, (x_on_grid(e), w_on_grid(e))))
-      for p, e in zip(leaf, one_hots)
-    ]
-    return functools.reduce(jnp.add, results)
+    on_grids = (
+      self._activations_on_grid(x),
+      self._weights_on_grid(w, contracted),
+    )
+
+    def at(one_hot: jax.Array) -> jax.Array:
+      return op(*(self._compute_dtype(of(one_hot)) for of in on_grids))
+
+    return mixture.branched(at, self._decision('weights', menu))
 
   def weights(
     self, w: jax.Array, contracted: tuple[int, ...]
@@ -339,21 +329,9 @@ class Operands:
     # Initialisation needs variables, not values: this halves its program.
     if menu is None or self.module.is_initializing():
       return lambda one_hot: quantize.unquantized(values)
-    peak = jnp.max(jnp.abs(values), axis=contracted, keepdims=True)
-    multiples = clipping.multiples(self.spec.weight_clip, menu)
-
-    def on_grid(one_hot: jax.Array) -> quantize.Quantized:
-      threshold = peak
-      if any(math.isfinite(m) for m in multiples):
-        multiple = one_hot_lib.pick(one_hot, jnp.asarray(multiples))
-        where = None if active is None else jnp.broadcast_to(active, w.shape)
-        std = jnp.std(values, axis=contracted, keepdims=True, where=where)
-        threshold = jnp.minimum(peak, multiple * std)
-      return quantize.quantize(
-        values, quantize.select(menu, one_hot), threshold
-      )
-
-    return on_grid
+    return grids.weights(
+      values, menu, self.spec.weight_clip, contracted, active
+    )
 
   def _activations_on_grid(self, x: jax.Array) -> mixture.OnGrid:
     """Returns activations as a function of their format."""
@@ -363,15 +341,11 @@ class Operands:
     return self.profiled(values, menu)
 
   def _statistics(self, menu: Menu) -> dict[str, nn.Variable]:
-    variable = functools.partial(self.state.variable, 'quant_stats')
-    multiples = clipping.multiples(self.spec.first_act_clip, menu)
-    return dict(
-      mean=variable('mean', jnp.zeros, ()),
-      mean_square=variable('mean_square', jnp.zeros, ()),
-      count=variable('count', jnp.zeros, (), jnp.int32),
-      active=variable('active', jnp.ones, (), jnp.bool_),
-      clip=variable('clip', jnp.asarray, multiples, jnp.float32),
-    )
+    first = grids.first_statistics(menu, self.spec.first_act_clip)
+    return {
+      name: self.state.variable('quant_stats', name, jnp.asarray, value)
+      for name, value in first.items()
+    }
 
   def profiled(self, x: jax.Array, menu: Menu) -> mixture.OnGrid:
     """Updates the moments of the input; returns it by its format.
@@ -384,37 +358,17 @@ class Operands:
     if self.module.is_initializing():
       return lambda one_hot: quantize.unquantized(x)
     self.state.sow('act_inputs', 'x', x)  # Stored only while calibrating.
-    mean, square, count = stats['mean'], stats['mean_square'], stats['count']
+    statistics = {name: variable.value for name, variable in stats.items()}
     if self.state.is_mutable_collection('quant_stats'):
-      count.value += 1
-      weight = jnp.maximum(1.0 / count.value, 1.0 - _STATS_DECAY)
-      seen = lax.stop_gradient(x)
-      first, second = jnp.mean(seen), jnp.mean(seen * seen)
+      dense = 1.0
       if channels := self._several(sizes.INPUT_CHANNELS):
         # Inactive channels are zero, but the means divide by all channels.
         leaf = self.leaves[sizes.INPUT_CHANNELS]
         dense = x.shape[-1] / channel_masks.active_count(leaf, channels)
-        first, second = first * dense, second * dense
-      mean.value += weight * (first - mean.value)
-      square.value += weight * (second - square.value)
-    std = jnp.sqrt(jnp.maximum(square.value - mean.value**2, 0.0))
-    clip, active, batches = (
-      stats[name].value for name in ('clip', 'active', 'count')
-    )
-
-    def on_grid(one_hot: jax.Array) -> quantize.Quantized:
-      threshold = one_hot_lib.pick(one_hot, clip) * std
-      quantized = quantize.quantize(
-        x, quantize.select(menu, one_hot), threshold
-      )
-      # Before the first batch there is no threshold: nothing is quantized.
-      on = active & (batches > 0)
-      return quantize.Quantized(
-        jnp.where(on, quantized.values, x),
-        jnp.where(on, quantized.scale, 1.0),
-      )
-
-    return on_grid
+      statistics = grids.observed(statistics, x, dense)
+      for name in ('mean', 'mean_square', 'count'):
+        stats[name].value = statistics[name]
+    return grids.activations(x, menu, statistics)
 
   def _compute_dtype(self, q: quantize.Quantized) -> quantize.Quantized:
     # Grid values are exact in bfloat16, so this rounds only unquantized values.

@@ -7,6 +7,7 @@ sum_k p_k 1[|x| <= t_k] of the formats that do not clip.
 """
 
 from collections.abc import Callable
+import functools
 
 import jax
 from jax import lax
@@ -64,3 +65,20 @@ def mixed(on_grid: OnGrid, probabilities: jax.Array) -> quantize.Quantized:
   # -0 is the neutral element: 0 + -0 would lose the sign.
   values, _ = lax.scan(add, jnp.full(shape, -0.0), (jnp.asarray(menu), weights))
   return quantize.Quantized(values, scale[0])
+
+
+def branched(
+  at: Callable[[jax.Array], jax.Array], probabilities: jax.Array
+) -> jax.Array:
+  """Returns the mean of an op's results over the formats of a menu.
+
+  Args:
+    at: one-hot [K] -> result of the op at that format.
+    probabilities: [K], their sum is 1.
+  """
+  # Hidden from XLA, which reassociates the scales of constant formats.
+  menu = lax.optimization_barrier(one_hots(probabilities.size))
+  # Unrolled: XLA on CPU runs convolutions inside a loop on one thread.
+  return functools.reduce(
+    jnp.add, [p * at(one_hot) for p, one_hot in zip(probabilities, menu)]
+  )
