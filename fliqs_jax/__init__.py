@@ -6,7 +6,7 @@ example. All other names are in the modules.
 """
 
 from fliqs_jax.intercept.coverage import coverage
-from fliqs_jax.intercept.searchable import searchable
+from fliqs_jax.program.searchable import searchable
 from fliqs_jax.layers.operands import set_activation_quantization
 from fliqs_jax.layers.quant_layers import QuantConv
 from fliqs_jax.layers.quant_layers import QuantDense

@@ -266,9 +266,11 @@ def _lower(
   context: mlir.LoweringRuleContext, x: ir.Value[Any], w: ir.Value[Any]
 ) -> list[ir.Value[Any]]:
   (result,) = context.avals_out
-  int32 = ir.IntegerType.get_signless(32)
   numbers = stablehlo.DotDimensionNumbers.get([], [], [1], [0])
-  shape = ir.RankedTensorType.get(result.shape, int32)
+  unknown = ir.ShapedType.get_dynamic_size()  # Of a symbolic batch size.
+  sizes = [n if isinstance(n, int) else unknown for n in result.shape]
+  int32 = ir.IntegerType.get_signless(32)
+  shape = ir.RankedTensorType.get(sizes, int32)
   return [stablehlo.dot_general(shape, x, w, numbers)]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import fnmatch
 import math
+import types
 from typing import Any
 
 from flax import traverse_util
@@ -43,6 +44,9 @@ def find(
     own := getattr(model, 'spec', None), quant_spec.QuantSpec
   ):
     spec = own
+  if hasattr(model, 'ops'):  # Its products are known without its layers.
+    ops, params = model.ops(*args, **kwargs)
+    return _space(ops, spec, params)
   calls: list[str] = []
 
   def note_order(
@@ -70,7 +74,23 @@ def find(
         'equal, so that all would have the formats of the first; write the '
         'rule for all of these modules, or remove nn.jit'
       )
-  ops = _ops(cost, calls)
+  params = sum(
+    math.prod(p.shape) for p in jax.tree.leaves(variables.get('params', {}))
+  )
+  picked = _picked(variables.get('sizes', {}), calls)
+  return _space(_ops(cost, calls), spec, params, picked, _others(cost))
+
+
+def _space(
+  ops: tuple[ops_lib.Op, ...],
+  spec: quant_spec.QuantSpec | None,
+  params: int,
+  picked: Mapping[str, sizes_lib.Channels | sizes_lib.Kernel] = (
+    types.MappingProxyType({})
+  ),
+  others: Mapping[str, ops_lib.PerChannel] = types.MappingProxyType({}),
+) -> search_space.SearchSpace:
+  """Returns the search space of a model's ops, after checking the spec."""
   if not ops:
     raise ValueError(
       'the model has no layer that could be quantized; build it with '
@@ -82,16 +102,12 @@ def find(
       dict.fromkeys(op.layer for op in ops),
       dict.fromkeys(op.path for op in ops if op.stack),
     )
-  params = sum(
-    math.prod(p.shape) for p in jax.tree.leaves(variables.get('params', {}))
-  )
-  picked = _picked(variables.get('sizes', {}), calls)
   return search_space.SearchSpace(
     formats=_format_decisions(ops, spec),
     open_sizes=_size_decisions(picked),
     ops=ops,
     params=params,
-    others=_others(cost),
+    others=others,
   )
 
 

@@ -1,0 +1,1 @@
+"""Search of any JAX program: its products are found and replaced."""

@@ -1,0 +1,186 @@
+"""Control flow of a jaxpr: the only file that reads its parameters.
+
+The parameters of `scan`, `cond`, `jit` and the like are internal to JAX and
+differ between versions. Tests of this folder run on the oldest and the newest
+version that setup.cfg allows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.extend import core
+from jax.extend import source_info_util
+from jax.interpreters import partial_eval
+
+# Calls that may be replaced by the equations that they call.
+_CALLS = frozenset(('jit', 'pjit', 'closed_call', 'core_call'))
+_REMAT = frozenset(('checkpoint', 'remat', 'remat2'))
+
+
+class Body(NamedTuple):
+  """The equations inside of an equation.
+
+  Attributes:
+    jaxpr: the equations.
+    consts: values of its `constvars`.
+  """
+
+  jaxpr: Any
+  consts: Sequence[Any]
+
+
+class Scan(NamedTuple):
+  """A scan: operands are constants, then carried values, then xs.
+
+  Attributes:
+    body: equations of one iteration.
+    consts: number of constants.
+    carries: number of carried values.
+    length: number of iterations.
+    options: keyword arguments of `lax.scan` that are not operands.
+  """
+
+  body: Body
+  consts: int
+  carries: int
+  length: int
+  options: dict[str, Any]
+
+
+class While(NamedTuple):
+  """A loop of unknown length: operands of condition, of body, then carried."""
+
+  condition: Body
+  body: Body
+  condition_consts: int
+  body_consts: int
+
+
+def name(eqn: core.JaxprEqn) -> str:
+  """Returns the name of an equation's primitive."""
+  return eqn.primitive.name
+
+
+def is_call(eqn: core.JaxprEqn) -> bool:
+  """Returns whether an equation runs other equations, once and as they are."""
+  return name(eqn) in _CALLS or is_remat(eqn)
+
+
+def is_remat(eqn: core.JaxprEqn) -> bool:
+  """Returns whether an equation is `jax.checkpoint`."""
+  return name(eqn) in _REMAT
+
+
+def marker(eqn: core.JaxprEqn) -> str:
+  """Returns the name that `checkpoint_name` gave a value; else nothing."""
+  return eqn.params['name'] if name(eqn) == 'name' else ''
+
+
+def body(eqn: core.JaxprEqn) -> Body:
+  """Returns the equations of a call."""
+  return _body(eqn.params['jaxpr'])
+
+
+def rerun(eqn: core.JaxprEqn, run: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns `run` as a call of an equation's kind: with its checkpoint policy.
+
+  Args:
+    eqn: a call.
+    run: what replaces the equations of the call.
+  """
+  if not is_remat(eqn):
+    return run
+  policy, prevent_cse = eqn.params['policy'], eqn.params['prevent_cse']
+  return jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)
+
+
+def constrained(
+  eqn: core.JaxprEqn, key: str, values: Sequence[Any]
+) -> list[Any]:
+  """Returns values with the shardings that an inner `jit` asked for.
+
+  Args:
+    eqn: a call whose body replaces it.
+    key: `in_shardings` or `out_shardings`.
+    values: operands or results of the call.
+  """
+  shardings = eqn.params.get(key) or [None] * len(values)
+  return [
+    lax.with_sharding_constraint(value, sharding)
+    if isinstance(sharding, jax.sharding.Sharding)
+    else value
+    for value, sharding in zip(values, shardings, strict=True)
+  ]
+
+
+def scan(eqn: core.JaxprEqn) -> Scan:
+  """Returns the parts of a scan."""
+  params = eqn.params
+  if 'num_consts' in params:  # Up to JAX 0.10.
+    consts, carries = params['num_consts'], params['num_carry']
+  else:
+    first, second, _ = params['ft_in'].unpack()
+    consts, carries = len(list(first)), len(list(second))
+  options = {key: params[key] for key in ('length', 'reverse', 'unroll')}
+  return Scan(
+    _body(params['jaxpr']), consts, carries, params['length'], options
+  )
+
+
+def while_loop(eqn: core.JaxprEqn) -> While:
+  """Returns the parts of a while loop."""
+  params = eqn.params
+  return While(
+    _body(params['cond_jaxpr']),
+    _body(params['body_jaxpr']),
+    params['cond_nconsts'],
+    params['body_nconsts'],
+  )
+
+
+def branches(eqn: core.JaxprEqn) -> list[Body]:
+  """Returns the branches of a cond; its first operand is their index."""
+  return [_body(branch) for branch in eqn.params['branches']]
+
+
+def inside(eqn: core.JaxprEqn) -> Iterator[Body]:
+  """Yields the equations inside of an equation of any kind."""
+  for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_body):
+    if _is_body(value):
+      yield _body(value)
+
+
+def bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+  """Returns the results of an equation for other operands."""
+  params = eqn.primitive.get_bind_params(eqn.params)
+  results = eqn.primitive.bind(*operands, **params)
+  return list(results) if eqn.primitive.multiple_results else [results]
+
+
+@contextlib.contextmanager
+def context(eqn: core.JaxprEqn) -> Iterator[None]:
+  """Runs what it holds in the context of an equation: its names and options."""
+  stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+  traceback = eqn.source_info.traceback
+  with (
+    source_info_util.user_context(traceback, name_stack=stack),
+    eqn.ctx.manager,
+  ):
+    yield
+
+
+def _is_body(value: Any) -> bool:
+  return hasattr(getattr(value, 'jaxpr', value), 'eqns')
+
+
+def _body(value: Any) -> Body:
+  return Body(getattr(value, 'jaxpr', value), getattr(value, 'consts', ()))
+
+
+def needed(program: Any) -> list[bool]:
+  """Returns which arguments of a closed jaxpr its results depend on."""
+  outputs = [True] * len(program.jaxpr.outvars)
+  return partial_eval.dce_jaxpr(program.jaxpr, outputs)[1]

@@ -1,0 +1,273 @@
+"""Models of other libraries and pure functions, in the form of linen modules.
+
+Each has `init(rngs, *args, **kwargs) -> variables` and `apply(variables, *args,
+mutable=..., rngs=..., **kwargs)`, where `variables` is {collection: tree}.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import inspect
+from typing import Any
+
+from flax import nnx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def adapted(model: Any, params: Any) -> Any:
+  """Returns a model in the form of a linen module.
+
+  Args:
+    model: a linen module, an NNX module, a transformed Haiku function, a
+      callable pytree such as an Equinox module, or a function
+      `f(params, *inputs)`.
+    params: parameters of a function; None for the others, which have their own.
+
+  Raises:
+    ValueError: it is none of these, a linen module is bound to variables, or
+      `params` are missing or surplus.
+  """
+  name = type(model).__name__
+  is_function = callable(model) and not jax.tree.leaves(_arrays(model))
+  if isinstance(model, nn.Module):
+    if model.scope is not None:
+      raise ValueError(f'{name} is bound to variables; pass the unbound module')
+    result = model
+  elif isinstance(model, nnx.Module):
+    result = NnxModel.of(model)
+  elif _is_haiku(model):
+    result = HaikuModel(model.init, model.apply, _has_state(model))
+  elif is_function and params is not None:
+    return PureFunction.of(model, params)
+  elif is_function:
+    raise ValueError(
+      'a function f(params, *inputs) needs its parameters: '
+      'searchable(f, spec, params=...)'
+    )
+  elif callable(model):
+    result = PureFunction.of(_call, model)
+  else:
+    raise ValueError(
+      f'{name} is no model: pass a linen or NNX module, a transformed Haiku '
+      'function, an Equinox module, or a function f(params, *inputs)'
+    )
+  if params is not None:
+    raise ValueError(
+      f'params are those of a function f(params, *inputs), but {name} has its '
+      'own; leave params out'
+    )
+  return result
+
+
+def _call(model: Any, *inputs: Any, **kwargs: Any) -> Any:
+  return model(*inputs, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class PureFunction:
+  """A function `f(params, *inputs)` as a model.
+
+  Its collection `params` holds the floating-point arrays of the given tree,
+  with None for every other leaf. Those, such as activation functions or
+  integers, are constants.
+
+  Attributes:
+    function: the function. It may have the keyword arguments `train` (whether
+      the call trains) and `key` (typed PRNG key [], for random numbers), and
+      any others that the caller gives.
+    leaves: leaves of the given tree, with None for floating-point arrays.
+    params: the floating-point arrays.
+    treedef: the structure of the given tree.
+  """
+
+  function: Callable[..., Any]
+  leaves: tuple[Any, ...]
+  params: Any
+  treedef: Any
+
+  @classmethod
+  def of(cls, function: Callable[..., Any], params: Any) -> 'PureFunction':
+    """Returns the model of a function and its parameters."""
+    leaves, treedef = jax.tree.flatten(params)
+    static = tuple(None if _is_float(leaf) else leaf for leaf in leaves)
+    return cls(function, static, _arrays(params), treedef)
+
+  def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Returns copies of the parameters that the model was made with."""
+    del rngs, args, kwargs
+    return dict(params=jax.tree.map(jnp.array, self.params))
+
+  def apply(
+    self,
+    variables: Mapping[str, Any],
+    *args: Any,
+    mutable: Any = False,
+    rngs: Mapping[str, jax.Array] | None = None,
+    **kwargs: Any,
+  ) -> Any:
+    """Returns the result, and with `mutable` also {}: nothing changes."""
+    given = jax.tree.leaves(variables['params'], is_leaf=_is_none)
+    if len(given) != len(self.leaves):
+      raise ValueError(
+        f'params have {len(given)} leaves, but the function was made '
+        f'searchable with {len(self.leaves)}'
+      )
+    params = self.treedef.unflatten(
+      [new if old is None else old for new, old in zip(given, self.leaves)]
+    )
+    kwargs = _accepted(self.function, kwargs, rngs)
+    outputs = self.function(params, *args, **kwargs)
+    return (outputs, {}) if mutable else outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class NnxModel:
+  """An NNX module as a model.
+
+  The collection `params` holds its `nnx.Param` variables, `nnx_state` all
+  others (batch statistics, random streams), both as nested dicts.
+
+  Attributes:
+    graph: the module's graph.
+    state: all its variables, parameters first.
+    accepts: the module's call, whose keyword arguments are known.
+  """
+
+  graph: Any
+  state: tuple[Any, Any]
+  accepts: Callable[..., Any]
+
+  @classmethod
+  def of(cls, module: nnx.Module) -> 'NnxModel':
+    """Returns the model of a module with its variables."""
+    graph, params, others = nnx.split(module, nnx.Param, ...)
+    return cls(graph, (params, others), type(module).__call__)
+
+  def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Returns copies of the variables that the module was made with."""
+    del rngs, args, kwargs
+    params, others = (
+      jax.tree.map(jnp.copy, nnx.to_pure_dict(state)) for state in self.state
+    )
+    return dict(params=params, **({'nnx_state': others} if others else {}))
+
+  def apply(
+    self,
+    variables: Mapping[str, Any],
+    *args: Any,
+    mutable: Any = False,
+    rngs: Mapping[str, jax.Array] | None = None,
+    train: bool | None = None,
+    **kwargs: Any,
+  ) -> Any:
+    """Calls the module, in its training or evaluation mode if `train` is given.
+
+    With `mutable`, the result is (outputs, {'nnx_state': changed}).
+    """
+    states = []
+    for name, template in zip(('params', 'nnx_state'), self.state):
+      state = jax.tree.map(lambda x: x, template)
+      nnx.replace_by_pure_dict(state, variables.get(name, {}))
+      states.append(state)
+    module = nnx.merge(self.graph, *states)
+    if train is not None:
+      module.train() if train else module.eval()
+      kwargs = {**kwargs, 'train': train}
+    kwargs = _accepted(self.accepts, kwargs, rngs)
+    outputs = module(*args, **kwargs)
+    if not mutable:
+      return outputs
+    _, _, others = nnx.split(module, nnx.Param, ...)
+    changed = nnx.to_pure_dict(others)
+    return outputs, {'nnx_state': changed} if changed else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class HaikuModel:
+  """A transformed Haiku function as a model.
+
+  Attributes:
+    initialize: its `init`.
+    function: its `apply`.
+    has_state: whether it has a state, the collection `state`.
+  """
+
+  initialize: Callable[..., Any]
+  function: Callable[..., Any]
+  has_state: bool
+
+  def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Returns new parameters, and the state."""
+    kwargs.pop('train', None)
+    made = self.initialize(_first(rngs), *args, **kwargs)
+    names = ('params', 'state') if self.has_state else ('params',)
+    return dict(zip(names, made if self.has_state else (made,)))
+
+  def apply(
+    self,
+    variables: Mapping[str, Any],
+    *args: Any,
+    mutable: Any = False,
+    rngs: Mapping[str, jax.Array] | None = None,
+    **kwargs: Any,
+  ) -> Any:
+    """Calls the function; `train`, which Haiku does not know, is left out."""
+    kwargs.pop('train', None)
+    state = (variables['state'],) if self.has_state else ()
+    key = _first(rngs) if rngs else None
+    result = self.function(variables['params'], *state, key, *args, **kwargs)
+    outputs, changed = result if self.has_state else (result, None)
+    if not mutable:
+      return outputs
+    return outputs, {'state': changed} if self.has_state else {}
+
+
+def _accepted(
+  function: Callable[..., Any],
+  kwargs: Mapping[str, Any],
+  rngs: Mapping[str, jax.Array] | None,
+) -> dict[str, Any]:
+  """Returns the keyword arguments of a call, `train` and `key` if it has them."""
+  known = inspect.signature(function).parameters
+  kwargs = dict(kwargs)
+  if 'train' not in known:
+    kwargs.pop('train', None)
+  if 'key' in known and 'key' not in kwargs:
+    kwargs['key'] = _first(rngs) if rngs else None
+  return kwargs
+
+
+def _first(rngs: Any) -> Any:
+  """Returns the key, or the first of several."""
+  return next(iter(rngs.values())) if isinstance(rngs, Mapping) else rngs
+
+
+def _is_none(x: Any) -> bool:
+  return x is None
+
+
+def _is_float(x: Any) -> bool:
+  return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _arrays(tree: Any) -> Any:
+  """Returns the floating-point arrays of a tree, None in place of the rest."""
+  return jax.tree.map(lambda x: x if _is_float(x) else None, tree)
+
+
+def _is_haiku(model: Any) -> bool:
+  fields = getattr(model, '_fields', ())
+  return fields == ('init', 'apply')
+
+
+def _has_state(model: Any) -> bool:
+  return type(model).__name__ == 'TransformedWithState'
+
+
+def is_array(x: Any) -> bool:
+  """Returns whether a leaf of arguments is an array, traced or not."""
+  return isinstance(
+    x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+  )

@@ -1,0 +1,503 @@
+"""Products of a program, and where their operands come from.
+
+A value comes from the variables alone (it is a weight, whatever was done to it:
+cast, transposed, standardised), from the inputs, or from neither.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import math
+import re
+from typing import Any
+
+from flax import traverse_util
+import jax
+from jax.extend import core
+import jax.numpy as jnp
+
+from fliqs_jax.program import contractions
+from fliqs_jax.program import equations
+
+# Place of an equation: indices of equations and branches, outermost first.
+Place = tuple[int, ...]
+
+# The name that marks a value as weights, for `jax.ad_checkpoint`.
+WEIGHTS = 'fliqs weights'
+
+# Last parts of a variable's path that say nothing about the layer.
+_USUAL = ('kernel', 'embedding', 'weight', 'w')
+# What transforms and calls add to the name of a place.
+_TRANSFORMS = re.compile(r'\w+\(([^()]*)\)')
+_NAMELESS = ('checkpoint', 'remat', 'while', 'body', 'cond', 'scan')
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+  """Where a value comes from.
+
+  Attributes:
+    leaves: paths of the variables that it is made of, since the last product.
+    varies: whether it depends on the inputs.
+    scans: places of the scans of which it is the slice of one iteration.
+    marked: whether it is marked as weights.
+    selected: whether an input selects it from the variables.
+  """
+
+  leaves: frozenset[str] = frozenset()
+  varies: bool = False
+  scans: frozenset[Place] = frozenset()
+  marked: bool = False
+  selected: bool = False
+
+  @property
+  def is_weight(self) -> bool:
+    """Whether a product has it as weights."""
+    return self.marked or (bool(self.leaves) and not self.varies)
+
+
+_INPUT, _CONSTANT = Origin(varies=True), Origin()
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+  """One product of a program, or one look-up of rows of a table.
+
+  Attributes:
+    place: place of its equation.
+    path: its unique name; `layer`, and `layer#2` for its second use.
+    layer: path that decides about its formats.
+    kind: `ops.OpShape.kind`.
+    side: which operand is the weights, 0 or 1; None if neither is.
+    is_stored: whether its weights come from the variables alone, so that an
+      export can store them.
+    macs: multiply-accumulates of one call, of one iteration and slice.
+    weights: number of its weights, of one iteration and slice.
+    channels: number of scales of its weights, of one iteration and slice.
+    scans: (place, length) of the scans of which each iteration has weights of
+      its own.
+    slices: lengths of the batch axes of the weights.
+    calls: number of calls of each iteration.
+    has_integer_form: whether it could run on integers.
+    reason: why it cannot be quantized; empty if it can.
+  """
+
+  place: Place
+  path: str
+  layer: str
+  kind: str
+  side: int | None
+  is_stored: bool
+  macs: int
+  weights: int
+  channels: int
+  scans: tuple[tuple[Place, int], ...]
+  slices: tuple[int, ...]
+  calls: int
+  has_integer_form: bool
+  reason: str
+
+  @property
+  def stack(self) -> tuple[int, ...]:
+    """Lengths of the axes along which weights are stacked, scans first."""
+    return (*(length for _, length in self.scans), *self.slices)
+
+  @property
+  def all_macs(self) -> int:
+    """Multiply-accumulates of all iterations, slices and calls."""
+    return self.macs * self.calls * math.prod(self.stack)
+
+  def sides(self) -> dict[str, int]:
+    """Returns {side, `activations` or `weights`: number of the operand}."""
+    if self.kind == 'embed':
+      return dict(weights=0)
+    right = 1 if self.side is None else self.side
+    return dict(activations=1 - right, weights=right)
+
+  def iterations(self) -> list[str]:
+    """Returns the path in `arch` of each iteration and slice."""
+    if not self.stack:
+      return [self.layer]
+    numbers = range(math.prod(self.stack))
+    return [join(self.layer, f'@{i}') for i in numbers]
+
+
+def paths(tree: Any) -> list[str]:
+  """Returns the path of each leaf of a tree."""
+  return [
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+  ]
+
+
+def find(
+  program: Any, names: Sequence[str], root: str = ''
+) -> tuple[Product, ...]:
+  """Returns every product of a program, in the order of the program.
+
+  Args:
+    program: a closed jaxpr, whose first arguments are the variables.
+    names: paths of the variables.
+    root: name of the model's class, with which names of places begin.
+  """
+  jaxpr = program.jaxpr
+  sizes = {
+    name: math.prod(v.aval.shape) for name, v in zip(names, jaxpr.invars)
+  }
+  finder = _Finder(sizes, root)
+  origins = [Origin(frozenset([name])) for name in names]
+  origins += [_INPUT] * (len(jaxpr.invars) - len(names))
+  finder.walk(jaxpr, origins, _Here())
+  return tuple(_named(finder.found, sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Here:
+  """Where the walk is.
+
+  Attributes:
+    place: place of the equation.
+    names: names of the scopes that hold it.
+    scans: (place, length) of the loops that hold it; None: length unknown.
+    refusal: why nothing here can be quantized.
+  """
+
+  place: Place = ()
+  names: str = ''
+  scans: tuple[tuple[Place, int | None], ...] = ()
+  refusal: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+  """A product before it has its name: the variable, or the scope."""
+
+  product: Product
+  leaf: str
+  scope: str
+
+
+class _Finder:
+  """Walks over a program and notes its products."""
+
+  def __init__(self, sizes: Mapping[str, int], root: str):
+    self.sizes = sizes
+    self.root = root
+    self.found: list[_Found] = []
+
+  def walk(self, jaxpr: Any, origins: Sequence[Origin], here: _Here) -> Any:
+    """Notes the products of a jaxpr; returns where its results come from."""
+    known = dict.fromkeys(jaxpr.constvars, _CONSTANT)
+    known.update(zip(jaxpr.invars, origins, strict=True))
+
+    def read(atom: Any) -> Origin:
+      return _CONSTANT if isinstance(atom, core.Literal) else known[atom]
+
+    for i, eqn in enumerate(jaxpr.eqns):
+      there = dataclasses.replace(
+        here,
+        place=(*here.place, i),
+        names=f'{here.names}/{eqn.source_info.name_stack}',
+      )
+      results = self._equation(eqn, [read(v) for v in eqn.invars], there)
+      known.update(zip(eqn.outvars, results, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+  def _equation(
+    self, eqn: core.JaxprEqn, origins: list[Origin], here: _Here
+  ) -> list[Origin]:
+    name, joined = equations.name(eqn), _join(origins)
+    results = [joined] * len(eqn.outvars)
+    if contraction := contractions.of(eqn):
+      self._product(eqn, contraction, origins, here)
+      return [_INPUT if joined.varies else joined]
+    if equations.marker(eqn) == WEIGHTS:
+      return [dataclasses.replace(origins[0], marked=True)]
+    if _selects(eqn, origins):
+      if _is_lookup(eqn):
+        self._lookup(eqn, origins, here)
+        return [_INPUT]
+      return [dataclasses.replace(origins[0], varies=True, selected=True)]
+    if equations.is_call(eqn):
+      return self.walk(equations.body(eqn).jaxpr, origins, here)
+    if not joined.varies:
+      pass  # It is computed once, at export, with all products inside it.
+    elif name == 'scan':
+      return self._scan(eqn, origins, here)
+    elif name == 'while':
+      self._while(eqn, origins, here)
+    elif name == 'cond':
+      each = [
+        self.walk(
+          branch.jaxpr,
+          origins[1:],
+          dataclasses.replace(here, place=(*here.place, i)),
+        )
+        for i, branch in enumerate(equations.branches(eqn))
+      ]
+      return [_join([origins[0], *same]) for same in zip(*each)]
+    else:
+      self._inside(eqn, origins, here)
+    return results
+
+  def _inside(
+    self, eqn: core.JaxprEqn, origins: list[Origin], here: _Here
+  ) -> None:
+    """Notes products that stay as they are."""
+    name = equations.name(eqn)
+    there = dataclasses.replace(
+      here,
+      refusal=here.refusal or f'it is inside {name}, which has its own rules',
+    )
+    for body in equations.inside(eqn):
+      inputs = body.jaxpr.invars
+      same = len(inputs) == len(origins)
+      self.walk(
+        body.jaxpr, origins if same else [_join(origins)] * len(inputs), there
+      )
+
+  def _scan(
+    self, eqn: core.JaxprEqn, origins: list[Origin], here: _Here
+  ) -> list[Origin]:
+    scan = equations.scan(eqn)
+    body, after = scan.body.jaxpr, scan.consts + scan.carries
+    inside = list(origins)
+    for i in range(scan.consts, after):
+      # A carried value that no iteration changes is a constant.
+      if body.outvars[i - scan.consts] is not body.invars[i]:
+        inside[i] = _INPUT
+    for i in range(after, len(inside)):
+      if inside[i].is_weight:
+        scans = inside[i].scans | {here.place}
+        inside[i] = dataclasses.replace(inside[i], scans=scans)
+    there = dataclasses.replace(
+      here, scans=(*here.scans, (here.place, scan.length))
+    )
+    results = self.walk(body, inside, there)
+    return [
+      dataclasses.replace(origin, scans=origin.scans - {here.place})
+      if i < scan.carries or not origin.is_weight
+      else _INPUT
+      for i, origin in enumerate(results)
+    ]
+
+  def _while(
+    self, eqn: core.JaxprEqn, origins: list[Origin], here: _Here
+  ) -> None:
+    loop = equations.while_loop(eqn)
+    first, second = loop.condition_consts, loop.body_consts
+    carried = [_INPUT] * (len(origins) - first - second)
+    there = dataclasses.replace(
+      here,
+      scans=(*here.scans, (here.place, None)),
+      refusal=here.refusal
+      or 'it is in a while loop, whose number of iterations is unknown',
+    )
+    self.walk(loop.condition.jaxpr, origins[:first] + carried, there)
+    self.walk(loop.body.jaxpr, origins[first : first + second] + carried, there)
+
+  def _product(
+    self,
+    eqn: core.JaxprEqn,
+    contraction: contractions.Contraction,
+    origins: list[Origin],
+    here: _Here,
+  ) -> None:
+    if not any(origin.varies for origin in origins):
+      return  # It is computed once, at export.
+    pair = origins[:2]
+    weights = [i for i, origin in enumerate(pair) if origin.is_weight]
+    side = weights[0] if len(weights) == 1 else None
+    dtypes = tuple(v.aval.dtype for v in eqn.invars[:2])
+    reason = contraction.refusal(side)
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+      reason = f'it multiplies {dtypes[0]} by {dtypes[1]}'
+    elif side is None and any(origin.selected for origin in pair):
+      reason = (
+        'an input selects its weights from a stack: scan over the stack instead'
+      )
+    elif side is None and not all(origin.varies for origin in pair):
+      reason = (
+        'one operand is a constant of the function: pass it as a parameter'
+      )
+    kind = contraction.kind if side is not None else 'attend'
+    slices = contraction.slices() if side is not None else ()
+    scans, size, channels = frozenset(), 0, 1
+    if side is not None:
+      scans = pair[side].scans
+      size = eqn.invars[side].aval.size // math.prod(slices)
+      shape = contraction.shapes[side]
+      summed = contraction.summed(side) if not reason else ()
+      channels = size // math.prod(shape[i] for i in summed)
+    self._note(
+      here,
+      origin=pair[side] if side is not None else _INPUT,
+      kind=kind,
+      side=side,
+      macs=contraction.macs // math.prod(slices),
+      weights=size,
+      channels=channels,
+      scans=scans,
+      slices=slices,
+      has_integer_form=side is not None and contraction.has_integer_form,
+      reason=reason,
+    )
+
+  def _lookup(
+    self, eqn: core.JaxprEqn, origins: list[Origin], here: _Here
+  ) -> None:
+    table = eqn.invars[0].aval
+    self._note(
+      here,
+      origin=origins[0],
+      kind='embed',
+      side=0,
+      macs=0,
+      weights=table.size,
+      channels=table.shape[0],
+      scans=origins[0].scans,
+      slices=(),
+      has_integer_form=False,
+      reason='',
+    )
+
+  def _note(
+    self,
+    here: _Here,
+    *,
+    origin: Origin,
+    scans: frozenset[Place],
+    reason: str,
+    **shape: Any,
+  ) -> None:
+    own = tuple((place, n) for place, n in here.scans if place in scans)
+    calls = [n for place, n in here.scans if place not in scans]
+    # Of several, as of a standardised or a low-rank weight, the largest.
+    leaf = max(sorted(origin.leaves), key=self.sizes.__getitem__, default='')
+    product = Product(
+      place=here.place,
+      path='',
+      layer='',
+      is_stored=bool(leaf) and not origin.varies,
+      scans=own,
+      calls=math.prod(n for n in calls if n),
+      reason=here.refusal or reason,
+      **shape,
+    )
+    self.found.append(_Found(product, leaf, _scope(here.names, self.root)))
+
+
+def _selects(eqn: core.JaxprEqn, origins: Sequence[Origin]) -> bool:
+  """Returns whether an input selects a part of weights."""
+  if equations.name(eqn) not in ('gather', 'dynamic_slice'):
+    return False
+  return origins[0].is_weight and any(o.varies for o in origins[1:])
+
+
+def _is_lookup(eqn: core.JaxprEqn) -> bool:
+  """Returns whether an equation takes whole rows of a matrix."""
+  if equations.name(eqn) != 'gather':
+    return False
+  shape = eqn.invars[0].aval.shape
+  return len(shape) == 2 and eqn.params['slice_sizes'] == (1, shape[1])
+
+
+def _join(origins: Sequence[Origin]) -> Origin:
+  """Returns where a value comes from that is made of several others."""
+  varying = [origin for origin in origins if origin.varies]
+  return Origin(
+    leaves=frozenset().union(*(origin.leaves for origin in origins)),
+    varies=bool(varying),
+    scans=frozenset().union(*(origin.scans for origin in origins)),
+    marked=any(origin.marked for origin in origins),
+    selected=bool(varying) and all(origin.selected for origin in varying),
+  )
+
+
+def _short(leaf: str) -> str:
+  """Returns the path of the layer that a variable belongs to.
+
+  It is empty for a linen layer that is the whole model.
+  """
+  parts = leaf.split('/')
+  if len(parts) > 1 and parts[0] == 'params':
+    del parts[0]
+  if len(parts) > 1 and parts[-1] == 'value':
+    del parts[-1]  # Of a linen variable in a box.
+  if parts[-1] in (_USUAL if len(parts) > 1 else _USUAL[:2]):
+    del parts[-1]
+  return '/'.join(parts)
+
+
+def _scope(names: str, root: str) -> str:
+  """Returns the name of a place, without the names of transforms."""
+  while (plain := _TRANSFORMS.sub(r'\1', names)) != names:
+    names = plain
+  parts = [part for part in names.split('/') if part]
+  if parts[:1] == [root]:
+    del parts[0]
+  return '/'.join(
+    part for part in parts if part not in _NAMELESS and '->' not in part
+  )
+
+
+def _named(
+  found: Sequence[_Found], sizes: Mapping[str, int]
+) -> Iterator[Product]:
+  """Yields the products with their names.
+
+  Products of two activations are named after their place: the two of attention
+  `qk` and `av`. Uses of the same weights are one layer.
+  """
+  short: dict[str, str] = {}
+  for leaf in dict.fromkeys(one.leaf for one in found if one.leaf):
+    name = _short(leaf)
+    # Two variables of one module: both keep the whole path.
+    short[leaf] = leaf if name in short.values() else name
+  scopes = [one.scope for one in found if one.product.side is None]
+  seen: dict[str, int] = {}
+  placed: dict[str, int] = {}
+  for one in found:
+    product = one.product
+    if one.leaf:
+      name = layer = short[one.leaf]
+      number = seen[name] = seen.get(name, 0) + 1
+      if number > 1:
+        name = f'{layer}#{number}'
+        whole = product.weights * math.prod(product.stack) == sizes[one.leaf]
+        layer = layer if whole else name
+    else:
+      index = placed[one.scope] = placed.get(one.scope, -1) + 1
+      pairs = product.side is None and scopes.count(one.scope) % 2 == 0
+      name = layer = _of_place(one.scope, index, pairs)
+    yield dataclasses.replace(product, path=name, layer=layer)
+
+
+def _of_place(scope: str, index: int, pairs: bool) -> str:
+  """Returns the name of the product number `index` of a scope."""
+  if pairs:
+    name, number = ('qk', 'av')[index % 2], index // 2 + 1
+  else:
+    name, number = 'product', index + 1
+  suffix = f'#{number}' if number > 1 else ''
+  return f'{scope}/{name}{suffix}'.lstrip('/')
+
+
+def join(*parts: str) -> str:
+  """Returns the parts of a path joined by slashes; empty ones are left out."""
+  return '/'.join(part for part in parts if part)
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns {path: array, or tree of dicts} as one tree of dicts."""
+  leaves = {
+    join(path, name): leaf
+    for path, tree in flat.items()
+    for name, leaf in flattened({'': tree}).items()
+  }
+  return traverse_util.unflatten_dict(leaves, sep='/')
+
+
+def flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns {path: leaf} of a tree of dicts."""
+  flat = traverse_util.flatten_dict(tree)
+  return {join(*path): leaf for path, leaf in flat.items()}

@@ -1,0 +1,208 @@
+"""Quantized products: what the search puts in the place of a program's own.
+
+Operands are put on the grids that one-hot vectors select, the product runs on
+grid values with float32 sums, and the scales are applied to its result (Eq. 10,
+11): the formulas of `layers.quant_layers`.
+"""
+
+from collections.abc import Mapping
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fliqs_jax.layers import grids
+from fliqs_jax.numerics import float_ops
+from fliqs_jax.numerics import mixture
+from fliqs_jax.numerics import quantize
+from fliqs_jax.program import contractions
+from fliqs_jax.program import products as products_lib
+from fliqs_jax.space import quant_spec
+
+Choices = Mapping[str, quant_spec.Choices]  # {path of a product: its formats}
+
+
+class Quantized:
+  """The rule of the search.
+
+  Each product is given `format` [K], or `weights` and `activations` [K]. Its
+  statistics are those of its activations; a product of two activations has
+  `activations` and `weights`, statistics of its first and second operand.
+
+  Attributes:
+    spec: the rules for thresholds and mixtures.
+    choices: the formats of each product.
+    learns: whether statistics learn from the operands.
+    notes: what is noted of each product: `operands`, `inputs` or nothing.
+  """
+
+  def __init__(
+    self,
+    spec: quant_spec.QuantSpec,
+    choices: Choices,
+    learns: bool = False,
+    notes: str = '',
+  ):
+    self.spec = spec
+    self.choices = choices
+    self.learns = learns
+    self.notes = notes
+
+  def first_statistics(self, product: products_lib.Product) -> dict[str, Any]:
+    """Returns the statistics of a product before the first batch.
+
+    Each array has the axes of the product's stack in front.
+    """
+    menus = self._menus(product)
+    first = {
+      side: grids.first_statistics(menu, self.spec.first_act_clip)
+      for side, menu in menus.items()
+      if menu is not None and _is_activation(product, side)
+    }
+    if product.side is not None:
+      first = first.get('activations', {})
+    return jax.tree.map(
+      lambda x: np.broadcast_to(x, product.stack + x.shape), first
+    )
+
+  def __call__(
+    self,
+    eqn: Any,
+    product: products_lib.Product,
+    operands: list[Any],
+    given: Mapping[str, Any],
+    statistics: Mapping[str, Any] | None,
+  ) -> tuple[jax.Array, Any, Any]:
+    """Returns the float32 product, its statistics, and what is noted of it."""
+    if product.kind == 'embed':
+      return self._lookup(eqn, product, operands, given)
+    contraction = contractions.of(eqn, operands)
+    assert contraction is not None
+    one = functools.partial(self._slices, product, len(product.slices))
+    pair = [operands[i] for i in (0, 1)]
+    return one(contraction, pair, given, statistics or {})
+
+  def _slices(
+    self, product, depth, contraction, pair, given, statistics
+  ) -> Any:
+    """Applies one product to each slice of the operands' batch axes."""
+    if not depth:
+      return self._product(product, contraction, pair, given, statistics)
+    inner, axes = contraction.slice()
+    one = functools.partial(self._slices, product, depth - 1, inner)
+    return jax.vmap(one, in_axes=(list(axes), 0, 0))(pair, given, statistics)
+
+  def _product(self, product, contraction, pair, given, statistics) -> Any:
+    sides, menus = product.sides(), self._menus(product)
+    x, w = (pair[i].astype(jnp.float32) for i in sides.values())
+    values = dict(activations=x, weights=w)
+    if self.learns:
+      statistics = self._observed(product, values, statistics)
+    on_grids = {
+      side: self._on_grid(product, contraction, side, value, statistics)
+      for side, value in values.items()
+    }
+    right = sides['weights']
+    dtypes = {side: _narrow(pair[i].dtype) for side, i in sides.items()}
+
+    def op(x: quantize.Quantized, w: quantize.Quantized) -> jax.Array:
+      y = contraction.scaled(
+        _cast(x, dtypes['activations']), _cast(w, dtypes['weights']), right
+      )
+      if product.side is None:
+        return y
+      return float_ops.computed_once(y, w.scale)
+
+    tied = self.choices[product.path].tied
+    if (
+      self.spec.mix == 'branched'
+      and tied
+      and self._is_relaxed(menus['weights'])
+    ):
+
+      def at(one_hot: jax.Array) -> jax.Array:
+        return op(*(on_grid(one_hot) for on_grid in on_grids.values()))
+
+      return mixture.branched(at, given['format']), statistics, None
+    chosen = {
+      side: self._chosen(
+        menus[side], on_grid, given.get('format', given.get(side))
+      )
+      for side, on_grid in on_grids.items()
+    }
+    y = op(chosen['activations'], chosen['weights'])
+    return y, statistics, self._noted(product, chosen, values)
+
+  def _lookup(self, eqn, product, operands, given) -> Any:
+    """Takes rows of a table, of which each row has a scale."""
+    table, *others = operands
+    w = table.astype(jnp.float32)
+    menu = self._menus(product)['weights']
+    on_grid = grids.weights(w, menu, self.spec.weight_clip, (1,))
+    q = self._chosen(menu, on_grid, given['weights'])
+    params = eqn.primitive.get_bind_params(eqn.params)
+    y = eqn.primitive.bind(q.values * q.scale, *others, **params)
+    return y, None, self._noted(product, dict(weights=q), dict(weights=w))
+
+  def _menus(self, product) -> dict[str, quant_spec.Menu | None]:
+    choices = self.choices[product.path]
+    menus = dict(activations=choices.activations, weights=choices.weights)
+    return {side: menus[side] for side in product.sides()}
+
+  def _observed(self, product, values, statistics) -> Any:
+    if product.side is not None:
+      return statistics and grids.observed(statistics, values['activations'])
+    return {
+      side: grids.observed(own, values[side])
+      for side, own in statistics.items()
+    }
+
+  def _on_grid(self, product, contraction, side, x, statistics) -> Any:
+    """Returns an operand as a function of its format."""
+    menu = self._menus(product)[side]
+    if menu is None:
+      return lambda one_hot: quantize.unquantized(x)
+    if not _is_activation(product, side):
+      summed = contraction.summed(product.side)
+      return grids.weights(x, menu, self.spec.weight_clip, summed)
+    own = statistics if product.side is not None else statistics[side]
+    return grids.activations(x, menu, own)
+
+  def _is_relaxed(self, menu) -> bool:
+    return menu is not None and len(menu) > 1 and self.spec.mix != 'sampled'
+
+  def _chosen(self, menu, on_grid, leaf) -> quantize.Quantized:
+    if menu is None:
+      return on_grid(np.ones(1))
+    if self._is_relaxed(menu):
+      return mixture.mixed(on_grid, leaf)
+    return on_grid(leaf)
+
+  def _noted(self, product, chosen, values) -> Any:
+    match self.notes:
+      case 'operands':
+        noted = {side: q.scale for side, q in chosen.items()}
+        if product.side is not None and product.is_stored:
+          noted['values'] = chosen['weights'].values
+        return noted
+      case 'inputs' if 'activations' in values:
+        return dict(x=values['activations'])
+    return None
+
+
+def _is_activation(product: products_lib.Product, side: str) -> bool:
+  return side == 'activations' or product.side is None
+
+
+def _narrow(dtype: Any) -> Any:
+  """Returns the dtype in which a product multiplies grid values.
+
+  Grid values are exact in bfloat16, but those of wide formats overflow float16.
+  """
+  return jnp.float32 if dtype == jnp.float16 else dtype
+
+
+def _cast(q: quantize.Quantized, dtype: Any) -> quantize.Quantized:
+  return quantize.Quantized(q.values.astype(dtype), q.scale)

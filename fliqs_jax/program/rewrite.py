@@ -1,0 +1,264 @@
+"""Runs a program with other operations in the place of its products.
+
+An interpreter of jaxprs. Each product that is replaced is `given` values (its
+formats, or what is stored of it), has `statistics`, which the run may change,
+and may `note` values, such as what it multiplies. Through scans these travel as
+further xs, carried values and ys.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import core
+import jax.numpy as jnp
+
+from fliqs_jax.program import equations
+from fliqs_jax.program import products as products_lib
+
+# (equation, product, operands, given, statistics) -> (float32 result,
+# statistics, what is noted).
+Rule = Callable[..., tuple[jax.Array, Any, Any]]
+Values = Mapping[str, Any]  # {path of a product: values}
+
+# Primitives that change the arrangement of a tensor, not its numbers.
+_ARRANGE = frozenset(
+  (
+    'broadcast_in_dim',
+    'copy',
+    'expand_dims',
+    'reshape',
+    'rev',
+    'slice',
+    'squeeze',
+    'transpose',
+  )
+)
+
+
+class Rewriter:
+  """A program with some of its products replaced.
+
+  Attributes:
+    products: the products that are replaced.
+    rule: what they are replaced by.
+    every_branch: whether both branches of a `cond` run, so that each product
+      notes its values.
+  """
+
+  def __init__(
+    self,
+    products: Iterable[products_lib.Product],
+    rule: Rule,
+    every_branch: bool = False,
+  ):
+    self.products = {product.place: product for product in products}
+    self.rule = rule
+    self.every_branch = every_branch
+
+  def __call__(
+    self,
+    program: Any,
+    operands: Sequence[Any],
+    given: Values,
+    statistics: Values,
+  ) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+    """Returns the results, the statistics and what was noted.
+
+    Args:
+      program: a closed jaxpr.
+      operands: values of its arguments.
+      given: what the rule gets of each product.
+      statistics: those of each product that has any.
+    """
+    body = equations.Body(program.jaxpr, program.consts)
+    return self._run(body, operands, given, statistics, ())
+
+  def _run(self, body, operands, given, statistics, place) -> Any:
+    values: dict[core.Var, Any] = {}
+    values.update(zip(body.jaxpr.constvars, body.consts, strict=True))
+    values.update(zip(body.jaxpr.invars, operands, strict=True))
+    wide = _Wide(values)
+    statistics, noted = dict(statistics), {}
+    for i, eqn in enumerate(body.jaxpr.eqns):
+      at = (*place, i)
+      with equations.context(eqn):
+        if product := self.products.get(at):
+          y, state, note = self.rule(
+            eqn,
+            product,
+            wide.operands(eqn, product.side),
+            given[product.path],
+            statistics.get(product.path),
+          )
+          statistics |= {} if state is None else {product.path: state}
+          noted |= {} if note is None else {product.path: note}
+          results = [wide.rounded(eqn, y)]
+        elif self._inside(at):
+          results, state, note = self._call(
+            eqn, wide.operands(eqn), given, statistics, at
+          )
+          statistics |= state
+          noted |= note
+        else:
+          results = wide.followed(eqn, equations.bind(eqn, wide.operands(eqn)))
+      values.update(zip(eqn.outvars, results, strict=True))
+    return [_read(values, v) for v in body.jaxpr.outvars], statistics, noted
+
+  def _inside(self, place) -> list[products_lib.Product]:
+    n = len(place)
+    return [p for at, p in self.products.items() if at[:n] == place]
+
+  def _call(self, eqn, operands, given, statistics, place) -> Any:
+    match equations.name(eqn):
+      case 'scan':
+        call = self._scan
+      case 'cond':
+        call = self._cond
+      case _:
+        call = self._once
+    return call(eqn, operands, given, statistics, place)
+
+  def _once(self, eqn, operands, given, statistics, place) -> Any:
+    body = equations.body(eqn)
+
+    def run(operands, given, statistics):
+      return self._run(body, operands, given, statistics, place)
+
+    paths = [product.path for product in self._inside(place)]
+    results, statistics, noted = equations.rerun(eqn, run)(
+      equations.constrained(eqn, 'in_shardings', operands),
+      _of(paths, given),
+      _of(paths, statistics),
+    )
+    results = equations.constrained(eqn, 'out_shardings', results)
+    return results, statistics, noted
+
+  def _scan(self, eqn, operands, given, statistics, place) -> Any:
+    scan = equations.scan(eqn)
+    after = scan.consts + scan.carries
+    consts, carried = operands[: scan.consts], operands[scan.consts : after]
+    inside = self._inside(place)
+    apart = [p.path for p in inside if place in dict(p.scans)]
+    shared = [p.path for p in inside if place not in dict(p.scans)]
+
+    def iteration(carry, xs):
+      (carried, state), (xs, own_given, own_state) = carry, xs
+      results, new, noted = self._run(
+        scan.body,
+        [*consts, *carried, *xs],
+        _of(shared, given) | own_given,
+        state | own_state,
+        place,
+      )
+      carried, ys = results[: scan.carries], results[scan.carries :]
+      return (carried, _of(shared, new)), (ys, _of(apart, new), noted)
+
+    (carried, state), (ys, own_state, noted) = lax.scan(
+      iteration,
+      (carried, _of(shared, statistics)),
+      (operands[after:], _of(apart, given), _of(apart, statistics)),
+      **scan.options,
+    )
+    # All iterations multiply the same weights at the same scales.
+    noted |= jax.tree.map(lambda x: x[0], _of(shared, noted))
+    return [*carried, *ys], state | own_state, noted
+
+  def _cond(self, eqn, operands, given, statistics, place) -> Any:
+    index, *operands = operands
+    paths = [product.path for product in self._inside(place)]
+    given, statistics = _of(paths, given), _of(paths, statistics)
+    branches = [
+      self._branch(body, (*place, i))
+      for i, body in enumerate(equations.branches(eqn))
+    ]
+    if not self.every_branch:
+      results, state, _ = lax.switch(
+        index, branches, operands, given, statistics
+      )
+      return results, state, {}
+    each = [branch(operands, given, statistics) for branch in branches]
+    results = [
+      lax.select_n(index, *same)
+      for same in zip(*(results for results, _, _ in each))
+    ]
+    noted = {}
+    for _, _, note in each:
+      noted |= note
+    return results, statistics, noted
+
+  def _branch(self, body, place) -> Callable[..., Any]:
+    def run(operands, given, statistics):
+      results, statistics, noted = self._run(
+        body, operands, given, statistics, place
+      )
+      return results, statistics, noted if self.every_branch else {}
+
+    return run
+
+
+class _Wide:
+  """Values of a wider type than the program has, where products need them.
+
+  Weights are quantized as they were before a cast to a narrower type. A bias is
+  added to the float32 sums before they are rounded, as in a fused kernel.
+  """
+
+  def __init__(self, values: dict[core.Var, Any]):
+    self.values = values
+    self.wide: dict[core.Var, Any] = {}
+    self.sums: set[core.Var] = set()
+
+  def operands(self, eqn: core.JaxprEqn, weights: int | None = None) -> Any:
+    """Returns the operands of an equation, the weights as before a cast."""
+    return [
+      self._wide(v) if i == weights else _read(self.values, v)
+      for i, v in enumerate(eqn.invars)
+    ]
+
+  def rounded(self, eqn: core.JaxprEqn, y: jax.Array) -> jax.Array:
+    """Returns the float32 result of a product in the program's type."""
+    (out,) = eqn.outvars
+    if out.aval.dtype != y.dtype:
+      self.wide[out] = y
+      self.sums.add(out)
+    return y.astype(out.aval.dtype)
+
+  def followed(self, eqn: core.JaxprEqn, results: list[Any]) -> list[Any]:
+    """Follows an equation; returns its results, biases added before rounding."""
+    name = equations.name(eqn)
+    variables = [v for v in eqn.invars if not isinstance(v, core.Literal)]
+    if name == 'convert_element_type' and variables:
+      (out,), before = eqn.outvars, variables[0].aval.dtype
+      both_floats = all(
+        jnp.issubdtype(dtype, jnp.floating)
+        for dtype in (before, out.aval.dtype)
+      )
+      if both_floats and before.itemsize > out.aval.dtype.itemsize:
+        self.wide[out] = self._wide(variables[0])
+    elif name in _ARRANGE and variables and variables[0] in self.wide:
+      (out,) = eqn.outvars
+      (self.wide[out],) = equations.bind(
+        eqn, [self._wide(v) for v in eqn.invars]
+      )
+      if variables[0] in self.sums:
+        self.sums.add(out)
+    elif name == 'add' and self.sums.intersection(variables):
+      (out,) = eqn.outvars
+      lhs, rhs = (jnp.asarray(self._wide(v), jnp.float32) for v in eqn.invars)
+      return [(lhs + rhs).astype(out.aval.dtype)]
+    return results
+
+  def _wide(self, atom: Any) -> Any:
+    if not isinstance(atom, core.Literal) and atom in self.wide:
+      return self.wide[atom]
+    return _read(self.values, atom)
+
+
+def _read(values: Mapping[core.Var, Any], atom: Any) -> Any:
+  return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+
+def _of(paths: Iterable[str], values: Values) -> dict[str, Any]:
+  return {path: values[path] for path in paths if path in values}

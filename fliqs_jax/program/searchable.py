@@ -1,0 +1,425 @@
+"""Search of any JAX model, without a change to the model's code.
+
+`Searchable.apply` traces the model to a jaxpr and runs it with quantized
+products in the place of its own. So whatever the model is written with, its
+parameters keep their names, shapes and values.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import fnmatch
+from typing import Any, NamedTuple
+
+from flax import core
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fliqs_jax.layers import other_layers
+from fliqs_jax.numerics import one_hot as one_hot_lib
+from fliqs_jax.program import models
+from fliqs_jax.program import products as products_lib
+from fliqs_jax.program import quantized
+from fliqs_jax.program import rewrite
+from fliqs_jax.space import ops as ops_lib
+from fliqs_jax.space import quant_spec
+
+STACKS = ('separate', 'shared')
+# Collections of the search; `operands` and `act_inputs` are only noted.
+_ARCH, _STATS, _COST = 'arch', 'quant_stats', 'cost'
+_NOTES = {'operands': 'operands', 'act_inputs': 'inputs'}
+
+
+def searchable(
+  model: Any,
+  spec: quant_spec.QuantSpec | None = None,
+  *,
+  params: Any = None,
+  embed: bool = False,
+  attention: bool = False,
+  stacks: str = 'separate',
+) -> 'Searchable':
+  """Makes a model searchable.
+
+  Args:
+    model: a linen module that is not bound to variables, an NNX module, a
+      transformed Haiku function, an Equinox module, or a pure function
+      `f(params, *inputs)`.
+    spec: the formats that its products may use; patterns match the paths that
+      `coverage` lists.
+    params: parameters of a function, a tree with arrays; only for a function.
+    embed: whether tables of which rows are looked up are quantized.
+    attention: whether products of two activations are quantized; the two of
+      attention are `qk` and `av` below their path.
+    stacks: `separate`: each iteration of a scan and each slice of a batch axis
+      of the weights has its own decision; `shared`: all share one. Groups of
+      the spec join decisions further.
+
+  Returns:
+    A model for `find_decisions`, `create_state` and a training loop.
+
+  Raises:
+    ValueError: `model` is none of these, or an option is unknown.
+  """
+  if stacks not in STACKS:
+    raise ValueError(
+      f'stacks={stacks!r} is unknown; allowed: {", ".join(STACKS)}'
+    )
+  spec = spec or quant_spec.QuantSpec()
+  return Searchable(
+    models.adapted(model, params), spec, embed, attention, stacks
+  )
+
+
+class Part(NamedTuple):
+  """One product of a model, and the formats that it may use.
+
+  Attributes:
+    product: the product.
+    choices: its formats.
+    reason: why it has none; empty if it has some.
+  """
+
+  product: products_lib.Product
+  choices: quant_spec.Choices
+  reason: str
+
+
+class Traced(NamedTuple):
+  """A call of a model as a program.
+
+  Attributes:
+    program: the closed jaxpr; its arguments are the arrays of variables and
+      arguments, in the order of `operands`.
+    operands: the values of its arguments.
+    parts: its products.
+    outputs: structure of its results: outputs and changed collections.
+  """
+
+  program: Any
+  operands: list[Any]
+  parts: tuple[Part, ...]
+  outputs: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Searchable:
+  """A model with decisions; `init` and `apply` are as linen's.
+
+  Besides the model's own collections there are `arch`, {path of a layer: one-hot
+  vectors}, and `quant_stats`, {path of a product: statistics}.
+
+  Attributes:
+    model: the original model, in the form of a linen module.
+    spec: the formats that its products may use.
+    embed: whether tables that are looked up are quantized.
+    attention: whether products of two activations are quantized.
+    stacks: `separate` or `shared`: decisions of iterations and slices.
+  """
+
+  model: Any
+  spec: quant_spec.QuantSpec
+  embed: bool
+  attention: bool
+  stacks: str
+
+  def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Returns the variables; `params` are those of the model's own `init`.
+
+    Args:
+      rngs: a key, or a dict of keys.
+      *args: positional arguments of the model's call.
+      **kwargs: keyword arguments of the model's call, static.
+
+    Raises:
+      ValueError: the model cannot be called so, or a rule of the spec does not
+        fit it.
+    """
+    variables = self._init(rngs, *args, **kwargs)
+    parts = self.parts(variables, rngs, *args, **kwargs)
+    arch, stats = {}, {}
+    rule = self._rule(parts)
+    for part in parts:
+      leaves = _leaves(part)
+      for path in part.product.iterations() if leaves else ():
+        for leaf, menu in leaves.items():
+          arch[products_lib.join(path, leaf)] = jnp.eye(len(menu))[0]
+      if leaves and (first := rule.first_statistics(part.product)):
+        stats[part.product.path] = jax.tree.map(jnp.asarray, first)
+    collections = {_ARCH: products_lib.nested(arch)}
+    if stats:
+      collections[_STATS] = products_lib.nested(stats)
+    return variables | (collections if arch else {})
+
+  def apply(
+    self,
+    variables: Mapping[str, Any],
+    *args: Any,
+    mutable: Any = False,
+    rngs: Any = None,
+    **kwargs: Any,
+  ) -> Any:
+    """Applies the model with the formats that `arch` selects.
+
+    Args:
+      variables: `params` and the other collections of `init`; `arch` is
+        `space.expand(choices)`.
+      *args: positional arguments of the model's call.
+      mutable: False, True, or the names of the collections that may change.
+        With `quant_stats` among them, the running statistics are updated; with
+        `operands`, the scales and stored weights of each product are noted
+        there, and with `act_inputs` its activations.
+      rngs: {name: typed PRNG key []} of a model that draws random numbers.
+      **kwargs: keyword arguments of the model's call, static or arrays.
+
+    Returns:
+      The model's outputs; with `mutable`, also the changed collections.
+
+    Raises:
+      ValueError: the model cannot be called so, or the variables lack entries
+        of `arch` or `quant_stats`.
+    """
+    variables = core.unfreeze(variables)
+    wanted = _names(mutable, variables)
+    own = {_ARCH, _STATS, _COST, *_NOTES}
+    traced = self.trace(
+      {k: v for k, v in variables.items() if k not in own},
+      args,
+      kwargs,
+      rngs,
+      [name for name in wanted if name not in own],
+    )
+    notes = ''.join(_NOTES[name] for name in wanted if name in _NOTES)
+    open_parts = [part for part in traced.parts if not part.reason]
+    rule = self._rule(open_parts, _STATS in wanted, notes)
+    given, stats = self._state(open_parts, variables, rule)
+    run = rewrite.Rewriter(
+      [part.product for part in open_parts], rule, every_branch=bool(notes)
+    )
+    results, stats, noted = run(traced.program, traced.operands, given, stats)
+    outputs, changed = jax.tree.unflatten(traced.outputs, results)
+    if mutable is False:
+      return outputs
+    changed = dict(changed)
+    if _STATS in wanted and _STATS in variables:
+      changed[_STATS] = products_lib.nested(stats)
+    for name in wanted:
+      if name in _NOTES:
+        changed[name] = products_lib.nested(noted)
+    return outputs, changed
+
+  def ops(
+    self, *args: Any, **kwargs: Any
+  ) -> tuple[tuple[ops_lib.Op, ...], int]:
+    """Returns the ops of a call, one per iteration, and the number of params.
+
+    Args:
+      *args: positional arguments of the model's call, arrays or shapes.
+      **kwargs: keyword arguments of the model's call, static.
+    """
+    key = jax.random.key(0)
+    variables = jax.eval_shape(
+      lambda *args: self._init(key, *args, **kwargs), *args
+    )
+    ops = []
+    for product, choices, _ in self.parts(variables, key, *args, **kwargs):
+      shape = ops_lib.OpShape(
+        kind=product.kind,
+        macs=product.macs * product.calls,
+        weights=product.weights,
+        channels=product.channels,
+        weight_menu=choices.weights,
+        act_menu=choices.activations,
+        tied=choices.tied,
+      )
+      is_stacked = bool(product.stack)
+      ops += [
+        ops_lib.Op(
+          path,
+          shape,
+          product.layer if is_stacked else '',
+          is_stacked and self.stacks == 'shared',
+        )
+        for path in product.iterations()
+      ]
+    leaves = jax.tree.leaves(variables.get('params', {}))
+    return tuple(ops), sum(int(np.prod(leaf.shape)) for leaf in leaves)
+
+  def parts(
+    self, variables: Mapping[str, Any], rngs: Any, *args: Any, **kwargs: Any
+  ) -> tuple[Part, ...]:
+    """Returns the products of a call whose collections may all change."""
+    if not isinstance(rngs, Mapping):
+      rngs = dict(params=rngs)
+    names = [name for name in variables if name != 'params']
+    return self.trace(variables, args, kwargs, rngs, names).parts
+
+  def trace(
+    self,
+    variables: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    rngs: Any,
+    mutable: list[str],
+  ) -> Traced:
+    """Returns a call of the model as a program.
+
+    Args:
+      variables: the model's own collections.
+      args: positional arguments of the call; what is no array is static.
+      kwargs: keyword arguments of the call; what is no array is static.
+      rngs: {name: key} or None.
+      mutable: names of the model's collections that may change.
+    """
+    leaves, treedef = jax.tree.flatten((variables, args, kwargs, rngs))
+    is_array = [models.is_array(leaf) for leaf in leaves]
+    arrays = [leaf for leaf, array in zip(leaves, is_array) if array]
+
+    def call(*arrays: Any) -> Any:
+      given = iter(arrays)
+      filled = [
+        next(given) if array else leaf for leaf, array in zip(leaves, is_array)
+      ]
+      variables, args, kwargs, rngs = treedef.unflatten(filled)
+      random = {} if rngs is None else dict(rngs=rngs)
+      result = self.model.apply(
+        variables, *args, mutable=mutable or False, **random, **kwargs
+      )
+      outputs, changed = result if mutable else (result, {})
+      return outputs, core.unfreeze(changed)
+
+    program, shapes = jax.make_jaxpr(call, return_shape=True)(*arrays)
+    names = products_lib.paths(_only_arrays(variables))
+    root = type(self.model).__name__
+    found = products_lib.find(program, names, root)
+    return Traced(
+      program, arrays, self._parts(found), jax.tree.structure(shapes)
+    )
+
+  def _init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    if isinstance(self.model, nn.Module):
+      kwargs['mutable'] = core.DenyList('intermediates')
+    return dict(core.unfreeze(self.model.init(rngs, *args, **kwargs)))
+
+  def _parts(
+    self, products: tuple[products_lib.Product, ...]
+  ) -> tuple[Part, ...]:
+    looked_up = {p.layer for p in products if p.kind == 'embed'}
+    return tuple(
+      Part(product, *self._choices(product, product.layer in looked_up))
+      for product in products
+      if product.kind != 'embed' or self.embed
+    )
+
+  def _choices(
+    self, product: products_lib.Product, is_table: bool
+  ) -> tuple[quant_spec.Choices, str]:
+    """Returns the formats of a product; if it has none, also why."""
+    none = quant_spec.Choices(None, None, False)
+    if product.reason:
+      return none, product.reason
+    if product.side is None and not self.attention:
+      return none, 'attention=True quantizes products of two activations'
+    choices = self.spec.choices(product.layer)
+    if product.side is None:
+      choices = other_layers.product_choices(self.spec, product.layer)
+    elif is_table and self.embed:
+      # The table has one format, whatever its rows are multiplied by.
+      inputs = None if product.kind == 'embed' else choices.activations
+      choices = quant_spec.Choices(choices.weights, inputs, False)
+    if choices.weights is None and choices.activations is None:
+      return none, _why_not(self.spec, product.layer)
+    return choices, ''
+
+  def _rule(
+    self, parts: Any, learns: bool = False, notes: str = ''
+  ) -> quantized.Quantized:
+    choices = {part.product.path: part.choices for part in parts}
+    return quantized.Quantized(self.spec, choices, learns, notes)
+
+  def _state(
+    self,
+    parts: list[Part],
+    variables: Mapping[str, Any],
+    rule: quantized.Quantized,
+  ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the formats and the statistics of each product."""
+    arch = products_lib.flattened(variables.get(_ARCH, {}))
+    flat = products_lib.flattened(variables.get(_STATS, {}))
+    given, stats = {}, {}
+    for part in parts:
+      path = part.product.path
+      given[path] = {
+        leaf: self._stacked(part.product, leaf, menu, arch)
+        for leaf, menu in _leaves(part).items()
+      }
+      first = rule.first_statistics(part.product)
+      if first:
+        names = products_lib.flattened(first)
+        own = {name: products_lib.join(path, name) for name in names}
+        missing = [name for name in own.values() if name not in flat]
+        if missing:
+          raise ValueError(
+            f'the variables lack quant_stats/{missing[0]}: they are '
+            'those of another model or of another call; use those of `init`'
+          )
+        stats[path] = products_lib.nested(
+          {name: flat[key] for name, key in own.items()}
+        )
+    return given, stats
+
+  def _stacked(self, product, leaf, menu, arch) -> Any:
+    """Returns the one-hot vectors of all iterations and slices of a product."""
+    rows = []
+    for path in product.iterations():
+      name = products_lib.join(path, leaf)
+      if name not in arch:
+        raise ValueError(
+          f'the variables lack arch/{name}: pass '
+          'arch=space.expand(choices), where space is what find_decisions '
+          'returned for this model'
+        )
+      row = arch[name]
+      if self.spec.mix == 'sampled' or len(menu) == 1:
+        one_hot_lib.check(name, row)
+      rows.append(jnp.asarray(row))
+    if not product.stack:
+      return rows[0]
+    return jnp.stack(rows).reshape((*product.stack, len(menu)))
+
+
+def _leaves(part: Part) -> dict[str, quant_spec.Menu]:
+  """Returns {name of a leaf of `arch`: its menu} of a product."""
+  choices = part.choices
+  if choices.tied and choices.weights is not None:
+    return {'format': choices.weights}
+  menus = {'weights': choices.weights, 'activations': choices.activations}
+  return {side: menu for side, menu in menus.items() if menu is not None}
+
+
+def _why_not(spec: quant_spec.QuantSpec, path: str) -> str:
+  for pattern in spec.exclude:
+    if fnmatch.fnmatchcase(path, pattern):
+      return f'quant.exclude {pattern!r}'
+  if spec.assignment is not None:
+    return 'the assignment leaves it unquantized'
+  return f'quant.mode={spec.mode!r}'
+
+
+def _only_arrays(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x if models.is_array(x) else None, tree)
+
+
+def _names(mutable: Any, variables: Mapping[str, Any]) -> tuple[str, ...]:
+  """Returns the names of the collections that may change."""
+  if isinstance(mutable, core.DenyList):
+    raise ValueError(
+      'mutable: name the collections that may change; a DenyList would also '
+      'let params and arch change'
+    )
+  if mutable is False:
+    return ()
+  if mutable is True:
+    return tuple(variables)
+  return (mutable,) if isinstance(mutable, str) else tuple(mutable)

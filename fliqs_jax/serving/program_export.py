@@ -1,0 +1,313 @@
+"""Export of a searched model as programs, and the check that they agree.
+
+  fliqs.export_model(model, variables, choices, images, out=DIR)
+  served = serving.load(DIR)
+
+The files need neither the model's code nor this package.
+"""
+
+from collections.abc import Mapping
+import json
+import os
+import platform
+from typing import Any
+
+from flax import core
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fliqs_jax.program import products as products_lib
+from fliqs_jax.program import searchable as searchable_lib
+from fliqs_jax.runtime import versions
+from fliqs_jax.serving import export_files
+from fliqs_jax.serving import program_model
+from fliqs_jax.serving import programs
+from fliqs_jax.serving import pytrees
+from fliqs_jax.serving import qwix_rules
+from fliqs_jax.serving import stored_products
+from fliqs_jax.space import discovery
+
+# Largest difference of an output, relative to the largest output. Other
+# hardware adds floats in another order, which may round a value that lies
+# between two grid points to the other one.
+_TOLERANCE = 0.05
+
+# Collections that only the search reads.
+_SEARCH = ('arch', 'quant_stats', 'cost')
+
+
+def export_model(
+  model: searchable_lib.Searchable,
+  variables: Mapping[str, Any],
+  choices: Mapping[str, Any],
+  /,
+  *args: Any,
+  out: str | os.PathLike[str],
+  rngs: Mapping[str, jax.Array] | None = None,
+  **kwargs: Any,
+) -> dict[str, Any]:
+  """Writes a searched model with packed low-bit weights.
+
+  Weights and scales are those that the products multiply in the search's
+  evaluation (Eq. 10, 11).
+
+  Args:
+    model: a model that `searchable` made.
+    variables: `params`, `quant_stats` and the other collections after training,
+      without `arch`, which `choices` gives.
+    choices: {decision: [K]}; the largest entry selects the option.
+    *args: example inputs, arrays [N, ...] or pytrees of them; they are stored
+      with the outputs of the search's evaluation.
+    out: path of a directory that is empty or does not exist.
+    rngs: {name: typed PRNG key []} of a model that draws random numbers when it
+      evaluates; then the served model takes such keys, too.
+    **kwargs: keyword arguments of the model's call, static.
+
+  Returns:
+    The manifest, plain JSON values, as in `manifest.json`.
+
+  Raises:
+    ValueError: the directory is not empty; the model cannot be called with
+      these arguments; the choices are those of another model; activations were
+      never quantized in training; or a product cannot be served in its stored
+      format: there is no fallback to float.
+  """
+  export_files.check_free(out)
+  if not isinstance(model, searchable_lib.Searchable):
+    raise ValueError(
+      f'{type(model).__name__} was not made by searchable; pass the model that '
+      'searchable returned'
+    )
+  for name in ('mutable', 'capture_intermediates'):
+    if name in kwargs:
+      raise ValueError(
+        f'{name}={kwargs[name]!r}: a served model changes no variables; give '
+        'the keyword arguments of an evaluation'
+      )
+  args = jax.tree.map(jnp.asarray, args)
+  space = discovery.find(model, *args, **kwargs)
+  check_choices(space, choices)
+  assignment = space.assignment(choices)
+  variables = plain(variables)
+  arch = space.expand(space.choices(assignment))
+  return write(
+    out,
+    model,
+    {**variables, 'arch': arch},
+    assignment,
+    dict(
+      arch=dict(
+        layers={
+          path: dict(weights=weights, activations=activations)
+          for path, (weights, activations) in assignment.items()
+        }
+      )
+    ),
+    args,
+    rngs,
+    kwargs,
+  )
+
+
+def write(
+  out: str | os.PathLike[str],
+  model: searchable_lib.Searchable,
+  variables: Mapping[str, Any],
+  assignment: stored_products.Assignment,
+  manifest: Mapping[str, Any],
+  args: tuple[Any, ...],
+  rngs: Any,
+  call: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Writes an export, after comparing the served program with the search's.
+
+  Args:
+    out: path of a directory that is empty or does not exist.
+    model: the searched model.
+    variables: its collections, `arch` and settled statistics included.
+    assignment: the same architecture as {layer: (weights, activations)}.
+    manifest: entries of the manifest that describe the model.
+    args: example inputs.
+    rngs: {name: key} of a model that draws random numbers, or None.
+    call: keyword arguments of the model's call, static.
+
+  Returns:
+    The manifest as written.
+
+  Raises:
+    ValueError: the served outputs differ from those of the search, or the
+      export cannot be written.
+  """
+  random = {} if rngs is None else dict(rngs=rngs)
+
+  def evaluate(variables: Any, args: Any, random: Any) -> Any:
+    return model.apply(
+      variables, *args, mutable=['operands'], **random, **call
+    )
+
+  def outputs_of(variables: Any, args: Any, random: Any) -> Any:
+    return model.apply(variables, *args, **random, **call)
+
+  outputs = jax.jit(outputs_of)(variables, args, random)
+  noted = jax.device_get(
+    jax.jit(lambda *given: evaluate(*given)[1])(variables, args, random)
+  )
+  own = {k: v for k, v in variables.items() if k not in _SEARCH}
+  parts = model.trace(own, args, call, rngs, []).parts
+  stored = stored_products.stored(
+    parts, variables, assignment, noted.get('operands', {})
+  )
+  served = program_model.make(model, own, call, stored, args, rngs)
+  tensors = served.tensors
+  leaves = [program_model.raw(x) for x in jax.tree.leaves((args, rngs))]
+  operands = jax.jit(lambda t: served.unpack(t, False))(tensors)
+  given = jax.jit(served.run)(operands, *leaves)
+  names = [
+    products_lib.join('outputs', path) for path in products_lib.paths(outputs)
+  ]
+  expected = dict(zip(names, jax.tree.leaves(outputs)))
+  found = difference(leaves, dict(zip(names, given)), expected)
+  if not is_close(found):
+    raise ValueError(
+      f'{found["output"]} of the served model differs from the search by up to '
+      f'{found["max_difference"]}, with a largest output of '
+      f'{found["largest_output"]}'
+    )
+  files, is_open = _programs(served, tensors, leaves)
+  rules, missing = qwix_rules.rules(stored.layers)
+  references = expected | dict(
+    zip(_input_names(args, rngs), leaves, strict=True)
+  )
+  files |= {
+    export_files.REFERENCE: export_files.packed_file(
+      {name: np.asarray(x) for name, x in references.items()}
+    ),
+    'qwix.json': json.dumps(rules, indent=2).encode() + b'\n',
+  }
+  manifest = dict(
+    versions=versions.versions(),
+    machine=f'{platform.machine()} {jax.default_backend()}',
+    **manifest,
+    inputs=pytrees.describe((args, rngs)),
+    outputs=pytrees.describe(outputs),
+    keys=[
+      str(jax.random.key_impl(x)) if program_model.is_key(x) else None
+      for x in jax.tree.leaves((args, rngs))
+    ],
+    reference=found,
+    program=dict(batch='any' if is_open else found['examples']),
+    qwix_cannot_express=missing,
+  )
+  return export_files.write(out, manifest, stored.layers, tensors, files)
+
+
+def _programs(
+  served: program_model.ProgramModel, tensors: Any, leaves: list[Any]
+) -> tuple[dict[str, bytes], bool]:
+  """Returns {name of a file: program}, and whether the batch size is open."""
+  files, is_open = {}, []
+  for unpack_name, model_name, unsigned, platforms in (
+    (programs.UNPACK, programs.MODEL, False, programs.PLATFORMS),
+    (programs.VNNI_UNPACK, programs.VNNI_MODEL, True, ('cpu',)),
+  ):
+
+    def unpack(tensors: Any, unsigned: bool = unsigned) -> list[Any]:
+      return jax.tree.leaves(served.unpack(tensors, unsigned))
+
+    shapes = jax.eval_shape(lambda t, u=unsigned: served.unpack(t, u), tensors)
+    structure = jax.tree.structure(shapes)
+
+    def run(
+      operands: list[Any], *inputs: Any, structure: Any = structure
+    ) -> list[Any]:
+      return served.run(structure.unflatten(operands), *inputs)
+
+    files[unpack_name] = programs.serialize(
+      unpack, tensors, platforms=platforms
+    )
+    files[model_name], opened = programs.serialize_for_batches(
+      run, jax.tree.leaves(shapes), *leaves, platforms=platforms
+    )
+    is_open.append(opened)
+  return files, all(is_open)
+
+
+def _input_names(args: Any, rngs: Any) -> list[str]:
+  names = [f'inputs/{path}' for path in products_lib.paths(args)]
+  return names + [f'rngs/{path}' for path in products_lib.paths(rngs)]
+
+
+def check_choices(space: Any, choices: Mapping[str, Any]) -> None:
+  """Checks that choices are those of a space.
+
+  Raises:
+    ValueError: decisions are missing or surplus; the message names them.
+  """
+  known, given = {d.name for d in space.decisions}, set(choices)
+  if known != given:
+    raise ValueError(
+      'choices: missing are '
+      f'{", ".join(sorted(known - given)) or "none"}; surplus are '
+      f'{", ".join(sorted(given - known)) or "none"}'
+    )
+
+
+def plain(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the collections without boxes; every leaf must be an array.
+
+  Raises:
+    ValueError: a leaf is no array; the message names it.
+  """
+  plain_ones = core.unfreeze(nn.meta.unbox(variables))
+  plain_ones = {k: v for k, v in plain_ones.items() if k != 'cost'}
+  for path, leaf in program_model.named(plain_ones).items():
+    if not hasattr(leaf, 'dtype'):
+      raise ValueError(
+        f'variables: {path} is a {type(leaf).__name__}; it must be an array'
+      )
+  return plain_ones
+
+
+def difference(
+  inputs: list[Any], served: Mapping[str, Any], expected: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the largest difference among several outputs, by name.
+
+  Args:
+    inputs: leaves of the inputs, examples on the first axis.
+    served: {name: output} of the served model.
+    expected: {name: output} of the search.
+  """
+  each = []
+  for name, reference in expected.items():
+    x, y = (np.asarray(program_model.raw(a)) for a in (served[name], reference))
+    same = (x == y) | ((x != x) & (y != y))
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    apart = np.abs(np.where(same, 0, x) - np.where(same, 0, y))
+    largest = np.abs(y).max(initial=0, where=np.isfinite(y))
+    each.append(
+      dict(
+        output=name,
+        bit_equal=bool(same.all()),
+        max_difference=float(apart.max(initial=0)),
+        largest_output=float(largest),
+      )
+    )
+  # NaN counts as the largest difference.
+  worst = max(each, key=lambda one: np.nan_to_num(_share(one), nan=np.inf))
+  first = inputs[0] if inputs else np.zeros(())
+  return worst | dict(
+    examples=len(first) if np.ndim(first) else 1,
+    bit_equal=all(one['bit_equal'] for one in each),
+  )
+
+
+def _share(found: Mapping[str, Any]) -> float:
+  return found['max_difference'] / max(found['largest_output'], 1e-30)
+
+
+def is_close(found: Mapping[str, Any]) -> bool:
+  """Returns whether a difference is one of rounding."""
+  return _share(found) <= _TOLERANCE

@@ -1,0 +1,117 @@
+"""Loading of an export as programs: it needs no module.
+
+  served = serving.load(DIR)
+  logits = served(images)
+"""
+
+from collections.abc import Mapping
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fliqs_jax.numerics import int8_ops
+from fliqs_jax.serving import export_files
+from fliqs_jax.serving import program_model
+from fliqs_jax.serving import programs
+from fliqs_jax.serving import pytrees
+
+
+class Served:
+  """A model that runs in low-bit arithmetic.
+
+  Attributes:
+    manifest: the export's manifest.
+    operands: what its program reads beside the inputs, on the device.
+    at_once: number of examples that run together; None: all. Larger batches run
+      in slices; then every input and output has the examples on its first axis.
+  """
+
+  def __init__(
+    self,
+    content: export_files.Content,
+    unpack: bytes,
+    model: bytes,
+    at_once: int | None = None,
+  ):
+    self.manifest = content.manifest
+    self.at_once = at_once
+    unpacked = jax.jit(programs.deserialize(unpack).call)(content.tensors)
+    self.operands = jax.device_put(unpacked)
+    self._run = jax.jit(programs.deserialize(model).call)
+
+  def __call__(self, *inputs: Any, rngs: Any = None) -> Any:
+    """Returns the model's outputs for its inputs; compiles once per shape.
+
+    Args:
+      *inputs: arrays [N, ...] or pytrees of them, as in the model's call.
+      rngs: {name: typed PRNG key []} if the export got such.
+
+    Raises:
+      ValueError: the inputs have another structure than the example inputs.
+    """
+    description = pytrees.describe((inputs, rngs))
+    if pytrees.shape(description) != pytrees.shape(self.manifest['inputs']):
+      raise ValueError(
+        'the inputs have another structure than those of the export: got '
+        f'{pytrees.shape(description)}, expected '
+        f'{pytrees.shape(self.manifest["inputs"])}'
+      )
+    leaves = [program_model.raw(x) for x in jax.tree.leaves((inputs, rngs))]
+    if self.at_once is None or len(leaves[0]) <= self.at_once:
+      outputs = self._run(self.operands, *leaves)
+    else:
+      step = self.at_once
+      parts = [
+        self._run(self.operands, *(x[i : i + step] for x in leaves))
+        for i in range(0, len(leaves[0]), step)
+      ]
+      outputs = [jnp.concatenate(same) for same in zip(*parts)]
+    return pytrees.build(self.manifest['outputs'], outputs)
+
+
+def load(
+  directory: str | os.PathLike[str],
+  content: export_files.Content,
+  at_once: int | None,
+) -> Served:
+  """Returns the model of an export.
+
+  Args:
+    directory: path of the export.
+    content: its content.
+    at_once: number of examples that run together; None: all.
+
+  Raises:
+    ValueError: a program is missing or damaged.
+  """
+  names = programs.UNPACK, programs.MODEL
+  if int8_ops.prefers_unsigned():
+    names = programs.VNNI_UNPACK, programs.VNNI_MODEL
+  unpack, model = (
+    export_files.read_file(directory, content.manifest, name) for name in names
+  )
+  return Served(content, unpack, model, at_once)
+
+
+def reference(
+  directory: str | os.PathLike[str], manifest: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Any, dict[str, np.ndarray]]:
+  """Returns the example inputs, the keys, and {name: output} for them.
+
+  Raises:
+    ValueError: a file is missing or damaged.
+  """
+  arrays = export_files.read_tensors(
+    directory, manifest, export_files.REFERENCE
+  )
+  outputs = {k: v for k, v in arrays.items() if k.startswith('outputs')}
+  given = [v for k, v in arrays.items() if k not in outputs]
+  leaves = [
+    x if impl is None else jax.random.wrap_key_data(jnp.asarray(x), impl=impl)
+    for x, impl in zip(given, manifest['keys'], strict=True)
+  ]
+  args, rngs = pytrees.build(manifest['inputs'], leaves)
+  return args, rngs, outputs

@@ -1,0 +1,94 @@
+"""StableHLO programs of a served model, for machines without this package.
+
+  import json, jax, numpy
+  read = lambda name: jax.export.deserialize(bytearray(open(name, 'rb').read()))
+  operands = read('unpack.stablehlo').call(tensors)
+  outputs = read('model.stablehlo').call(operands, *leaves_of_the_inputs)
+
+`tensors` is {name: array} of weights.safetensors. `unpack` decodes packed
+weights once; `model` takes its results and the leaves of the inputs, and
+returns the leaves of the outputs. So tensors are not stored twice, and scales
+are not constants, which XLA would reassociate. The batch size is symbolic if
+the model allows it.
+
+Products are int8 x int8 -> int32, which every platform has; convolutions become
+such products, except on TPU, which has an int8 convolution. The programs whose
+names end in `.vnni` are the same for CPUs that multiply uint8 by int8 faster.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+
+UNPACK, MODEL = 'unpack.stablehlo', 'model.stablehlo'
+VNNI_UNPACK, VNNI_MODEL = 'unpack.vnni.stablehlo', 'model.vnni.stablehlo'
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+
+
+def serialize(
+  function: Callable[..., Any], *args: Any, platforms: Sequence[str]
+) -> bytes:
+  """Returns a serialized function.
+
+  Args:
+    function: a function of arrays, lists and dicts of them, to a list.
+    *args: example arguments, or their shapes; only these are used.
+    platforms: names of the platforms that it is lowered for.
+
+  Raises:
+    ValueError: it cannot be lowered to StableHLO.
+  """
+  export = jax.export.export(jax.jit(function), platforms=platforms)
+  try:
+    return bytes(export(*jax.tree.map(_shape, args)).serialize())
+  except ValueError as error:
+    raise ValueError(
+      f'the model cannot be written as a StableHLO program: {error}'
+    ) from error
+
+
+def serialize_for_batches(
+  function: Callable[..., Any],
+  operands: Any,
+  *inputs: Any,
+  platforms: Sequence[str],
+) -> tuple[bytes, bool]:
+  """Returns a serialized function, and whether it takes any batch size.
+
+  Args:
+    function: `(operands, *inputs) -> list of arrays`.
+    operands: what does not depend on the batch.
+    *inputs: arrays [N, ...]; an array with another first axis keeps its shape.
+    platforms: names of the platforms that it is lowered for.
+
+  Raises:
+    ValueError: it cannot be lowered to StableHLO.
+  """
+  batch = np.shape(inputs[0])[:1] if inputs else ()
+  (symbol,) = jax.export.symbolic_shape('batch')
+
+  def opened(x: Any) -> Any:
+    if batch and np.shape(x)[:1] == batch:
+      return jax.ShapeDtypeStruct((symbol, *np.shape(x)[1:]), x.dtype)
+    return _shape(x)
+
+  export = jax.export.export(jax.jit(function), platforms=platforms)
+  try:
+    shapes = jax.tree.map(_shape, operands)
+    exported = export(shapes, *map(opened, inputs))
+    return bytes(exported.serialize()), bool(batch)
+  # A model that needs the batch size as a number may raise any error.
+  except Exception:
+    return serialize(function, operands, *inputs, platforms=platforms), False
+
+
+def deserialize(data: bytes) -> jax.export.Exported:
+  """Returns a program; `call` is its function."""
+  return jax.export.deserialize(bytearray(data))
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(np.shape(x), x.dtype)

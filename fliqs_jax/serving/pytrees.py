@@ -1,0 +1,91 @@
+"""Trees of inputs and outputs, described in JSON and built again from it.
+
+A tree is described by its nodes: a leaf, a dict, list, tuple or None, a named
+tuple, or an object of another registered class. An object is built again as its
+own class if that can be imported, and else as a dict of its parts.
+"""
+
+from collections.abc import Mapping, Sequence
+import importlib
+from typing import Any
+
+import jax
+
+_LEAF = {'kind': 'leaf'}
+_PLAIN = {dict: 'dict', list: 'list', tuple: 'tuple', type(None): 'none'}
+
+
+def describe(tree: Any) -> dict[str, Any]:
+  """Returns the description of a tree: plain JSON values."""
+  children = _children(tree)
+  if children is None:
+    return _LEAF
+  node = {
+    'kind': _PLAIN.get(type(tree), 'object'),
+    'keys': [name for name, _ in children],
+    'children': [describe(child) for _, child in children],
+  }
+  if node['kind'] == 'object':
+    node['class'] = f'{type(tree).__module__}:{type(tree).__qualname__}'
+    if hasattr(tree, '_fields'):
+      node['kind'] = 'named tuple'
+  return node
+
+
+def build(description: Mapping[str, Any], leaves: Sequence[Any]) -> Any:
+  """Returns a tree from its description and its leaves, in their order."""
+  return _build(description, iter(leaves))
+
+
+def shape(description: Mapping[str, Any]) -> Any:
+  """Returns the names of the leaves, nested, without the classes of nodes."""
+  if description['kind'] == 'leaf':
+    return 'array'
+  children = map(shape, description['children'])
+  return dict(zip(description['keys'], children))
+
+
+def _build(node: Mapping[str, Any], leaves: Any) -> Any:
+  kind = node['kind']
+  if kind == 'leaf':
+    return next(leaves)
+  children = [_build(child, leaves) for child in node['children']]
+  parts = dict(zip(node['keys'], children))
+  match kind:
+    case 'none':
+      return None
+    case 'list':
+      return children
+    case 'tuple':
+      return tuple(children)
+    case 'dict':
+      return parts
+  owner = _class(node['class'])
+  if owner is None:
+    return parts
+  try:
+    return owner(*children) if kind == 'named tuple' else owner(**parts)
+  except TypeError:  # It has parts that are no leaves, or other arguments.
+    return parts
+
+
+def _class(name: str) -> Any:
+  module, _, path = name.partition(':')
+  try:
+    owner: Any = importlib.import_module(module)
+    for part in path.split('.'):
+      owner = getattr(owner, part)
+  except (ImportError, AttributeError):
+    return None
+  return owner
+
+
+def _children(tree: Any) -> list[tuple[str, Any]] | None:
+  """Returns the names and parts of a node; None for a leaf."""
+  parts = jax.tree_util.tree_leaves_with_path(
+    tree, is_leaf=lambda x: x is not tree
+  )
+  if len(parts) == 1 and parts[0][1] is tree and not parts[0][0]:
+    return None
+  names = [jax.tree_util.keystr(path, simple=True) for path, _ in parts]
+  return list(zip(names, (part for _, part in parts)))

@@ -1,0 +1,118 @@
+"""Products of a served program: stored weights and rounded activations.
+
+If weights and activations are both integers, a product runs in int8 with int32
+accumulators; otherwise it runs on grid values in float32, as in the search.
+"""
+
+from collections.abc import Mapping, Sequence
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from fliqs_jax.numerics import float_ops
+from fliqs_jax.numerics import formats
+from fliqs_jax.numerics import quantize
+from fliqs_jax.program import contractions
+from fliqs_jax.program import products as products_lib
+
+# {side: formats of the iterations, each once}; empty if it is not quantized.
+Menus = Mapping[str, Sequence[formats.NumericFormat]]
+
+
+class Served:
+  """The rule of a served program.
+
+  Each product is given, with the axes of its stack in front: `values` [...] of
+  its weights, int8 or bfloat16, if they are stored; `weights` and `activations`,
+  the scales of quantized sides; `weights_format` and `activations_format`,
+  one-hot vectors, where iterations have different formats; and `shift`, what
+  the unsigned form of `int8_ops` subtracts.
+
+  Attributes:
+    menus: {path of a product: its formats}.
+    in_integers: paths of the products that run in int8.
+  """
+
+  def __init__(self, menus: Mapping[str, Menus], in_integers: frozenset[str]):
+    self.menus = menus
+    self.in_integers = in_integers
+
+  def __call__(
+    self,
+    eqn: Any,
+    product: products_lib.Product,
+    operands: list[Any],
+    given: Mapping[str, Any],
+    statistics: Any,
+  ) -> tuple[jax.Array, None, None]:
+    """Returns the float32 product; nothing is learnt or noted."""
+    del statistics
+    if product.kind == 'embed':
+      table, *others = operands
+      q = self._operand(product, 'weights', table, given)
+      params = eqn.primitive.get_bind_params(eqn.params)
+      rows = q.values.astype(jnp.float32) * q.scale
+      return eqn.primitive.bind(rows, *others, **params), None, None
+    contraction = contractions.of(eqn, operands)
+    assert contraction is not None
+    apply = functools.partial(self._slices, product, len(product.slices))
+    return apply(contraction, operands[:2], given), None, None
+
+  def _slices(self, product, depth, contraction, pair, given) -> jax.Array:
+    if not depth:
+      return self._product(product, contraction, pair, given)
+    inner, axes = contraction.slice()
+    one = functools.partial(self._slices, product, depth - 1, inner)
+    return jax.vmap(one, in_axes=(list(axes), 0))(pair, given)
+
+  def _product(self, product, contraction, pair, given) -> jax.Array:
+    sides = product.sides()
+    right = sides['weights']
+    x, w = (
+      self._operand(product, side, pair[i], given) for side, i in sides.items()
+    )
+    if product.path in self.in_integers:
+      operands = [x.values.astype(jnp.int8), w.values]
+      if not right:
+        operands.reverse()
+      y = contraction.integers(*operands, given.get('shift'))
+      y = contraction.rescaled(y, x, w, right)
+    else:
+      x, w = (
+        quantize.Quantized(q.values.astype(_narrow(pair[i].dtype)), q.scale)
+        for q, i in zip((x, w), sides.values())
+      )
+      y = contraction.scaled(x, w, right)
+    if product.side is None:
+      return y
+    return float_ops.computed_once(y, w.scale)
+
+  def _operand(self, product, side, x, given) -> quantize.Quantized:
+    """Returns an operand on its grid."""
+    menu = self.menus[product.path].get(side, ())
+    if side == 'weights' and 'values' in given:
+      scale = given.get('weights', jnp.ones((), jnp.float32))
+      return quantize.Quantized(given['values'], scale)
+    x = x.astype(jnp.float32)
+    if not menu:
+      return quantize.unquantized(x)
+    scale = given[side]
+    if len(menu) == 1:
+      grid = quantize.grid_of(menu[0])
+    else:
+      grid = quantize.select(menu, given[f'{side}_format'])
+    x = x * (1.0 / scale)
+    if product.path in self.in_integers:
+      # Equals `round_to_grid`, since all steps of the grid are 1.
+      x = jnp.clip(x, -grid.max_value, grid.max_value)
+      x = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+    else:
+      x = quantize.round_to_grid(x, grid)
+    return quantize.Quantized(x, scale)
+
+
+def _narrow(dtype: Any) -> Any:
+  return jnp.float32 if dtype == jnp.float16 else dtype
