@@ -5,8 +5,6 @@ to run the fused search step in a training loop of their own; README.md has an
 example. All other names are in the modules.
 """
 
-from fliqs_jax.intercept.coverage import coverage
-from fliqs_jax.program.searchable import searchable
 from fliqs_jax.layers.operands import set_activation_quantization
 from fliqs_jax.layers.quant_layers import QuantConv
 from fliqs_jax.layers.quant_layers import QuantDense
@@ -14,6 +12,8 @@ from fliqs_jax.layers.quant_layers import QuantDenseGeneral
 from fliqs_jax.layers.quant_layers import QuantEinsum
 from fliqs_jax.layers.quant_layers import with_spec
 from fliqs_jax.numerics.formats import NumericFormat
+from fliqs_jax.program.coverage import coverage
+from fliqs_jax.program.searchable import searchable
 from fliqs_jax.search.policy import argmax
 from fliqs_jax.search.presets import make as make_controller
 from fliqs_jax.search.schedules import phases

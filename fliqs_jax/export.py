@@ -7,29 +7,33 @@ The model has the architecture that the run selected, or that of `--arch`, or
 one uniform `--format`; its statistics are settled as in `evaluate`.
 `serving.export_files` lists the files of DIR, and `serving.load(DIR)` serves
 them. `--target=native` refuses a format that no type of ml_dtypes holds.
-`--verify` also takes an export of `export_model`; its module is not known here,
-so its StableHLO program runs instead.
+`--verify` also takes an export of `export_model`.
 """
 
 import argparse
 from collections.abc import Sequence
+import dataclasses
 import json
 import os
 import sys
 from typing import Any
 
+import flax.linen as nn
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from fliqs_jax import data
+from fliqs_jax import models
 from fliqs_jax.numerics import packing
+from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.run import evaluation
+from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import results
 from fliqs_jax.run import slicing
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.serving import export_files
 from fliqs_jax.serving import export_model as model_export
-from fliqs_jax.serving import stored_layers
+from fliqs_jax.serving import stored_products
 
 TARGETS = ('packed', 'native')
 
@@ -91,24 +95,41 @@ def export(
     ),
   )
   batch = data.model_inputs(next(iter(experiment.streams.test())))
-  inputs = jax.tree.map(lambda x: np.asarray(x)[:examples], batch)
-  apply = experiment.model.apply
-  record = stored_layers.operand_recorder(apply, train=False)
-  tensors, layers = stored_layers.tensors(record, variables, assignment, inputs)
-  outputs = jax.jit(lambda v, x: apply(v, x, train=False))(variables, inputs)
+  inputs = jax.tree.map(lambda x: jnp.asarray(x)[:examples], batch)
   manifest = dict(
     task=experiment.config.task,
     target=target,
     model=json.loads(json.dumps(experiment.config.model.to_dict())),
-    call=dict(train=False),
     num_classes=experiment.streams.num_classes,
     arch=results.arch(experiment, choices),
-    batch_norm='kept',
   )
-  return model_export.write(out, manifest, layers, tensors, (inputs,), outputs)
+  return model_export.write(
+    out,
+    _program(experiment),
+    variables,
+    assignment,
+    manifest,
+    (inputs,),
+    None,
+    dict(train=False),
+  )
 
 
-def _check_target(target: str, assignment: stored_layers.Assignment) -> None:
+def _program(
+  experiment: experiment_lib.Experiment,
+) -> searchable_lib.Searchable:
+  """Returns the run's network of stock layers, as a program."""
+  stock = models.construct(
+    experiment.config.model,
+    experiment.streams.num_classes,
+    conv=nn.Conv,
+    dense=nn.Dense,
+  )
+  model = searchable_lib.searchable(stock, experiment.spec)
+  return dataclasses.replace(model, fast_forms=True)
+
+
+def _check_target(target: str, assignment: stored_products.Assignment) -> None:
   if target == 'packed':
     return
   for path, (weights, _) in assignment.items():

@@ -15,7 +15,7 @@ FLOORS = (
   ('numerics', 'runtime'),
   ('data', 'space'),
   ('layers',),
-  ('models', 'intercept', 'tasks'),
+  ('models', 'program', 'tasks'),
   ('search',),
   ('serving', 'report'),
   ('run',),

@@ -229,7 +229,7 @@ def _accepted(
   kwargs: Mapping[str, Any],
   rngs: Mapping[str, jax.Array] | None,
 ) -> dict[str, Any]:
-  """Returns the keyword arguments of a call, `train` and `key` if it has them."""
+  """Returns the arguments of a call, `train` and `key` if it has them."""
   known = inspect.signature(function).parameters
   kwargs = dict(kwargs)
   if 'train' not in known:

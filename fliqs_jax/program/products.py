@@ -68,6 +68,7 @@ class Product:
     layer: path that decides about its formats.
     kind: `ops.OpShape.kind`.
     side: which operand is the weights, 0 or 1; None if neither is.
+    leaves: paths of the variables that its weights are made of.
     is_stored: whether its weights come from the variables alone, so that an
       export can store them.
     macs: multiply-accumulates of one call, of one iteration and slice.
@@ -86,6 +87,7 @@ class Product:
   layer: str
   kind: str
   side: int | None
+  leaves: frozenset[str]
   is_stored: bool
   macs: int
   weights: int
@@ -377,6 +379,7 @@ class _Finder:
       place=here.place,
       path='',
       layer='',
+      leaves=origin.leaves,
       is_stored=bool(leaf) and not origin.varies,
       scans=own,
       calls=math.prod(n for n in calls if n),

@@ -226,7 +226,7 @@ class _Wide:
     return y.astype(out.aval.dtype)
 
   def followed(self, eqn: core.JaxprEqn, results: list[Any]) -> list[Any]:
-    """Follows an equation; returns its results, biases added before rounding."""
+    """Returns the results of an equation; biases are added before rounding."""
     name = equations.name(eqn)
     variables = [v for v in eqn.invars if not isinstance(v, core.Literal)]
     if name == 'convert_element_type' and variables:

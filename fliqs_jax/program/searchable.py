@@ -107,8 +107,8 @@ class Traced(NamedTuple):
 class Searchable:
   """A model with decisions; `init` and `apply` are as linen's.
 
-  Besides the model's own collections there are `arch`, {path of a layer: one-hot
-  vectors}, and `quant_stats`, {path of a product: statistics}.
+  Besides the model's own collections there are `arch`, {path of a layer:
+  one-hot vectors}, and `quant_stats`, {path of a product: statistics}.
 
   Attributes:
     model: the original model, in the form of a linen module.
@@ -116,6 +116,9 @@ class Searchable:
     embed: whether tables that are looked up are quantized.
     attention: whether products of two activations are quantized.
     stacks: `separate` or `shared`: decisions of iterations and slices.
+    fast_forms: whether products without formats run in the forms of
+      `float_ops`, too, as layers of `quant_layers` do. Otherwise they stay
+      exactly as they are.
   """
 
   model: Any
@@ -123,6 +126,7 @@ class Searchable:
   embed: bool
   attention: bool
   stacks: str
+  fast_forms: bool = False
 
   def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Returns the variables; `params` are those of the model's own `init`.
@@ -191,11 +195,11 @@ class Searchable:
       [name for name in wanted if name not in own],
     )
     notes = ''.join(_NOTES[name] for name in wanted if name in _NOTES)
-    open_parts = [part for part in traced.parts if not part.reason]
-    rule = self._rule(open_parts, _STATS in wanted, notes)
-    given, stats = self._state(open_parts, variables, rule)
+    replaced = self.replaced(traced.parts)
+    rule = self._rule(replaced, _STATS in wanted, notes)
+    given, stats = self._state(replaced, variables, rule)
     run = rewrite.Rewriter(
-      [part.product for part in open_parts], rule, every_branch=bool(notes)
+      [part.product for part in replaced], rule, every_branch=bool(notes)
     )
     results, stats, noted = run(traced.program, traced.operands, given, stats)
     outputs, changed = jax.tree.unflatten(traced.outputs, results)
@@ -209,6 +213,19 @@ class Searchable:
         changed[name] = products_lib.nested(noted)
     return outputs, changed
 
+  def replaced(self, parts: tuple[Part, ...]) -> list[Part]:
+    """Returns the products that do not stay as they are."""
+    return [
+      part
+      for part in parts
+      if not part.reason
+      or (
+        self.fast_forms
+        and part.product.kind not in ('attend', 'embed')
+        and not part.product.reason
+      )
+    ]
+
   def ops(
     self, *args: Any, **kwargs: Any
   ) -> tuple[tuple[ops_lib.Op, ...], int]:
@@ -218,12 +235,11 @@ class Searchable:
       *args: positional arguments of the model's call, arrays or shapes.
       **kwargs: keyword arguments of the model's call, static.
     """
-    key = jax.random.key(0)
-    variables = jax.eval_shape(
-      lambda *args: self._init(key, *args, **kwargs), *args
-    )
+    variables, parts = self.parts_of(*args, **kwargs)
     ops = []
-    for product, choices, _ in self.parts(variables, key, *args, **kwargs):
+    for product, choices, reason in parts:
+      if product.kind == 'embed' and reason:
+        continue  # It multiplies nothing.
       shape = ops_lib.OpShape(
         kind=product.kind,
         macs=product.macs * product.calls,
@@ -245,6 +261,30 @@ class Searchable:
       ]
     leaves = jax.tree.leaves(variables.get('params', {}))
     return tuple(ops), sum(int(np.prod(leaf.shape)) for leaf in leaves)
+
+  def parts_of(
+    self, *args: Any, **kwargs: Any
+  ) -> tuple[dict[str, Any], tuple[Part, ...]]:
+    """Returns the shapes of the variables, and the products of a call.
+
+    Args:
+      *args: positional arguments of the model's call, arrays or shapes.
+      **kwargs: keyword arguments of the model's call, static.
+    """
+    key = jax.random.key(0)
+    is_array = [models.is_array(leaf) for leaf in jax.tree.leaves(args)]
+    leaves, treedef = jax.tree.flatten(args)
+    arrays = [leaf for leaf, array in zip(leaves, is_array) if array]
+
+    def init(*arrays: Any) -> dict[str, Any]:
+      given = iter(arrays)
+      filled = [
+        next(given) if array else leaf for leaf, array in zip(leaves, is_array)
+      ]
+      return self._init(key, *treedef.unflatten(filled), **kwargs)
+
+    variables = jax.eval_shape(init, *arrays)
+    return variables, self.parts(variables, key, *args, **kwargs)
 
   def parts(
     self, variables: Mapping[str, Any], rngs: Any, *args: Any, **kwargs: Any
@@ -309,7 +349,6 @@ class Searchable:
     return tuple(
       Part(product, *self._choices(product, product.layer in looked_up))
       for product in products
-      if product.kind != 'embed' or self.embed
     )
 
   def _choices(
@@ -319,6 +358,8 @@ class Searchable:
     none = quant_spec.Choices(None, None, False)
     if product.reason:
       return none, product.reason
+    if product.kind == 'embed' and not self.embed:
+      return none, 'embed=True quantizes tables of which rows are looked up'
     if product.side is None and not self.attention:
       return none, 'attention=True quantizes products of two activations'
     choices = self.spec.choices(product.layer)

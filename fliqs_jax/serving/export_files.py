@@ -4,7 +4,7 @@
   weights.safetensors    every tensor of the served model
   reference.safetensors  example inputs, and the outputs of the search's
                          evaluation for them
-  model.stablehlo        the served model as a program (`stablehlo`)
+  *.stablehlo            the served model as programs (`stablehlo`)
   qwix.json              the assignment as Qwix rules (`qwix_rules`)
 
 Invariants:
@@ -30,7 +30,7 @@ from fliqs_jax.numerics import packing
 from fliqs_jax.runtime import files
 from fliqs_jax.serving import stored_layers
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = 'manifest.json'
 WEIGHTS = 'weights.safetensors'
 REFERENCE = 'reference.safetensors'
@@ -114,7 +114,7 @@ def write(
   path = check_free(directory)
   contents = {WEIGHTS: packed_file(tensors), **others}
   floats = 4 * sum(np.size(x) for x in tensors.values())
-  for name, layer in stored_layers.quantized_names(layers).items():
+  for name, layer in stored_layers.packed(layers).items():
     floats += 4 * (int(np.prod(layer.shape)) - np.size(tensors[name]))
   scales = [x.nbytes for n, x in tensors.items() if n.startswith('scales/')]
   manifest = dict(
@@ -223,9 +223,7 @@ def read(directory: str | os.PathLike[str]) -> Content:
       *(entry[side] and formats.parse(entry[side]) for side in _SIDES),
       tuple(entry['shape']),
       entry['largest_sum'],
-      entry['variable'],
-      tuple(entry['lead']),
-      tuple(entry['stacked']),
+      entry['tensor'],
     )
     for path, entry in manifest['layers'].items()
   }
@@ -297,14 +295,11 @@ def _described(path, layer, tensors) -> dict[str, Any]:
     arithmetic=layer.arithmetic,
     largest_sum=layer.largest_sum,
     exact=layer.exact,
-    variable=layer.variable,
-    lead=list(layer.leading_shape),
-    stacked=list(layer.stacked),
+    tensor=layer.tensor,
   )
-  for name, quantized in stored_layers.quantized_names({path: layer}).items():
+  for name, quantized in stored_layers.packed({path: layer}).items():
     how = packing.layout(quantized.weights)
     entry |= dict(
-      tensor=name,
       dtype=how.dtype,
       bits=quantized.weights.bits,
       native=how.native,
@@ -346,7 +341,7 @@ def _check_layers(directory, manifest, layers, tensors) -> None:
         f"{directory}: the manifest's entry for the layer {path} contradicts "
         'its formats or its tensors'
       )
-  for name, layer in stored_layers.quantized_names(layers).items():
+  for name, layer in stored_layers.packed(layers).items():
     how = packing.layout(layer.weights)
     expected = (how.dtype, packing.stored_shape(layer.weights, layer.shape))
     stored = (tensors[name].dtype.name, tensors[name].shape)

@@ -1,9 +1,9 @@
-"""Export of a model: writes it with reference outputs, and verifies an export.
+"""Export of a searched model as programs, and the check that they agree.
 
-  fliqs.export_model(searchable, variables, choices, images, out=DIR)
-  served = serving.load(DIR, model=MyModule())
+  fliqs.export_model(model, variables, choices, images, out=DIR)
+  served = serving.load(DIR)
 
-`export_files` lists the files; `loader` builds the served model from them.
+The files need neither the model's code nor this package.
 """
 
 from collections.abc import Mapping
@@ -13,25 +13,30 @@ import platform
 from typing import Any
 
 from flax import core
-from flax import traverse_util
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fliqs_jax.intercept import searchable as searchable_lib
+from fliqs_jax.program import products as products_lib
+from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.runtime import versions
 from fliqs_jax.serving import export_files
 from fliqs_jax.serving import loader
+from fliqs_jax.serving import pytrees
 from fliqs_jax.serving import qwix_rules
+from fliqs_jax.serving import served_program
 from fliqs_jax.serving import stablehlo
-from fliqs_jax.serving import stored_layers
+from fliqs_jax.serving import stored_products
 from fliqs_jax.space import discovery
 
 # Largest difference of an output, relative to the largest output. Other
 # hardware adds floats in another order, which may round a value that lies
 # between two grid points to the other one.
 _TOLERANCE = 0.05
+
+# Collections that only the search reads.
+_SEARCH = ('arch', 'quant_stats', 'cost')
 
 
 def export_model(
@@ -41,11 +46,12 @@ def export_model(
   /,
   *args: Any,
   out: str | os.PathLike[str],
+  rngs: Mapping[str, jax.Array] | None = None,
   **kwargs: Any,
 ) -> dict[str, Any]:
   """Writes a searched model with packed low-bit weights.
 
-  Weights and scales are those that the layers multiply in the search's
+  Weights and scales are those that the products multiply in the search's
   evaluation (Eq. 10, 11).
 
   Args:
@@ -56,6 +62,8 @@ def export_model(
     *args: example inputs, arrays [N, ...] or pytrees of them; they are stored
       with the outputs of the search's evaluation.
     out: path of a directory that is empty or does not exist.
+    rngs: {name: typed PRNG key []} of a model that draws random numbers when it
+      evaluates; then the served model takes such keys, too.
     **kwargs: keyword arguments of the model's call, static.
 
   Returns:
@@ -63,9 +71,9 @@ def export_model(
 
   Raises:
     ValueError: the directory is not empty; the model cannot be called with
-      these arguments, or a manifest cannot hold them; the choices are those of
-      another model; activations were never quantized in training; or a layer
-      cannot be served in its stored format: there is no fallback to float.
+      these arguments; the choices are those of another model; activations were
+      never quantized in training; or a product cannot be served in its stored
+      format: there is no fallback to float.
   """
   export_files.check_free(out)
   if not isinstance(model, searchable_lib.Searchable):
@@ -73,179 +81,169 @@ def export_model(
       f'{type(model).__name__} was not made by searchable; pass the model that '
       'searchable returned'
     )
-  call = _checked_call(kwargs)
-  # JAX turns 64 bits into 32; the stored inputs must equal what the model gets.
-  args = jax.tree.map(lambda x: np.asarray(jnp.asarray(x)), args)
-  space = discovery.find(model, *args, **call)
-  _check_choices(space, choices)
+  for name in ('mutable', 'capture_intermediates'):
+    if name in kwargs:
+      raise ValueError(
+        f'{name}={kwargs[name]!r}: a served model changes no variables; give '
+        'the keyword arguments of an evaluation'
+      )
+  args = jax.tree.map(jnp.asarray, args)
+  space = discovery.find(model, *args, **kwargs)
+  check_choices(space, choices)
   assignment = space.assignment(choices)
-  variables = {
-    **_plain(variables),
-    'arch': space.expand(space.choices(assignment)),
-  }
-  tensors, layers = stored_layers.tensors(
-    stored_layers.operand_recorder(model.apply, **call),
-    variables,
+  variables = plain(variables)
+  arch = space.expand(space.choices(assignment))
+  return write(
+    out,
+    model,
+    {**variables, 'arch': arch},
     assignment,
-    *args,
-  )
-  outputs = jax.jit(lambda v, *args: model.apply(v, *args, **call))(
-    variables, *args
-  )
-  module = type(model.model)
-  manifest = dict(
-    module=f'{module.__module__}.{module.__qualname__}',
-    call=call,
-    parameters=loader.parameters(model.model, args, call),
-    arch=dict(
-      layers={
-        path: dict(weights=weights, activations=activations)
-        for path, (weights, activations) in assignment.items()
-      }
+    dict(
+      arch=dict(
+        layers={
+          path: dict(weights=weights, activations=activations)
+          for path, (weights, activations) in assignment.items()
+        }
+      )
     ),
+    args,
+    rngs,
+    kwargs,
   )
-  return write(out, manifest, layers, tensors, args, outputs, model.model)
 
 
 def write(
   out: str | os.PathLike[str],
+  model: searchable_lib.Searchable,
+  variables: Mapping[str, Any],
+  assignment: stored_products.Assignment,
   manifest: Mapping[str, Any],
-  layers: Mapping[str, stored_layers.Layer],
-  tensors: Mapping[str, np.ndarray],
-  args: tuple,
-  outputs: Any,
-  model: nn.Module | None = None,
+  args: tuple[Any, ...],
+  rngs: Any,
+  call: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """Writes an export, after comparing the served model with the search's.
+  """Writes an export, after comparing the served program with the search's.
 
   Args:
     out: path of a directory that is empty or does not exist.
-    manifest: entries that describe how the model is built and, in `call`, the
-      keyword arguments of its call.
-    layers: {layer path: description of the stored layer}.
-    tensors: {name: tensor} of the served model.
+    model: the searched model.
+    variables: its collections, `arch` and settled statistics included.
+    assignment: the same architecture as {layer: (weights, activations)}.
+    manifest: entries of the manifest that describe the model.
     args: example inputs.
-    outputs: outputs of the search's evaluation for the example inputs.
-    model: the module; None if the manifest describes how to build it.
+    rngs: {name: key} of a model that draws random numbers, or None.
+    call: keyword arguments of the model's call, static.
 
   Returns:
     The manifest as written.
 
   Raises:
-    ValueError: the served model's outputs differ from `outputs`, or the export
-      cannot be written.
+    ValueError: the served outputs differ from those of the search, or the
+      export cannot be written.
   """
-  served = loader.build(manifest, layers, model)
-  variables = loader.variables(served, tensors, layers)
-  expected = loader.named('outputs', outputs)
-  given = loader.Served(served, variables, manifest)(*args)
-  difference = _difference(args, loader.named('outputs', given), expected)
-  if not _is_close(difference):
-    raise ValueError(
-      f'{difference["output"]} of the served model differs from the search by '
-      f'up to {difference["max_difference"]}, with a largest output of '
-      f'{difference["largest_output"]}: perhaps the model reads the weights of '
-      'a layer without calling it; add such a layer to quant.exclude'
-    )
-  program, is_open = stablehlo.serialize(
-    loader.program(served, layers, manifest['call']), tensors, args
+  random = {} if rngs is None else dict(rngs=rngs)
+
+  def evaluate(variables: Any, args: Any, random: Any) -> Any:
+    return model.apply(variables, *args, mutable=['operands'], **random, **call)
+
+  def outputs_of(variables: Any, args: Any, random: Any) -> Any:
+    return model.apply(variables, *args, **random, **call)
+
+  outputs = jax.jit(outputs_of)(variables, args, random)
+  noted = jax.device_get(
+    jax.jit(lambda *given: evaluate(*given)[1])(variables, args, random)
   )
-  rules, missing = qwix_rules.rules(layers)
-  references = loader.named('inputs', args) | expected
-  others = {
+  own = {k: v for k, v in variables.items() if k not in _SEARCH}
+  parts = model.replaced(model.trace(own, args, call, rngs, []).parts)
+  stored = stored_products.stored(
+    parts, variables, assignment, noted.get('operands', {})
+  )
+  served = served_program.make(model, own, call, stored, args, rngs)
+  tensors = served.tensors
+  leaves = [served_program.raw(x) for x in jax.tree.leaves((args, rngs))]
+  operands = jax.jit(lambda t: served.unpack(t, False))(tensors)
+  given = jax.jit(served.run)(operands, *leaves)
+  names = [
+    products_lib.join('outputs', path) for path in products_lib.paths(outputs)
+  ]
+  expected = dict(zip(names, jax.tree.leaves(outputs)))
+  found = difference(leaves, dict(zip(names, given)), expected)
+  if not is_close(found):
+    raise ValueError(
+      f'{found["output"]} of the served model differs from the search by up to '
+      f'{found["max_difference"]}, with a largest output of '
+      f'{found["largest_output"]}'
+    )
+  files, is_open = _programs(served, tensors, leaves)
+  rules, missing = qwix_rules.rules(stored.layers)
+  references = expected | dict(
+    zip(_input_names(args, rngs), leaves, strict=True)
+  )
+  files |= {
     export_files.REFERENCE: export_files.packed_file(
       {name: np.asarray(x) for name, x in references.items()}
     ),
-    stablehlo.NAME: program,
     'qwix.json': json.dumps(rules, indent=2).encode() + b'\n',
   }
   manifest = dict(
     versions=versions.versions(),
     machine=f'{platform.machine()} {jax.default_backend()}',
     **manifest,
-    reference=difference,
-    program=dict(batch='any' if is_open else difference['examples']),
+    inputs=pytrees.describe((args, rngs)),
+    outputs=pytrees.describe(outputs),
+    keys=[
+      str(jax.random.key_impl(x)) if served_program.is_key(x) else None
+      for x in jax.tree.leaves((args, rngs))
+    ],
+    reference=found,
+    program=dict(batch='any' if is_open else found['examples']),
     qwix_cannot_express=missing,
   )
-  return export_files.write(out, manifest, layers, tensors, others)
+  return export_files.write(out, manifest, stored.layers, tensors, files)
 
 
-def verify(
-  directory: str | os.PathLike[str], model: nn.Module | None = None
-) -> dict[str, Any]:
-  """Checks an export: its files, tensors, layers, and the model's outputs.
+def _programs(
+  served: served_program.ProgramModel, tensors: Any, leaves: list[Any]
+) -> tuple[dict[str, bytes], bool]:
+  """Returns {name of a file: program}, and whether the batch size is open."""
+  files, is_open = {}, []
+  for unpack_name, model_name, unsigned, platforms in (
+    (stablehlo.UNPACK, stablehlo.MODEL, False, stablehlo.PLATFORMS),
+    (stablehlo.VNNI_UNPACK, stablehlo.VNNI_MODEL, True, ('cpu',)),
+  ):
 
-  Args:
-    directory: path of the export.
-    model: the module that `searchable` got, if the export was made by
-      `export_model`. Without it, the export's StableHLO program computes the
-      outputs.
+    def unpack(tensors: Any, unsigned: bool = unsigned) -> list[Any]:
+      return jax.tree.leaves(served.unpack(tensors, unsigned))
 
-  Returns:
-    The difference between the outputs and the search's stored outputs:
-    `bit_equal`, `max_difference`, `largest_output`; and `through`: what
-    computed the outputs, `serving.load` or the program's file.
+    shapes = jax.eval_shape(lambda t, u=unsigned: served.unpack(t, u), tensors)
+    structure = jax.tree.structure(shapes)
+
+    def run(
+      operands: list[Any], *inputs: Any, structure: Any = structure
+    ) -> list[Any]:
+      return served.run(structure.unflatten(operands), *inputs)
+
+    files[unpack_name] = stablehlo.serialize(
+      unpack, tensors, platforms=platforms
+    )
+    files[model_name], opened = stablehlo.serialize_for_batches(
+      run, jax.tree.leaves(shapes), *leaves, platforms=platforms
+    )
+    is_open.append(opened)
+  return files, all(is_open)
+
+
+def _input_names(args: Any, rngs: Any) -> list[str]:
+  names = [f'inputs/{path}' for path in products_lib.paths(args)]
+  return names + [f'rngs/{path}' for path in products_lib.paths(rngs)]
+
+
+def check_choices(space: Any, choices: Mapping[str, Any]) -> None:
+  """Checks that choices are those of a space.
 
   Raises:
-    ValueError: something differs from the manifest; the message names the
-      first such thing.
+    ValueError: decisions are missing or surplus; the message names them.
   """
-  content = export_files.read(directory)
-  manifest = content.manifest
-  args, expected = loader.reference(directory, manifest)
-  if 'module' in manifest and model is None:
-    through = stablehlo.NAME
-    program = stablehlo.deserialize(
-      export_files.read_file(directory, manifest, stablehlo.NAME)
-    )
-    outputs = program.call(content.tensors, *args)
-  else:
-    through = 'serving.load'
-    outputs = loader.load(directory, model=model)(*args)
-  difference = _difference(args, loader.named('outputs', outputs), expected)
-  if not _is_close(difference):
-    raise ValueError(
-      f'{directory}: the outputs differ from the reference outputs by '
-      f'{difference["max_difference"]:.3g} (largest output '
-      f'{difference["largest_output"]:.3g}); exported with '
-      f'{manifest["versions"]} on {manifest["machine"]}'
-    )
-  return difference | dict(through=through)
-
-
-def _checked_call(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the keyword arguments of a call, which a manifest must hold."""
-  for name, value in kwargs.items():
-    if name in ('mutable', 'rngs', 'capture_intermediates'):
-      raise ValueError(
-        f'{name}={value!r}: a served model changes no variables and draws no '
-        'random numbers; give the keyword arguments of an evaluation'
-      )
-    try:
-      kept = json.loads(json.dumps(value))
-    except (TypeError, ValueError):
-      kept = None
-    if kept != value or type(kept) is not type(value):
-      raise ValueError(
-        f'{name}={value!r} cannot be stored in manifest.json, from which the '
-        'served model takes its keyword arguments: give arrays as positional '
-        'example inputs, and make other values fields of the module'
-      )
-  return dict(kwargs)
-
-
-def _plain(variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the collections without boxes; every leaf must be an array."""
-  variables = core.unfreeze(nn.meta.unbox(variables))
-  for path, value in traverse_util.flatten_dict(variables, sep='/').items():
-    if not hasattr(value, 'dtype') and not path.startswith('cost/'):
-      raise ValueError(
-        f'variables: {path} is a {type(value).__name__}; it must be an array'
-      )
-  return variables
-
-
-def _check_choices(space, choices) -> None:
   known, given = {d.name for d in space.decisions}, set(choices)
   if known != given:
     raise ValueError(
@@ -255,11 +253,37 @@ def _check_choices(space, choices) -> None:
     )
 
 
-def _difference(args, served, expected) -> dict[str, Any]:
-  """Returns the largest difference among several outputs, by name."""
+def plain(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the collections without boxes; every leaf must be an array.
+
+  Raises:
+    ValueError: a leaf is no array; the message names it.
+  """
+  plain_ones = core.unfreeze(nn.meta.unbox(variables))
+  plain_ones = {k: v for k, v in plain_ones.items() if k != 'cost'}
+  for path, leaf in served_program.named(plain_ones).items():
+    if not hasattr(leaf, 'dtype'):
+      raise ValueError(
+        f'variables: {path} is a {type(leaf).__name__}; it must be an array'
+      )
+  return plain_ones
+
+
+def difference(
+  inputs: list[Any], served: Mapping[str, Any], expected: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the largest difference among several outputs, by name.
+
+  Args:
+    inputs: leaves of the inputs, examples on the first axis.
+    served: {name: output} of the served model.
+    expected: {name: output} of the search.
+  """
   each = []
   for name, reference in expected.items():
-    x, y = np.asarray(served[name]), np.asarray(reference)
+    x, y = (
+      np.asarray(served_program.raw(a)) for a in (served[name], reference)
+    )
     same = (x == y) | ((x != x) & (y != y))
     x, y = x.astype(np.float64), y.astype(np.float64)
     apart = np.abs(np.where(same, 0, x) - np.where(same, 0, y))
@@ -274,16 +298,52 @@ def _difference(args, served, expected) -> dict[str, Any]:
     )
   # NaN counts as the largest difference.
   worst = max(each, key=lambda one: np.nan_to_num(_share(one), nan=np.inf))
-  first = jax.tree.leaves(args)[0]
+  first = inputs[0] if inputs else np.zeros(())
   return worst | dict(
     examples=len(first) if np.ndim(first) else 1,
     bit_equal=all(one['bit_equal'] for one in each),
   )
 
 
-def _share(difference):
-  return difference['max_difference'] / max(difference['largest_output'], 1e-30)
+def _share(found: Mapping[str, Any]) -> float:
+  return found['max_difference'] / max(found['largest_output'], 1e-30)
 
 
-def _is_close(difference) -> bool:
-  return _share(difference) <= _TOLERANCE
+def is_close(found: Mapping[str, Any]) -> bool:
+  """Returns whether a difference is one of rounding."""
+  return _share(found) <= _TOLERANCE
+
+
+def verify(directory: str | os.PathLike[str]) -> dict[str, Any]:
+  """Checks an export: its files, tensors, layers, and the model's outputs.
+
+  Args:
+    directory: path of the export.
+
+  Returns:
+    The difference between the outputs and the search's stored outputs:
+    `bit_equal`, `max_difference`, `largest_output`.
+
+  Raises:
+    ValueError: something differs from the manifest; the message names the
+      first such thing.
+  """
+  manifest = export_files.read_manifest(directory)
+  args, rngs, expected = loader.reference(directory, manifest)
+  outputs = loader.load(directory)(*args, rngs=rngs)
+  names = [
+    products_lib.join('outputs', path) for path in products_lib.paths(outputs)
+  ]
+  found = difference(
+    jax.tree.leaves((args, rngs)),
+    dict(zip(names, jax.tree.leaves(outputs))),
+    expected,
+  )
+  if not is_close(found):
+    raise ValueError(
+      f'{directory}: the outputs differ from the reference outputs by '
+      f'{found["max_difference"]:.3g} (largest output '
+      f'{found["largest_output"]:.3g}); exported with '
+      f'{manifest["versions"]} on {manifest["machine"]}'
+    )
+  return found

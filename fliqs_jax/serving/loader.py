@@ -1,34 +1,22 @@
-"""Loading of exports: builds the served model from the files.
+"""Loading of an export as programs: it needs no module.
 
-  served = serving.load(DIR)
-  logits = served(images)
-
-The export of a run holds a network of `models`, which is built with the layers
-of `served_layers`. The export of `export_model` needs the module that
-`searchable` got: `serving.load(DIR, model=MyModule())`.
+served = serving.load(DIR)
+logits = served(images)
 """
 
-from collections.abc import Callable, Mapping
-import functools
+from collections.abc import Mapping
 import os
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fliqs_jax import models
-from fliqs_jax.intercept import layer_calls
-from fliqs_jax.layers import quant_layers
 from fliqs_jax.numerics import int8_ops
 from fliqs_jax.serving import export_files
-from fliqs_jax.serving import served_layers
-from fliqs_jax.serving import served_model
+from fliqs_jax.serving import pytrees
+from fliqs_jax.serving import served_program
 from fliqs_jax.serving import stablehlo
-from fliqs_jax.serving import stored_layers
-from fliqs_jax.space import quant_spec
-from fliqs_jax.space import sizes as sizes_lib
 
 # On a CPU, a batch of 64 in one piece takes 1.1 (ResNet-20 of 64 channels) to
 # 1.4 (DeiT-Ti) times as long as in slices of 16; benchmarks/serving.py.
@@ -39,96 +27,88 @@ class Served:
   """A model that runs in low-bit arithmetic.
 
   Attributes:
-    model: a network with served layers, or a `served_model.ServedModel`.
-    variables: the collections of the model, on the device.
-    manifest: the export's manifest; `call` holds the keyword arguments of the
-      model's call.
+    manifest: the export's manifest.
+    operands: what its program reads beside the inputs, on the device.
     at_once: number of examples that run together; None: all. Larger batches run
-      in slices, because XLA on CPU is slower once a layer's results leave the
-      cache. Then every input and output has the examples on its first axis.
+      in slices; then every input and output has the examples on its first axis.
   """
 
   def __init__(
     self,
-    model: nn.Module | served_model.ServedModel,
-    variables: Mapping[str, Any],
-    manifest: Mapping[str, Any],
+    content: export_files.Content,
+    unpack: bytes,
+    model: bytes,
     at_once: int | None = None,
   ):
-    self.model = model
-    self.variables = jax.device_put(variables)
-    self.manifest = manifest
+    self.manifest = content.manifest
     self.at_once = at_once
-    # The variables are arguments: XLA would reassociate constant scales.
-    self._apply = jax.jit(functools.partial(model.apply, **manifest['call']))
+    unpacked = jax.jit(stablehlo.deserialize(unpack).call)(content.tensors)
+    self.operands = jax.device_put(unpacked)
+    self._run = jax.jit(stablehlo.deserialize(model).call)
 
-  def __call__(self, *inputs: Any) -> Any:
+  def __call__(self, *inputs: Any, rngs: Any = None) -> Any:
     """Returns the model's outputs for its inputs; compiles once per shape.
 
     Args:
       *inputs: arrays [N, ...] or pytrees of them, as in the model's call.
+      rngs: {name: typed PRNG key []} if the export got such.
+
+    Raises:
+      ValueError: the inputs have another structure than the example inputs.
     """
-    if self.at_once is None:
-      return self._apply(self.variables, *inputs)
-    step = self.at_once
-    slices = [
-      jax.tree.map(lambda x, i=i: x[i : i + step], inputs)
-      for i in range(0, len(jax.tree.leaves(inputs)[0]), step)
-    ]
-    outputs = [self._apply(self.variables, *x) for x in slices]
-    if len(outputs) == 1:
-      return outputs[0]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+    description = pytrees.describe((inputs, rngs))
+    if pytrees.shape(description) != pytrees.shape(self.manifest['inputs']):
+      raise ValueError(
+        'the inputs have another structure than those of the export: got '
+        f'{pytrees.shape(description)}, expected '
+        f'{pytrees.shape(self.manifest["inputs"])}'
+      )
+    leaves = [served_program.raw(x) for x in jax.tree.leaves((inputs, rngs))]
+    if self.at_once is None or len(leaves[0]) <= self.at_once:
+      outputs = self._run(self.operands, *leaves)
+    else:
+      step = self.at_once
+      parts = [
+        self._run(self.operands, *(x[i : i + step] for x in leaves))
+        for i in range(0, len(leaves[0]), step)
+      ]
+      outputs = [jnp.concatenate(same) for same in zip(*parts)]
+    return pytrees.build(self.manifest['outputs'], outputs)
 
 
 def load(
-  directory: str | os.PathLike[str],
-  at_once: int | None = None,
-  *,
-  model: nn.Module | None = None,
+  directory: str | os.PathLike[str], at_once: int | None = None
 ) -> Served:
-  """Returns the model that `export` wrote to a directory.
+  """Returns the model that an export holds; its module is not needed.
 
   Args:
     directory: path of the export, which `export` got as `out`.
-    at_once: number of examples that run together. None: 16 for a network of
-      this package on a CPU, all otherwise. The results of integer layers do not
-      depend on it; sums of floats may be rounded in another order.
-    model: the module that `searchable` got, if the export was made by
-      `export_model`.
+    at_once: number of examples that run together. None: 16 for the export of a
+      run on a CPU, all otherwise. The results of integer layers do not depend
+      on it; sums of floats may be rounded in another order.
 
   Raises:
-    ValueError: files are missing, damaged or differ from the manifest, or the
-      export was made from another model.
+    ValueError: files are missing, damaged or differ from the manifest.
   """
   content = export_files.read(directory)
-  manifest = content.manifest
-  needs_model = 'module' in manifest
-  if needs_model and model is None:
-    raise ValueError(
-      f'{directory} holds {manifest["module"]}, which this package cannot '
-      'build: pass that module as model=, or run its program '
-      f'{stablehlo.NAME}'
-    )
-  if not needs_model and model is not None:
-    raise ValueError(
-      f'model={type(model).__name__}: {directory} was exported from a workdir, '
-      f'and its network is {manifest["model"]["name"]}; leave model= out'
-    )
-  built = build(manifest, content.layers, model)
-  unpacked = variables(built, content.tensors, content.layers)
-  if needs_model:
-    args, _ = reference(directory, manifest)
-    _check_model(directory, manifest, built, unpacked, args)
-  elif at_once is None and jax.default_backend() == 'cpu':
+  names = stablehlo.UNPACK, stablehlo.MODEL
+  if int8_ops.prefers_unsigned():
+    names = stablehlo.VNNI_UNPACK, stablehlo.VNNI_MODEL
+  unpack, model = (
+    export_files.read_file(directory, content.manifest, name) for name in names
+  )
+  is_open = content.manifest['program']['batch'] == 'any'
+  is_network = 'task' in content.manifest  # Its outputs have the batch's axis.
+  on_cpu = jax.default_backend() == 'cpu'
+  if at_once is None and is_open and is_network and on_cpu:
     at_once = _AT_ONCE
-  return Served(built, unpacked, manifest, at_once)
+  return Served(content, unpack, model, at_once)
 
 
 def reference(
   directory: str | os.PathLike[str], manifest: Mapping[str, Any]
-) -> tuple[tuple, dict[str, np.ndarray]]:
-  """Returns the example inputs of an export, and {name: output} for them.
+) -> tuple[tuple[Any, ...], Any, dict[str, np.ndarray]]:
+  """Returns the example inputs, the keys, and {name: output} for them.
 
   Raises:
     ValueError: a file is missing or damaged.
@@ -136,142 +116,11 @@ def reference(
   arrays = export_files.read_tensors(
     directory, manifest, export_files.REFERENCE
   )
-  program = stablehlo.deserialize(
-    export_files.read_file(directory, manifest, stablehlo.NAME)
-  )
-  tree = program.in_tree
-  (_, *args), _ = jax.tree.unflatten(tree, range(tree.num_leaves))
-  names = named('inputs', tuple(args))
-  inputs = jax.tree.unflatten(
-    jax.tree.structure(tuple(args)), [arrays.pop(name) for name in names]
-  )
-  return inputs, arrays
-
-
-def named(name: str, tree: Any) -> dict[str, Any]:
-  """Returns {`name` and the path of a leaf, joined by slashes: the leaf}."""
-  return {
-    stored_layers.join(
-      name, jax.tree_util.keystr(path, simple=True, separator='/')
-    ): x
-    for path, x in jax.tree_util.tree_leaves_with_path(tree)
-  }
-
-
-def parameters(
-  model: nn.Module, args: tuple, call: Mapping[str, Any]
-) -> dict[str, list[int]]:
-  """Returns {name of a parameter: its shape}, for one call of a model."""
-  made = jax.eval_shape(
-    lambda *args: model.init(jax.random.key(0), *args, **call), *args
-  )
-  return {
-    name: list(x.shape)
-    for name, x in named('params', nn.meta.unbox(made['params'])).items()
-  }
-
-
-def _check_model(directory, manifest, model, variables, args) -> None:
-  """Raises ValueError unless a model has the export's parameters and layers."""
-  name, call = type(model.model).__name__, manifest['call']
-  if not isinstance(model.model, nn.Module) or model.model.scope is not None:
-    raise ValueError(
-      f'model={name} must be an unbound linen module; pass the '
-      f'{manifest["module"]} that searchable got'
-    )
-  layer_calls.check_call(model.model, args, call)
-  given = parameters(model.model, args, call)
-  expected = manifest['parameters']
-  for path in sorted(given | expected):
-    if given.get(path) != expected.get(path):
-      raise ValueError(
-        f'model={name}: the shape of {path} is {given.get(path, "missing")}, '
-        f'but in {directory} it is {expected.get(path, "missing")}; pass the '
-        f'{manifest["module"]} that was exported, with the same fields'
-      )
-  missed = set(model.choices) - model.called(variables, *args, **call)
-  if missed:
-    raise ValueError(
-      f'model={name} calls no linen layer at {", ".join(sorted(missed))}, '
-      f'for which {directory} has low-bit weights; pass the '
-      f'{manifest["module"]} that was exported'
-    )
-
-
-def variables(
-  model: nn.Module | served_model.ServedModel,
-  tensors: Mapping[str, np.ndarray],
-  layers: Mapping[str, stored_layers.Layer],
-) -> dict[str, Any]:
-  """Returns the served model's collections, in this host's fastest form."""
-  unpacked = stored_layers.variables(tensors, layers)
-  if int8_ops.prefers_unsigned():
-    unpacked |= with_shifts(unpacked, layers)
-  if isinstance(model, served_model.ServedModel):
-    unpacked = model.variables(unpacked)
-  return unpacked
-
-
-def program(
-  model: nn.Module | served_model.ServedModel,
-  layers: Mapping[str, stored_layers.Layer],
-  call: Mapping[str, Any],
-) -> Callable:
-  """Returns `(tensors, *args) -> outputs`, in a form for every platform."""
-
-  def run(tensors, *args):
-    unpacked = stored_layers.variables(tensors, layers)
-    if isinstance(model, served_model.ServedModel):
-      unpacked = model.variables(unpacked)
-    return model.apply(unpacked, *args, **call)
-
-  return run
-
-
-def build(
-  manifest: Mapping[str, Any],
-  layers: Mapping[str, stored_layers.Layer],
-  model: nn.Module | None = None,
-) -> nn.Module | served_model.ServedModel:
-  """Returns the served form of a model, or of the network in a manifest."""
-  if model is not None:
-    return served_model.ServedModel(model, layers)
-  sizes = sizes_lib.Sizes(found=manifest['arch']['sizes'], is_served=True)
-  return models.construct(
-    manifest['model'],
-    manifest['num_classes'],
-    sizes=sizes,
-    **constructors(layers),
-  )
-
-
-def constructors(layers: Mapping[str, stored_layers.Layer]) -> dict[str, Any]:
-  """Returns constructors of served layers: {'conv': ..., 'dense': ...}."""
-  assignment = {
-    path: tuple(f and f.name for f in (layer.weights, layer.activations))
-    for path, layer in layers.items()
-  }
-  spec = quant_spec.QuantSpec(mode='separate', assignment=assignment)
-  return dict(
-    conv=quant_layers.with_spec(served_layers.ServedConv, spec),
-    dense=quant_layers.with_spec(served_layers.ServedDense, spec),
-  )
-
-
-def with_shifts(
-  variables: Mapping[str, Any], layers: Mapping[str, stored_layers.Layer]
-) -> dict[str, Any]:
-  """Returns the collection `shifts`, which the unsigned int8 op reads."""
-  shifts: dict[str, Any] = {}
-  for path, layer in layers.items():
-    if layer.arithmetic != 'int8':
-      continue
-    parts = [part for part in path.split('/') if part]
-    params, scales, leaf = variables['params'], variables['scales'], shifts
-    for part in parts:
-      params, scales = params[part], scales[part]
-      leaf = leaf.setdefault(part, {})
-    kernel, scale = params['kernel'], scales['weights']
-    summed = [i for i, n in enumerate(scale.shape) if n < kernel.shape[i]]
-    leaf['kernel'] = np.asarray(int8_ops.offset(jnp.asarray(kernel), summed))
-  return dict(shifts=shifts) if shifts else {}
+  outputs = {k: v for k, v in arrays.items() if k.startswith('outputs')}
+  given = [v for k, v in arrays.items() if k not in outputs]
+  leaves = [
+    x if impl is None else jax.random.wrap_key_data(jnp.asarray(x), impl=impl)
+    for x, impl in zip(given, manifest['keys'], strict=True)
+  ]
+  args, rngs = pytrees.build(manifest['inputs'], leaves)
+  return args, rngs, outputs

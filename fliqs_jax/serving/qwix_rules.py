@@ -28,10 +28,10 @@ def rules(
   BF16 and unquantized sides get no type: there Qwix keeps the model's dtype.
   """
   expressed, missing = [], []
-  for path, iterations in stored_layers.by_module(layers).items():
+  for path, iterations in stored_layers.by_product(layers).items():
     layer, *others = iterations
-    if not layer.variable:
-      missing.append(f'{path}: a product of attention')
+    if not layer.shape:
+      missing.append(f'{path}: a product of two activations')
       continue
     if {(o.weights, o.activations) for o in others} - {
       (layer.weights, layer.activations)

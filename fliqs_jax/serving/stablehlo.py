@@ -1,72 +1,94 @@
-"""StableHLO program of a served model, for machines without this package.
+"""StableHLO programs of a served model, for machines without this package.
 
-  import jax, safetensors
-  program = jax.export.deserialize(open('model.stablehlo', 'rb').read())
-  with safetensors.safe_open('weights.safetensors', 'flax') as file:
-    tensors = {name: file.get_tensor(name) for name in file.keys()}
-  logits = program.call(tensors, images)
+  import json, jax, numpy
+  read = lambda name: jax.export.deserialize(bytearray(open(name, 'rb').read()))
+  operands = read('unpack.stablehlo').call(tensors)
+  outputs = read('model.stablehlo').call(operands, *leaves_of_the_inputs)
 
-The stored tensors are arguments, and the program unpacks them itself. So they
-are not stored twice, and scales are not constants, which XLA would reassociate.
-The batch size is symbolic if the model allows it. Products are int8 x int8 ->
-int32, which every platform has; convolutions become such products, except on
-TPU, which has an int8 convolution.
+`tensors` is {name: array} of weights.safetensors. `unpack` decodes packed
+weights once; `model` takes its results and the leaves of the inputs, and
+returns the leaves of the outputs. So tensors are not stored twice, and scales
+are not constants, which XLA would reassociate. The batch size is symbolic if
+the model allows it.
+
+Products are int8 x int8 -> int32, which every platform has; convolutions become
+such products, except on TPU, which has an int8 convolution. The programs whose
+names end in `.vnni` are the same for CPUs that multiply uint8 by int8 faster.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.export
 import numpy as np
 
-NAME = 'model.stablehlo'
+UNPACK, MODEL = 'unpack.stablehlo', 'model.stablehlo'
+VNNI_UNPACK, VNNI_MODEL = 'unpack.vnni.stablehlo', 'model.vnni.stablehlo'
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
 
 def serialize(
-  program: Callable,
-  tensors: Mapping[str, np.ndarray],
-  args: Sequence[Any],
-) -> tuple[bytes, bool]:
-  """Returns a serialized program, and whether it takes any batch size.
+  function: Callable[..., Any], *args: Any, platforms: Sequence[str]
+) -> bytes:
+  """Returns a serialized function.
 
   Args:
-    program: `(tensors, *args) -> outputs`.
-    tensors: {name: tensor}; only shapes and dtypes are used.
-    args: example inputs, pytrees of arrays [N, ...]; an array with another
-      first axis keeps its shape.
+    function: a function of arrays, lists and dicts of them, to a list.
+    *args: example arguments, or their shapes; only these are used.
+    platforms: names of the platforms that it is lowered for.
 
   Raises:
-    ValueError: the model cannot be lowered to StableHLO.
+    ValueError: it cannot be lowered to StableHLO.
   """
-  fixed = jax.tree.map(_shape, (dict(tensors), *args))
-  batch = np.shape(jax.tree.leaves(args)[0])[:1]
+  export = jax.export.export(jax.jit(function), platforms=platforms)
+  try:
+    return bytes(export(*jax.tree.map(_shape, args)).serialize())
+  except ValueError as error:
+    raise ValueError(
+      f'the model cannot be written as a StableHLO program: {error}'
+    ) from error
+
+
+def serialize_for_batches(
+  function: Callable[..., Any],
+  operands: Any,
+  *inputs: Any,
+  platforms: Sequence[str],
+) -> tuple[bytes, bool]:
+  """Returns a serialized function, and whether it takes any batch size.
+
+  Args:
+    function: `(operands, *inputs) -> list of arrays`.
+    operands: what does not depend on the batch.
+    *inputs: arrays [N, ...]; an array with another first axis keeps its shape.
+    platforms: names of the platforms that it is lowered for.
+
+  Raises:
+    ValueError: it cannot be lowered to StableHLO.
+  """
+  batch = np.shape(inputs[0])[:1] if inputs else ()
   (symbol,) = jax.export.symbolic_shape('batch')
 
-  def opened(x):
-    if batch and x.shape[:1] == batch:
-      return jax.ShapeDtypeStruct((symbol, *x.shape[1:]), x.dtype)
-    return x
+  def opened(x: Any) -> Any:
+    if batch and np.shape(x)[:1] == batch:
+      return jax.ShapeDtypeStruct((symbol, *np.shape(x)[1:]), x.dtype)
+    return _shape(x)
 
-  export = jax.export.export(jax.jit(program), platforms=PLATFORMS)
+  export = jax.export.export(jax.jit(function), platforms=platforms)
   try:
-    exported = export(fixed[0], *jax.tree.map(opened, fixed[1:]))
+    shapes = jax.tree.map(_shape, operands)
+    exported = export(shapes, *map(opened, inputs))
     return bytes(exported.serialize()), bool(batch)
   # A model that needs the batch size as a number may raise any error.
   except Exception:
-    try:
-      return bytes(export(*fixed).serialize()), False
-    except ValueError as error:
-      raise ValueError(
-        f'the model cannot be written as a StableHLO program: {error}'
-      ) from error
-
-
-def _shape(x):
-  return jax.ShapeDtypeStruct(np.shape(x), x.dtype)
+    return serialize(function, operands, *inputs, platforms=platforms), False
 
 
 def deserialize(data: bytes) -> jax.export.Exported:
-  """Returns a program; `call` is `(tensors, *args) -> outputs`."""
+  """Returns a program; `call` is its function."""
   return jax.export.deserialize(bytearray(data))
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(np.shape(x), x.dtype)

@@ -21,7 +21,7 @@ from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.serving import served_products
 from fliqs_jax.serving import stored_layers
 
-Assignment = stored_layers.Assignment
+Assignment = Mapping[str, tuple[str | None, str | None]]
 Pair = tuple[formats.NumericFormat | None, formats.NumericFormat | None]
 
 # Sums of int8 products in an int32 accumulator wrap around beyond this bound.
@@ -144,7 +144,7 @@ def stored(
   """Returns the stored products of a model at one architecture.
 
   Args:
-    parts: products of the model.
+    parts: the products of the model that are replaced.
     variables: its collections; `arch` holds the architecture.
     assignment: the same architecture as {layer: (weights, activations)}.
     noted: the collection `operands` of a call at that architecture.
@@ -157,10 +157,10 @@ def stored(
   stats = products_lib.flattened(variables.get('quant_stats', {}))
   layers, tensors, products = {}, {}, {}
   first_use: dict[str, tuple[Reading, Rows]] = {}
-  for part in parts:
-    if part.reason:
+  for product, _, reason in parts:
+    if reason:  # It has no formats.
+      products[product.path] = _unstored(product)
       continue
-    product = part.product
     pairs = _formats(product, assignment)
     own = {
       name: flat[key]
@@ -177,6 +177,21 @@ def stored(
     layers |= _layers(reading, rows)
     products[product.path] = reading
   return Stored(layers, tensors, products)
+
+
+def _unstored(product: products_lib.Product) -> Reading:
+  """Returns the reading of a product without formats: nothing is stored."""
+  paths = (product.path,)
+  return Reading(
+    stack=product.stack,
+    paths=paths,
+    formats=((None, None),),
+    shape=None,
+    summed=(),
+    in_integers=False,
+    has_shift=False,
+    owners=paths,
+  )
 
 
 def _formats(
@@ -290,7 +305,6 @@ def _tensors(reading: Reading, rows: Rows) -> dict[str, np.ndarray]:
 
 def _layers(reading: Reading, rows: Rows) -> dict[str, stored_layers.Layer]:
   """Returns {path of an iteration: its description}."""
-  owns = reading.owners == reading.paths and reading.shape is not None
   return {
     path: stored_layers.Layer(
       weights,
@@ -299,10 +313,12 @@ def _layers(reading: Reading, rows: Rows) -> dict[str, stored_layers.Layer]:
       largest_sum=_largest_sum(reading, rows, i)
       if reading.in_integers
       else None,
-      variable='weights' if owns else '',
+      tensor=_name('params', owner, 'weights')
+      if reading.shape is not None and weights
+      else '',
     )
-    for i, (path, (weights, activations)) in enumerate(
-      zip(reading.paths, reading.formats)
+    for i, (path, owner, (weights, activations)) in enumerate(
+      zip(reading.paths, reading.owners, reading.formats)
     )
   }
 

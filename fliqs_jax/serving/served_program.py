@@ -6,7 +6,7 @@ remain: `unpack(tensors) -> operands`, which a server runs once, and
 `run(operands, *inputs) -> outputs`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
@@ -72,9 +72,7 @@ class ProgramModel:
     leaves, treedef = jax.tree.flatten(self.variables)
     # Variables that nothing reads have no influence, whatever they are.
     variables = [
-      typed(kept[name], leaf)
-      if name in kept
-      else jnp.zeros_like(leaf)
+      typed(kept[name], leaf) if name in kept else jnp.zeros_like(leaf)
       for name, leaf in zip(named(self.variables), leaves)
     ]
     examples, structure = jax.tree.flatten(self.inputs)
@@ -129,7 +127,7 @@ def _served(
 ) -> list[Any]:
   """Returns the leaves of the outputs of the served program."""
   traced = model.trace(variables, args, call, rngs, [])
-  replaced = [part.product for part in traced.parts if not part.reason]
+  replaced = [part.product for part in model.replaced(traced.parts)]
   rewriter = rewrite.Rewriter(replaced, stored.rule())
   return rewriter(traced.program, traced.operands, given, {})[0]
 

@@ -1,1 +1,0 @@
-"""Interception of linen layers: makes any linen model searchable."""
