@@ -13,8 +13,10 @@ from fliqs_jax.layers.quant_layers import QuantEinsum
 from fliqs_jax.layers.quant_layers import with_spec
 from fliqs_jax.numerics.formats import NumericFormat
 from fliqs_jax.program.coverage import coverage
+from fliqs_jax.program.guard import check as check_model
 from fliqs_jax.program.searchable import searchable
 from fliqs_jax.search.policy import argmax
+from fliqs_jax.search.post_training import allocate
 from fliqs_jax.search.presets import make as make_controller
 from fliqs_jax.search.schedules import phases
 from fliqs_jax.search.scored import score_and_solve
@@ -42,7 +44,9 @@ __all__ = [
   'QuantEinsum',
   'QuantSpec',
   'SearchSpace',
+  'allocate',
   'argmax',
+  'check_model',
   'coverage',
   'create_state',
   'eval_step',

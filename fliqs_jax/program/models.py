@@ -224,6 +224,19 @@ class HaikuModel:
     return outputs, {'state': changed} if self.has_state else {}
 
 
+def accepted(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the keyword arguments of a linen call, `train` if it has it."""
+  method = kwargs.get('method') or '__call__'
+  if isinstance(method, str):
+    method = getattr(type(module), method)
+  known = inspect.signature(method).parameters
+  takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+  kwargs = dict(kwargs)
+  if 'train' not in known and not takes_any:
+    kwargs.pop('train', None)
+  return kwargs
+
+
 def _accepted(
   function: Callable[..., Any],
   kwargs: Mapping[str, Any],

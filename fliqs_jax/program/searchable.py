@@ -29,6 +29,7 @@ STACKS = ('separate', 'shared')
 # Collections of the search; `operands` and `act_inputs` are only noted.
 _ARCH, _STATS, _COST = 'arch', 'quant_stats', 'cost'
 _NOTES = {'operands': 'operands', 'act_inputs': 'inputs'}
+OWN = frozenset((_ARCH, _STATS, _COST, *_NOTES))
 
 
 def searchable(
@@ -141,6 +142,30 @@ class Searchable:
         fit it.
     """
     variables = self._init(rngs, *args, **kwargs)
+    if not isinstance(rngs, Mapping):
+      rngs = dict(params=rngs)
+    return self.prepare(variables, *args, rngs=rngs, **kwargs)
+
+  def prepare(
+    self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, **kwargs
+  ) -> dict[str, Any]:
+    """Returns the variables of a trained model with those of the search.
+
+    Args:
+      variables: `params` and the model's other collections.
+      *args: positional arguments of the model's call.
+      rngs: {name: key} of a model that draws random numbers.
+      **kwargs: keyword arguments of the model's call, static.
+
+    Returns:
+      The same with `arch`, the first format of each menu, and `quant_stats`
+      before the first batch.
+
+    Raises:
+      ValueError: the model cannot be called so, or a rule of the spec does not
+        fit it.
+    """
+    variables = dict(core.unfreeze(variables))
     parts = self.parts(variables, rngs, *args, **kwargs)
     arch, stats = {}, {}
     rule = self._rule(parts)
@@ -186,13 +211,12 @@ class Searchable:
     """
     variables = core.unfreeze(variables)
     wanted = _names(mutable, variables)
-    own = {_ARCH, _STATS, _COST, *_NOTES}
     traced = self.trace(
-      {k: v for k, v in variables.items() if k not in own},
+      {k: v for k, v in variables.items() if k not in OWN},
       args,
       kwargs,
       rngs,
-      [name for name in wanted if name not in own],
+      [name for name in wanted if name not in OWN],
     )
     notes = ''.join(_NOTES[name] for name in wanted if name in _NOTES)
     replaced = self.replaced(traced.parts)
@@ -236,6 +260,12 @@ class Searchable:
       **kwargs: keyword arguments of the model's call, static.
     """
     variables, parts = self.parts_of(*args, **kwargs)
+    refused = [part for part in parts if part.product.reason]
+    if parts and len(refused) == len(parts):
+      raise ValueError(
+        'the model has no product that could be quantized: '
+        + '; '.join(f'{p.product.path}: {p.reason}' for p in refused[:5])
+      )
     ops = []
     for product, choices, reason in parts:
       if product.kind == 'embed' and reason:
@@ -284,14 +314,23 @@ class Searchable:
       return self._init(key, *treedef.unflatten(filled), **kwargs)
 
     variables = jax.eval_shape(init, *arrays)
-    return variables, self.parts(variables, key, *args, **kwargs)
+    try:
+      with jax.checking_leaks():
+        parts = self.parts(variables, dict(params=key), *args, **kwargs)
+    except Exception as error:
+      if 'Leaked' not in str(error):
+        raise
+      raise ValueError(
+        'the model is not pure: a value of the call is kept outside of it, in '
+        'an attribute, a list or a global variable. Return it instead; of an '
+        f'NNX module, keep it in an nnx.Variable. {error}'
+      ) from error
+    return variables, parts
 
   def parts(
     self, variables: Mapping[str, Any], rngs: Any, *args: Any, **kwargs: Any
   ) -> tuple[Part, ...]:
     """Returns the products of a call whose collections may all change."""
-    if not isinstance(rngs, Mapping):
-      rngs = dict(params=rngs)
     names = [name for name in variables if name != 'params']
     return self.trace(variables, args, kwargs, rngs, names).parts
 
@@ -312,6 +351,8 @@ class Searchable:
       rngs: {name: key} or None.
       mutable: names of the model's collections that may change.
     """
+    if isinstance(self.model, nn.Module):
+      kwargs = models.accepted(self.model, kwargs)
     leaves, treedef = jax.tree.flatten((variables, args, kwargs, rngs))
     is_array = [models.is_array(leaf) for leaf in leaves]
     arrays = [leaf for leaf, array in zip(leaves, is_array) if array]
@@ -329,7 +370,7 @@ class Searchable:
       outputs, changed = result if mutable else (result, {})
       return outputs, core.unfreeze(changed)
 
-    program, shapes = jax.make_jaxpr(call, return_shape=True)(*arrays)
+    program, shapes = _program(call, arrays)
     names = products_lib.paths(_only_arrays(variables))
     root = type(self.model).__name__
     found = products_lib.find(program, names, root)
@@ -339,6 +380,7 @@ class Searchable:
 
   def _init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     if isinstance(self.model, nn.Module):
+      kwargs = models.accepted(self.model, kwargs)
       kwargs['mutable'] = core.DenyList('intermediates')
     return dict(core.unfreeze(self.model.init(rngs, *args, **kwargs)))
 
@@ -428,6 +470,34 @@ class Searchable:
     if not product.stack:
       return rows[0]
     return jnp.stack(rows).reshape((*product.stack, len(menu)))
+
+
+def _program(call: Any, arrays: list[Any]) -> tuple[Any, Any]:
+  """Returns the jaxpr of a call, and the shapes of its results.
+
+  Raises:
+    ValueError: the call cannot be a program; the message says what to do.
+  """
+  try:
+    program, shapes = jax.make_jaxpr(call, return_shape=True)(*arrays)
+  except NameError as error:
+    if 'axis name' not in str(error):
+      raise
+    raise ValueError(
+      f'the model uses an axis name that nothing binds ({error}); make a '
+      'function searchable that binds it: f(params, x) = jax.vmap(model, '
+      "axis_name='batch')(...), or call the model inside jax.shard_map"
+    ) from error
+  except TypeError as error:
+    if 'valid JAX type' not in str(error):
+      raise
+    raise ValueError(
+      'the model returns something that is no array or tree of arrays: '
+      f'{error}; return arrays only'
+    ) from error
+  if not jax.tree.leaves(shapes[0]):
+    raise ValueError('the model returns no array; return its outputs')
+  return program, shapes
 
 
 def _leaves(part: Part) -> dict[str, quant_spec.Menu]:

@@ -51,6 +51,8 @@ def create(
   key: jax.Array,
   *args: Any,
   keep_average: bool = False,
+  params: Any = None,
+  model_state: Mapping[str, Any] | None = None,
   **kwargs: Any,
 ) -> TrainState:
   """Returns the state before the first step.
@@ -66,17 +68,27 @@ def create(
       their values do not matter.
     keep_average: whether a running mean of the parameters is kept, which
       `ema_decay` of `search_step` needs.
+    params: parameters of a trained network, of the tree, the shapes and the
+      types of those of the model; None: new ones.
+    model_state: its other collections, such as `batch_stats`; those that are
+      not given are new.
     **kwargs: keyword arguments of the model's call, static.
 
   Returns:
     The state, of arrays on the default device; the policy is uniform.
 
   Raises:
-    ValueError: the model cannot be called with these arguments, or one of its
-      layers cannot be quantized.
+    ValueError: the model cannot be called with these arguments, one of its
+      layers cannot be quantized, or the given parameters are those of another
+      network: those that are missing, surplus or of another shape are named.
   """
   init_key, run_key = jax.random.split(key)
   variables = dict(model.init(init_key, *args, **kwargs))
+  given = dict(model_state or {})
+  if params is not None:
+    given['params'] = params
+  for name, tree in given.items():
+    variables[name] = replaced(name, variables.get(name, {}), tree)
   params = variables.pop('params')
   model_state = {
     name: collection
@@ -93,3 +105,48 @@ def create(
     search_state=controller.init(space.zeros()),
     key=run_key,
   )
+
+
+def replaced(name: str, own: Any, given: Any) -> Any:
+  """Returns given values in the tree of a model's collection.
+
+  Args:
+    name: name of the collection, for messages.
+    own: the collection of the model, arrays or their shapes.
+    given: the collection of a trained network.
+
+  Raises:
+    ValueError: leaves are missing, surplus or of another shape or kind of type;
+      the message names them.
+  """
+  own_leaves, given_leaves = _named(own), _named(given)
+  missing = [path for path in own_leaves if path not in given_leaves]
+  surplus = [path for path in given_leaves if path not in own_leaves]
+  if missing or surplus:
+    raise ValueError(
+      f'{name} are those of another network: missing are '
+      f'{", ".join(missing) or "none"}; surplus are '
+      f'{", ".join(surplus) or "none"}'
+    )
+  for path, leaf in own_leaves.items():
+    new = given_leaves[path]
+    if jnp.shape(new) != leaf.shape:
+      raise ValueError(
+        f'{name}/{path} has the shape {jnp.shape(new)}, but that of the model '
+        f'is {leaf.shape}'
+      )
+  return jax.tree.unflatten(
+    jax.tree.structure(own),
+    [
+      jnp.array(given_leaves[path], leaf.dtype)
+      for path, leaf in own_leaves.items()
+    ],
+  )
+
+
+def _named(tree: Any) -> dict[str, Any]:
+  """Returns {path: leaf}, in the order of the leaves."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }

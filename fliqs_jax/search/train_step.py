@@ -255,6 +255,17 @@ def _judge(
   the images cancels between them.
   """
   samples = len(jax.tree.leaves(proposed)[0])
+  lengths = {
+    name: jnp.shape(leaf)[:1]
+    for name, leaf in batch.items()
+    if not isinstance(leaf, Mapping)
+  }
+  if samples > 1 and len(set(lengths.values())) > 1:
+    raise ValueError(
+      'the validation batch cannot be cut into parts, because its arrays have '
+      f'different first axes: {lengths}; use controller(samples=1), which '
+      'judges on the whole batch, or a preset that judges nothing'
+    )
   images = jax.tree.map(lambda x: _every(x, samples)[0], batch)
 
   def judge(i: int) -> jax.Array:

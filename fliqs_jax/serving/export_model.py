@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fliqs_jax.program import guard
 from fliqs_jax.program import products as products_lib
 from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.runtime import versions
@@ -72,8 +73,9 @@ def export_model(
   Raises:
     ValueError: the directory is not empty; the model cannot be called with
       these arguments; the choices are those of another model; activations were
-      never quantized in training; or a product cannot be served in its stored
-      format: there is no fallback to float.
+      never quantized in training; the program with every product at BF16
+      differs from the model by more than rounding; or the served outputs differ
+      from those of the search.
   """
   export_files.check_free(out)
   if not isinstance(model, searchable_lib.Searchable):
@@ -93,6 +95,7 @@ def export_model(
   assignment = space.assignment(choices)
   variables = plain(variables)
   arch = space.expand(space.choices(assignment))
+  guard.check(model, variables, *args, rngs=rngs, **kwargs)
   return write(
     out,
     model,

@@ -26,10 +26,10 @@ class Served:
   """The rule of a served program.
 
   Each product is given, with the axes of its stack in front: `values` [...] of
-  its weights, int8 or bfloat16, if they are stored; `weights` and `activations`,
-  the scales of quantized sides; `weights_format` and `activations_format`,
-  one-hot vectors, where iterations have different formats; and `shift`, what
-  the unsigned form of `int8_ops` subtracts.
+  its weights, int8 or bfloat16, if they are stored; `weights` and
+  `activations`, the scales of quantized sides; `weights_format` and
+  `activations_format`, one-hot vectors, where iterations have different
+  formats; and `shift`, what the unsigned form of `int8_ops` subtracts.
 
   Attributes:
     menus: {path of a product: its formats}.

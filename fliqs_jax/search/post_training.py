@@ -1,0 +1,144 @@
+"""Formats for a trained network, without any training.
+
+Activations of the given batches set the thresholds, sensitivities say what each
+format of each layer costs in quality, and the budget is solved exactly.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fliqs_jax import data
+from fliqs_jax.layers import operands as operands_lib
+from fliqs_jax.program import searchable as searchable_lib
+from fliqs_jax.search import sensitivity
+from fliqs_jax.space import allocation
+from fliqs_jax.space import cost_model
+from fliqs_jax.space import discovery
+from fliqs_jax.space import quant_spec
+from fliqs_jax.space import search_space
+
+
+class Allocated(NamedTuple):
+  """An architecture of a trained network; `export_model` takes it.
+
+  Attributes:
+    model: the searchable model.
+    variables: the network's collections, with the statistics of activations.
+    choices: {decision: [K] one-hot}.
+    space: the decisions.
+    scores: {decision: [K]} the loss of quality by each option.
+    cost: cost of the choices, in the unit of the cost.
+    target: the largest cost that was allowed.
+  """
+
+  model: searchable_lib.Searchable
+  variables: dict[str, Any]
+  choices: dict[str, np.ndarray]
+  space: search_space.SearchSpace
+  scores: sensitivity.Scores
+  cost: float
+  target: float
+
+
+def allocate(
+  model: Any,
+  variables: Any,
+  batches: Iterable[Mapping[str, Any]],
+  target: float,
+  *,
+  spec: quant_spec.QuantSpec | None = None,
+  loss: Callable[..., Any] | None = None,
+  cost: str = 'bops',
+  relative_to: str = 'INT4',
+) -> Allocated:
+  """Returns the best formats for a trained network within a budget.
+
+  Args:
+    model: a model that `searchable` made, or what `searchable` takes.
+    variables: its collections; of a function f(params, *inputs), its params.
+    batches: some eight batches, dicts of inputs [B, ...] and, if there is a
+      loss, of what it reads, such as `label`.
+    target: the largest cost, as a multiple of that of uniform `relative_to`.
+    spec: the formats, if `model` is not searchable yet.
+    loss: (outputs, batch) -> (loss [], metrics), a mean over examples: options
+      are scored by the change of an example's loss (`fisher`). None: outputs
+      are logits, and the divergence of their softmax scores (`kl`).
+    cost: kind of the cost, as `cost.kind` of a config.
+    relative_to: name of the format that the target is a multiple of.
+
+  Returns:
+    The architecture, and what `export_model` needs with it.
+
+  Raises:
+    ValueError: there is no batch, the model cannot be called with its inputs, a
+      score is not finite, or no architecture is within the budget.
+  """
+  batches = list(batches)
+  if not batches:
+    raise ValueError('batches: allocate needs at least one batch; give eight')
+  if not isinstance(model, searchable_lib.Searchable):
+    is_function = not hasattr(model, 'init') and not _has_arrays(model)
+    params = variables if is_function else None
+    model = searchable_lib.searchable(model, spec, params=params)
+    variables = dict(params=variables) if is_function else variables
+  elif spec is not None:
+    raise ValueError('spec: the model is searchable and has its own; leave it')
+  examples = [data.model_inputs(batch) for batch in batches]
+  one = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)[1:]), x.dtype), examples[0]
+  )
+  space = discovery.find(model, one, train=False)
+  total = space.cost(cost)
+  limit = target * cost_model.uniform(total, relative_to)
+  variables = model.prepare(variables, examples[0], train=False)
+  variables = _observed(model, space, variables, examples)
+  metric = sensitivity.fisher(loss) if loss else sensitivity.kl(_no_loss)
+  scores, _ = sensitivity.regular(
+    space, sensitivity.scorer(model.apply, metric, space)(variables, batches)
+  )
+  choices = allocation.solve(space, scores, [allocation.Budget(total, limit)])
+  del variables['arch']
+  return Allocated(
+    model, variables, choices, space, scores, float(total(choices)), limit
+  )
+
+
+def _has_arrays(model: Any) -> bool:
+  return any(hasattr(leaf, 'dtype') for leaf in jax.tree.leaves(model))
+
+
+def _no_loss(outputs: Any, batch: Any) -> Any:
+  raise NotImplementedError
+
+
+def _observed(
+  model: searchable_lib.Searchable,
+  space: search_space.SearchSpace,
+  variables: dict[str, Any],
+  examples: list[Any],
+) -> dict[str, Any]:
+  """Returns the variables with statistics of the network's activations."""
+  if 'quant_stats' not in variables:
+    return variables
+  variables = {**variables, 'arch': space.expand(space.dearest())}
+
+  @jax.jit
+  def observe(variables: Any, inputs: Any) -> Any:
+    _, changed = model.apply(
+      variables, inputs, train=False, mutable=['quant_stats']
+    )
+    return {**variables, **changed}
+
+  def switched(active: bool) -> dict[str, Any]:
+    stats = operands_lib.set_activation_quantization(
+      variables['quant_stats'], active
+    )
+    return {**variables, 'quant_stats': stats}
+
+  variables = switched(False)
+  for inputs in examples:
+    variables = observe(variables, inputs)
+  return switched(True)
