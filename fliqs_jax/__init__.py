@@ -14,6 +14,7 @@ from fliqs_jax.layers.quant_layers import with_spec
 from fliqs_jax.numerics.formats import NumericFormat
 from fliqs_jax.program.coverage import coverage
 from fliqs_jax.program.guard import check as check_model
+from fliqs_jax.program.products import as_weights
 from fliqs_jax.program.searchable import searchable
 from fliqs_jax.search.policy import argmax
 from fliqs_jax.search.post_training import allocate
@@ -46,6 +47,7 @@ __all__ = [
   'SearchSpace',
   'allocate',
   'argmax',
+  'as_weights',
   'check_model',
   'coverage',
   'create_state',

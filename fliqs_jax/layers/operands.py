@@ -5,18 +5,16 @@ the moments of the input (`quant_stats`) and the cost of the op (`cost`).
 `quant_layers` lists them with their shapes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.layers import channel_masks
 from fliqs_jax.layers import grids
-from fliqs_jax.numerics import float_ops
 from fliqs_jax.numerics import mixture
 from fliqs_jax.numerics import one_hot as one_hot_lib
 from fliqs_jax.numerics import quantize
@@ -54,39 +52,22 @@ class Operands:
   Attributes:
     module: the layer.
     spec: the rules that say which formats the layer may use.
-    state: the holder of the layer's variables: the layer itself, or an object
-      with its methods `variable`, `has_variable`, `get_variable`, `sow` and
-      `is_mutable_collection`.
     choices: the formats that each operand may use.
     dtype: the dtype of the layer's result.
     sizes: the possible sizes of the layer by name: `input_channels`,
       `output_channels`, `kernel`.
     leaves: the leaf [K] of `arch` for each of these sizes.
-    accumulator: the dtype of the op's sums.
-    has_integer_op: whether the op could run on integers.
   """
 
-  accumulator: Any = jnp.float32
-  has_integer_op: bool = True
-
-  def __init__(
-    self,
-    module: nn.Module,
-    inputs: jax.Array,
-    spec: quant_spec.QuantSpec | None = None,
-    state: Any = None,
-  ):
+  def __init__(self, module: nn.Module, inputs: jax.Array):
     """Reads which formats and sizes the layer may use.
 
     Args:
       module: the layer.
       inputs: [...] the layer's input; only its dtype is read.
-      spec: the rules; None for those of the layer.
-      state: the holder of the layer's variables; None for the layer itself.
     """
     self.module = module
-    self.spec = spec or module.spec
-    self.state = state or module
+    self.spec: quant_spec.QuantSpec = module.spec
     self.choices = self.spec.choices('/'.join(module.path))
     # As in linen: the given type, or that to which inputs and weights promote.
     self.dtype = module.dtype or jnp.result_type(inputs, module.param_dtype)
@@ -100,12 +81,6 @@ class Operands:
       for name, size in self.sizes.items()
     }
 
-  @property
-  def is_quantized(self) -> bool:
-    """Whether a format is chosen for either operand."""
-    choices = self.choices
-    return choices.weights is not None or choices.activations is not None
-
   def __call__(
     self, x: jax.Array, w: jax.Array, contracted: tuple[int, ...]
   ) -> tuple[quantize.Quantized, quantize.Quantized]:
@@ -116,38 +91,7 @@ class Operands:
       w: [...] weights.
       contracted: the axes of `w` that the op sums over.
     """
-    x_q, w_q = self.activations(x), self.weights(w, contracted)
-    if not self.module.is_initializing():  # Stored only while exporting.
-      self.state.sow('operands', 'values', w_q.values)
-      self.state.sow('operands', 'weights', w_q.scale)
-      self.state.sow('operands', 'activations', x_q.scale)
-      self.state.sow('operands', 'integer_op', np.bool_(self.has_integer_op))
-    return x_q, w_q
-
-  def conv(
-    self,
-    x: quantize.Quantized,
-    w: quantize.Quantized,
-    window_strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]],
-    **kwargs: Any,
-  ) -> jax.Array:
-    """Returns the float32 sums of a convolution of grid values."""
-    return float_ops.conv_general_dilated(
-      x.values, w.values, window_strides, padding, **kwargs
-    )
-
-  def dot_general(
-    self,
-    x: quantize.Quantized,
-    w: quantize.Quantized,
-    dimension_numbers: lax.DotDimensionNumbers,
-    precision: lax.PrecisionLike,
-  ) -> jax.Array:
-    """Returns the float32 sums of a product of grid values."""
-    return float_ops.dot_general(
-      x.values, w.values, dimension_numbers, precision
-    )
+    return self.activations(x), self.weights(w, contracted)
 
   def keep(self, *arrays: jax.Array | None, dtype: Any) -> tuple:
     """Replaces linen's `promote_dtype`: operands are float32 until rounded."""
@@ -241,11 +185,11 @@ class Operands:
       decided=tuple(scaling.items()),
       spare=spare,
     )
-    self.state.sow('cost', 'ops', shape)
+    self.module.sow('cost', 'ops', shape)
     outputs = self.sizes.get(sizes.OUTPUT_CHANNELS)
     if outputs is not None and self.module.use_bias:
       bias = ops_lib.PerChannel(sizes.OUTPUT_CHANNELS, outputs, 1)
-      self.state.sow('cost', 'others', bias)
+      self.module.sow('cost', 'others', bias)
 
   def _decision(self, side: str, menu: Menu) -> jax.Array:
     """Returns the leaf [K] of `arch` that picks the format of an operand.
@@ -254,10 +198,10 @@ class Operands:
       ValueError: the leaf is known and picks no format.
     """
     leaf = 'format' if self.choices.tied else side
-    if not self.state.has_variable('arch', leaf):
+    if not self.module.has_variable('arch', leaf):
       # A model without a value for the leaf runs at its first format.
-      self.state.variable('arch', leaf, jax.nn.one_hot, 0, len(menu))
-    one_hot = self.state.get_variable('arch', leaf)
+      self.module.variable('arch', leaf, jax.nn.one_hot, 0, len(menu))
+    one_hot = self.module.get_variable('arch', leaf)
     if not self._is_relaxed(menu):
       one_hot_lib.check('/'.join((*self.module.path, leaf)), one_hot)
     return one_hot
@@ -343,7 +287,7 @@ class Operands:
   def _statistics(self, menu: Menu) -> dict[str, nn.Variable]:
     first = grids.first_statistics(menu, self.spec.first_act_clip)
     return {
-      name: self.state.variable('quant_stats', name, jnp.asarray, value)
+      name: self.module.variable('quant_stats', name, jnp.asarray, value)
       for name, value in first.items()
     }
 
@@ -357,9 +301,9 @@ class Operands:
     stats = self._statistics(menu)
     if self.module.is_initializing():
       return lambda one_hot: quantize.unquantized(x)
-    self.state.sow('act_inputs', 'x', x)  # Stored only while calibrating.
+    self.module.sow('act_inputs', 'x', x)  # Stored only while calibrating.
     statistics = {name: variable.value for name, variable in stats.items()}
-    if self.state.is_mutable_collection('quant_stats'):
+    if self.module.is_mutable_collection('quant_stats'):
       dense = 1.0
       if channels := self._several(sizes.INPUT_CHANNELS):
         # Inactive channels are zero, but the means divide by all channels.

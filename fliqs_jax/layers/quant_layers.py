@@ -211,7 +211,7 @@ def _conv(
   """`lax.conv_general_dilated` with quantized operands; channels last."""
 
   def op(x, w):
-    return _convolved(operands, x, w, window_strides, padding, **kwargs)
+    return _convolved(x, w, window_strides, padding, **kwargs)
 
   y = operands.apply(op, lhs, rhs, tuple(range(rhs.ndim - 1)))
   kind = _conv_kind(rhs.shape, kwargs['feature_group_count'])
@@ -228,8 +228,10 @@ def _conv_kind(kernel: tuple[int, ...], groups: int) -> str:
   return 'pointwise' if max(taps) == 1 else 'conv'
 
 
-def _convolved(operands, x, w, window_strides, padding, **kwargs) -> jax.Array:
-  y = operands.conv(x, w, window_strides, padding, **kwargs)
+def _convolved(x, w, window_strides, padding, **kwargs) -> jax.Array:
+  y = float_ops.conv_general_dilated(
+    x.values, w.values, window_strides, padding, **kwargs
+  )
   y = quantize.rescale(y, x.scale, w.scale)
   return float_ops.computed_once(y, w.scale)
 
@@ -289,7 +291,6 @@ def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
   def branch(kernel):
     w = operands.weights(kernel, (0, 1, 2))
     return _convolved(
-      operands,
       x,
       w,
       window,
@@ -341,7 +342,7 @@ def _dot_general(
   scale_shape += [1] * lhs_free + [rhs.shape[i] for i in rhs_free]
 
   def op(x, w):
-    y = operands.dot_general(x, w, dimension_numbers, precision)
+    y = float_ops.dot_general(x.values, w.values, dimension_numbers, precision)
     w_scale = w.scale
     if w_scale.ndim:
       w_scale = jnp.transpose(w_scale, (*rhs_batch, *rhs_contract, *rhs_free))
@@ -401,7 +402,7 @@ def apply_einsum(
     nn.Einsum,
     einsum_str=None,  # An argument of the call.
     promote_dtype=quantized,
-    preferred_element_type=operands.accumulator,
+    preferred_element_type=jnp.float32,
   )(inputs, einsum_str).astype(jnp.float32)
   x_scale, w_scale, bias = after
   y = quantize.rescale(y, x_scale, w_scale)

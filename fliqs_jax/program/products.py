@@ -12,6 +12,7 @@ from typing import Any
 
 from flax import traverse_util
 import jax
+from jax import ad_checkpoint
 from jax.extend import core
 import jax.numpy as jnp
 
@@ -121,6 +122,16 @@ class Product:
       return [self.layer]
     numbers = range(math.prod(self.stack))
     return [join(self.layer, f'@{i}') for i in numbers]
+
+
+def as_weights(x: jax.Array) -> jax.Array:
+  """Marks an array [...] as weights; returns it unchanged.
+
+  Products take for weights what is made of parameters alone. Weights that are
+  mixed with inputs or random numbers (DropConnect, a hypernetwork) are taken
+  for activations, with one scale for the tensor, unless they are marked.
+  """
+  return ad_checkpoint.checkpoint_name(x, WEIGHTS)
 
 
 def paths(tree: Any) -> list[str]:

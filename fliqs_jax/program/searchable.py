@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fliqs_jax.layers import other_layers
 from fliqs_jax.numerics import one_hot as one_hot_lib
 from fliqs_jax.program import models
 from fliqs_jax.program import products as products_lib
@@ -406,7 +405,7 @@ class Searchable:
       return none, 'attention=True quantizes products of two activations'
     choices = self.spec.choices(product.layer)
     if product.side is None:
-      choices = other_layers.product_choices(self.spec, product.layer)
+      choices = _of_two_activations(self.spec.mode, choices)
     elif is_table and self.embed:
       # The table has one format, whatever its rows are multiplied by.
       inputs = None if product.kind == 'embed' else choices.activations
@@ -507,6 +506,18 @@ def _leaves(part: Part) -> dict[str, quant_spec.Menu]:
     return {'format': choices.weights}
   menus = {'weights': choices.weights, 'activations': choices.activations}
   return {side: menu for side, menu in menus.items() if menu is not None}
+
+
+def _of_two_activations(
+  mode: str, choices: quant_spec.Choices
+) -> quant_spec.Choices:
+  """Returns the formats of a product whose operands are both activations."""
+  if mode == 'weights':
+    return quant_spec.Choices(None, None, False)
+  if mode == 'activations':
+    menu = choices.activations
+    return quant_spec.Choices(menu, menu, menu is not None)
+  return choices
 
 
 def _why_not(spec: quant_spec.QuantSpec, path: str) -> str:
