@@ -108,4 +108,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   uniform = ('E2M1', 'E4M3') if arg.space.startswith('fp') else ('INT4', 'INT8')
   config.references = (*uniform, 'BF16') if arg.references else ()
+  config.init_from = ''
   return config.lock()

@@ -142,4 +142,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   eight = 'E4M3' if arg.space.startswith('fp') else 'INT8'
   config.references = (eight, 'BF16') if arg.references else ()
+  config.init_from = ''
   return config.lock()

@@ -39,6 +39,12 @@ _RETRAIN = flags.DEFINE_bool(
   'Also trains the selected network from the beginning, to measure what the '
   'served weights lack.',
 )
+_INIT_FROM = flags.DEFINE_string(
+  'init_from',
+  '',
+  'Checkpoint of a trained network to start from: the workdir of a finished '
+  'run, a .safetensors file or a directory that Orbax wrote.',
+)
 _JOIN_TIMEOUT = flags.DEFINE_integer(
   'join_timeout', 300, 'Seconds to wait for the other processes.', 1
 )
@@ -75,8 +81,11 @@ def main(argv: Sequence[str]) -> None:
       place = f'[{processes.index()}/{processes.count()}]'
       form = f'%(asctime)s {place} %(message)s'
       handler.setFormatter(logging.Formatter(form, '%H:%M:%S'))
+    config = _CONFIG.value
+    if _INIT_FROM.value:
+      config.init_from = _INIT_FROM.value
     train.train_and_evaluate(
-      _CONFIG.value,
+      config,
       _WORKDIR.value,
       stop=processes.Stop(),
       profile_steps=_PROFILE_STEPS.value,

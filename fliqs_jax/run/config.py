@@ -156,6 +156,7 @@ SCHEMA: dict[str, Any] = {
     'leave_one_out': _of_type(bool),
   },
   'references': _LIST,
+  'init_from': _of_type(str),
 }
 
 
@@ -168,7 +169,7 @@ _ADDED = {
 
 def completed(content: Mapping[str, Any]) -> ml_collections.ConfigDict:
   """Returns the config that a config.json holds, with the keys added since."""
-  config = ml_collections.ConfigDict(content)
+  config = ml_collections.ConfigDict({'init_from': '', **content})
   for section, keys in _ADDED.items():
     for key, value in keys.items():
       if section in config and key not in config[section]:

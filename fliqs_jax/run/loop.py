@@ -13,6 +13,7 @@ import jax
 from fliqs_jax import data
 from fliqs_jax.run import allocator
 from fliqs_jax.run import experiment as experiment_lib
+from fliqs_jax.run import pretrained
 from fliqs_jax.run import run_log
 from fliqs_jax.runtime import checkpoint
 from fliqs_jax.runtime import devices as devices_lib
@@ -137,7 +138,10 @@ def _start(experiment, devices, checkpoints):
     )
   )
   if restored is None:
-    return 0, Run(devices.create(initial_state)), {}
+    state = devices.create(initial_state)
+    if path := experiment.config.init_from:
+      state = pretrained.started(state, path)
+    return 0, Run(state), {}
   step, state, extra = restored
   _LOG.info('resumed at step %d', step)
   return step, Run(state, extra['seconds']), extra['metrics']

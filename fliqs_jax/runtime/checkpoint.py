@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import json
 import logging
 import os
+import pathlib
 import re
 from typing import Any, NamedTuple
 import zlib
@@ -428,3 +429,19 @@ def _one_line(error: BaseException) -> str:
   if len(text) > 200:
     text = f'...{text[-200:]}'
   return f'{type(error).__name__}: {text}'
+
+
+def read_tree(directory: pathlib.Path) -> Any:
+  """Returns the tree of arrays that Orbax wrote to a directory, of any program.
+
+  Raises:
+    ValueError: Orbax cannot read it.
+  """
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      return checkpointer.restore(directory.resolve())
+  except Exception as error:  # Orbax has no common class of its errors.
+    raise ValueError(
+      f'{directory} is no directory that Orbax can read as a tree of arrays: '
+      f'{" ".join(str(error).split())[:300]}'
+    ) from error

@@ -272,18 +272,35 @@ def read_tensors(
     ValueError: the file is missing, damaged or no safetensors file.
   """
   try:
-    entries = safetensors.deserialize(read_file(directory, manifest, name))
-    return {
-      key: np.frombuffer(
-        bytes(x['data']), np.dtype(_DTYPES[x['dtype']])
-      ).reshape(x['shape'])
-      for key, x in entries
-    }
+    return _tensors(read_file(directory, manifest, name))
   except (safetensors.SafetensorError, KeyError, TypeError) as error:
     path = pathlib.Path(directory) / name
     raise ValueError(
       f'{path} is no safetensors file: {error}; export again'
     ) from None
+
+
+def safetensors_of(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Returns {name: tensor} of a safetensors file, of any program.
+
+  Raises:
+    ValueError: it is no safetensors file, or has a type that NumPy lacks.
+  """
+  try:
+    return _tensors(path.read_bytes())
+  except (OSError, safetensors.SafetensorError, KeyError) as error:
+    raise ValueError(
+      f'{path} cannot be read as a safetensors file: {error}'
+    ) from None
+
+
+def _tensors(data: bytes) -> dict[str, np.ndarray]:
+  return {
+    key: np.frombuffer(bytes(x['data']), np.dtype(_DTYPES[x['dtype']])).reshape(
+      x['shape']
+    )
+    for key, x in safetensors.deserialize(data)
+  }
 
 
 def _described(path, layer, tensors) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fliqs_jax.intercept import searchable
 from fliqs_jax.layers import quant_layers
 from fliqs_jax.numerics import formats
+from fliqs_jax.program import searchable
 from fliqs_jax.space import quant_spec
 from tests import helpers
 
