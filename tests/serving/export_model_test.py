@@ -1,0 +1,532 @@
+"""Exports of any model: small files, served without it, bit for bit."""
+
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+import textwrap
+from typing import Any, NamedTuple
+
+from flax import core
+from flax import struct
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fliqs_jax as fliqs
+from fliqs_jax import export
+from fliqs_jax import serving
+from fliqs_jax.numerics import formats
+from fliqs_jax.serving import export_files
+from tests import helpers
+
+pytestmark = pytest.mark.slow
+
+X = helpers.random((2, 8))
+Dense = functools.partial(nn.Dense, kernel_init=helpers.by_key)
+
+
+class Run:
+  """A model that was searched, and what is exported of it."""
+
+  def __init__(self, module, *args, names, call=None, rngs=None, **how):
+    self.module, self.args, self.call = module, args, call or {}
+    self.rngs = rngs
+    self.model = fliqs.searchable(module, **how)
+    self.space = fliqs.find_decisions(self.model, *args, **self.call)
+    self.choices = {
+      d.name: d.one_hot(names[i % len(names)])
+      for i, d in enumerate(self.space.decisions)
+    }
+    self._random = {} if rngs is None else dict(rngs=rngs)
+    arch = self.space.expand(self.choices)
+    variables = helpers.init(self.model, *args, **self.call)
+    variables = {**variables, 'arch': arch}
+    learn = functools.partial(
+      self.model.apply, mutable=['quant_stats'], **self.call
+    )
+    # Other inputs than the examples.
+    seen = jax.tree.map(lambda x: (x * 0.7).astype(x.dtype), args)
+    learnt = jax.jit(lambda *given: learn(*given, **self._random)[1])
+    self.variables = {**variables, **learnt(variables, *seen)}
+
+  def export(self, out, **changed):
+    return export.export_model(
+      self.model,
+      {**self.variables, **changed},
+      self.choices,
+      *self.args,
+      out=out,
+      **self._random,
+      **self.call,
+    )
+
+  def evaluate(self, *args, **random):
+    """Returns the outputs of the search's evaluation."""
+    apply = functools.partial(self.model.apply, **self.call)
+    return jax.jit(apply)(self.variables, *args, **random)
+
+  def check(self, out):
+    """Exports; checks that what is served has the search's bits."""
+    manifest = self.export(out)
+    assert manifest['reference']['bit_equal']
+    # Not only for the example inputs.
+    args = jax.tree.map(lambda x: x[::-1], self.args)
+    helpers.same(serving.load(out)(*args), self.evaluate(*args))
+    return manifest
+
+
+def tensors_of(out):
+  return export_files.read(out).tensors
+
+
+TOKENS = np.array([[1, 2, 3, 10], [0, 5, 5, 7]])
+
+
+class Kinds(nn.Module):
+  """Layers of most kinds, and a table that is the head, too."""
+
+  @nn.compact
+  def __call__(self, tokens, train):
+    how = dict(kernel_init=helpers.by_key)
+    embed = nn.Embed(11, 8, embedding_init=helpers.by_key, name='embed')
+    x = nn.Conv(8, (3,), name='conv', **how)(embed(tokens))
+    x = x + nn.MultiHeadDotProductAttention(2, name='attention', **how)(x)
+    x = nn.ConvLocal(8, (3,), use_bias=False, name='local', **how)(x)
+    x = nn.BatchNorm(use_running_average=not train)(x)
+    x = nn.ConvTranspose(8, (3,), name='transpose', **how)(x)
+    x = nn.Einsum((8, 2, 4), 'btd,dhk->bthk', name='einsum', **how)(x)
+    x = nn.DenseGeneral(8, axis=(-2, -1), name='general', **how)(x)
+    return embed.attend(x)
+
+
+def test_every_kind_of_layer_is_served(tmp_path):
+  run = Run(
+    Kinds(),
+    TOKENS,
+    names=['INT4', 'INT8', 'BF16'],
+    call=dict(train=False),
+    spec=fliqs.QuantSpec(('INT4', 'INT8', 'E4M3', 'BF16'), mode='separate'),
+    embed=True,
+    attention=True,
+  )
+  run.choices |= {
+    f'{layer}/{side}': np.eye(4)[1]
+    for layer in ('local', 'transpose', 'conv', 'einsum', 'general')
+    for side in ('weights', 'activations')
+  }
+  run.choices |= {'embed/weights': np.eye(4)[0]}
+  run.variables['arch'] = run.space.expand(run.choices)
+  manifest = run.check(tmp_path / 'out')
+  assert manifest['program'] == dict(batch='any')
+  kinds = {
+    path: (entry['arithmetic'], entry['tensor'])
+    for path, entry in manifest['layers'].items()
+  }
+  assert kinds['attention/qk'] == kinds['attention/av'] == ('float32', '')
+  for layer in ('conv', 'transpose', 'einsum', 'general', 'local'):
+    assert kinds[layer] == ('int8', f'params/{layer}/weights')
+  tensors = tensors_of(tmp_path / 'out')
+  # The table of the look-up and of the head is stored once: 88 codes of 4 bits.
+  assert kinds['embed'] == ('float32', 'params/embed/weights')
+  assert kinds['embed#2'][1] == 'params/embed/weights'
+  assert [x.nbytes for name, x in tensors.items() if 'embed' in name][0] == 44
+  assert [name for name in tensors if name.startswith('params/embed')] == [
+    'params/embed/weights'
+  ]
+  # The model's own statistics are there, those of the search are not.
+  assert {
+    '/'.join(name.split('/')[:2])
+    for name in tensors
+    if name.startswith('variables')
+  } == {'variables/params', 'variables/batch_stats'}
+
+
+class Body(nn.Module):
+  """One iteration of a stack."""
+
+  @nn.compact
+  def __call__(self, x, _=None):
+    h = nn.gelu(Dense(12, name='up')(nn.LayerNorm()(x)))
+    return x + Dense(8, name='down')(h), None
+
+
+def stack(body, length, axis=0, name='body'):
+  return nn.scan(
+    body,
+    variable_axes={'params': axis},
+    split_rngs={'params': True},
+    length=length,
+  )(name=name)
+
+
+class Scanned(nn.Module):
+  """A scanned stack."""
+
+  @nn.compact
+  def __call__(self, x):
+    return stack(Body, 3)(x, None)[0]
+
+
+class Attend(nn.Module):
+  """Attention in an iteration of a stack."""
+
+  @nn.compact
+  def __call__(self, x, _):
+    h = jnp.stack([x, 2 * x], axis=1)
+    h = nn.MultiHeadDotProductAttention(
+      2, kernel_init=helpers.by_key, name='attention'
+    )(h)
+    return x + h[:, 1], None
+
+
+class Stacks(nn.Module):
+  """Stacks of every kind, side by side."""
+
+  @nn.compact
+  def __call__(self, x):
+    slices = nn.vmap(
+      Body, variable_axes={'params': 0}, split_rngs={'params': True}
+    )(name='vmap')
+    nested = functools.partial(stack, Body, 2)
+    nested = nn.scan(
+      Nested,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      length=2,
+    )(name='nested')
+    return dict(
+      scan=stack(Body, 3, name='scan')(x, None)[0],
+      along_axis_1=stack(nn.remat(Body), 2, 1, name='axis1')(x, None)[0],
+      vmap=slices(jnp.stack([x, -x]))[0].sum(0),
+      nested=nested(x, None)[0],
+      attention=stack(Attend, 2, name='attend')(x, None)[0],
+    )
+
+
+class Nested(nn.Module):
+  """A stack as an iteration of another."""
+
+  @nn.compact
+  def __call__(self, x, _):
+    return stack(Body, 2, name='inner')(x, None)[0], None
+
+
+def test_each_iteration_of_a_stack_has_its_own_format(tmp_path):
+  run = Run(Stacks(), X, names=['INT4', 'BF16', 'INT8'], attention=True)
+  for name in run.choices:
+    if name.startswith(('axis1', 'vmap')):
+      last = int(name.rpartition('@')[2]) % 2
+      run.choices[name] = np.eye(3)[last]
+  run.variables['arch'] = run.space.expand(run.choices)
+  layers = run.check(tmp_path / 'out')['layers']
+  assert set(layers) == set(run.space.assignment(run.choices))
+  # A product runs in integers if all of its iterations can.
+  integers = {
+    path.rpartition('/@')[0]
+    for path, entry in layers.items()
+    if entry['arithmetic'] == 'int8'
+  }
+  assert {path for path in integers if path.startswith(('axis1', 'vmap'))} == {
+    f'{name}/{layer}' for name in ('axis1', 'vmap') for layer in ('up', 'down')
+  }
+  assert 'scan/up' not in integers
+  tensors = tensors_of(tmp_path / 'out')
+  for path, entry in layers.items():
+    if path.endswith(('qk', 'av')) or '/qk/' in path or '/av/' in path:
+      assert not entry['tensor']
+      continue
+    bits = formats.parse(entry['weights']).bits
+    stored = tensors[f'params/{path}/weights'].nbytes
+    assert stored == np.prod(entry['shape']) * bits // 8
+  found = {layers[f'attend/attention/qk/@{i}']['weights'] for i in (0, 1)}
+  assert len(found) == 2
+
+
+class Recurrent(nn.Module):
+  """A cell with the same weights in every iteration, and a stack."""
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.RNN(nn.GRUCell(8), name='rnn')(x[:, None] * jnp.ones((3, 1)))
+    return y[:, -1] + stack(Body, 3)(x, None)[0]
+
+
+@pytest.mark.parametrize(
+  ('mode', 'stacks'), [('activations', 'separate'), ('weights', 'shared')]
+)
+def test_one_side_of_some_layers(mode, stacks, tmp_path):
+  spec = fliqs.QuantSpec(mode=mode, exclude=('body/down',))
+  run = Run(
+    Recurrent(), X, names=['INT4', 'INT8', 'BF16'], spec=spec, stacks=stacks
+  )
+  entries = run.check(tmp_path / 'out')['layers']
+  assert {f'body/up/@{i}' for i in range(3)} <= set(entries)
+  assert not any(path.startswith('body/down') for path in entries)
+  assert any(path.startswith('rnn/') for path in entries)
+  other = 'weights' if mode == 'activations' else 'activations'
+  assert {e[other] for e in entries.values()} == {None}
+  names = {entries[f'body/up/@{i}'][mode] for i in range(3)}
+  assert len(names) == (1 if stacks == 'shared' else 3)
+
+
+class Twice(nn.Module):
+  """One layer that is called twice, and two blocks alike, which are jitted."""
+
+  @nn.compact
+  def __call__(self, x):
+    shared = Dense(8, name='shared')
+    block = nn.jit(Body)
+    x, _ = block(name='a')(shared(x))
+    x, _ = block(name='b')(x)
+    return shared(x)
+
+
+def test_weights_that_are_used_twice_are_stored_once(tmp_path):
+  run = Run(Twice(), X, names=['INT8', 'INT4'])
+  layers = run.check(tmp_path / 'out')['layers']
+  assert layers['shared']['tensor'] == layers['shared#2']['tensor']
+  assert layers['a/up']['weights'] != layers['a/down']['weights']
+  stored = [n for n in tensors_of(tmp_path / 'out') if n.startswith('params/')]
+  assert sorted(stored) == [
+    f'params/{name}/weights'
+    for name in ('a/down', 'a/up', 'b/down', 'b/up', 'shared')
+  ]
+
+
+class Pair(NamedTuple):
+  """Named outputs."""
+
+  sums: Any
+  best: Any
+
+
+@struct.dataclass
+class Outputs:
+  """Outputs of a class that is registered as a node of trees."""
+
+  logits: Any
+  parts: Any
+  name: str = struct.field(pytree_node=False, default='towers')
+
+
+class TwoTowers(nn.Module):
+  """Two inputs of which one is a tree, options, and a tree of outputs."""
+
+  def setup(self):
+    self.embed = nn.Embed(5, 8)
+    self.image = nn.Dense(
+      8,
+      kernel_init=nn.with_partitioning(helpers.by_key, ('in', None)),
+      dtype=jnp.bfloat16,
+    )
+    self.head = Dense(3)
+
+  def encode(self, inputs):
+    return self.image(inputs['image']) + self.embed(inputs['token'])
+
+  def __call__(self, inputs, mask, *, scale, mode='both'):
+    x = self.encode(inputs) * mask[None] * scale
+    pair = Pair(x.sum(-1), jnp.argmax(x, -1))
+    outputs = Outputs(self.head(x), dict(pair=pair, all=[x, (x,)]))
+    return outputs if mode == 'both' else outputs.logits
+
+
+INPUTS = dict(image=helpers.random((4, 8)), token=np.array([0, 4, 2, 2]))
+MASK = np.arange(8) % 3 > 0
+
+
+@pytest.fixture(scope='module', name='towers')
+def _towers():
+  return Run(
+    TwoTowers(),
+    INPUTS,
+    MASK,
+    names=['INT8', 'INT4'],
+    call=dict(scale=0.5),
+    embed=True,
+  )
+
+
+def test_several_inputs_options_and_trees_of_outputs(towers, tmp_path):
+  run = towers
+  boxed = core.freeze(run.variables)
+  manifest = run.export(tmp_path / 'out', **boxed)
+  assert manifest['reference']['bit_equal']
+  # The mask is of no example, so its axis stays as it is.
+  assert manifest['program'] == dict(batch='any')
+  served = serving.load(tmp_path / 'out')
+  found, expected = served(INPUTS, MASK), run.evaluate(INPUTS, MASK)
+  assert isinstance(found, Outputs)
+  assert isinstance(found.parts['pair'], Pair)
+  helpers.same(found, expected)
+  assert export.verify(tmp_path / 'out')['bit_equal']
+  # The batch size of the program is open.
+  one = {k: x[:1] for k, x in INPUTS.items()}
+  np.testing.assert_allclose(
+    served(one, MASK).logits, expected.logits[:1], atol=1e-5
+  )
+  with pytest.raises(ValueError, match='another structure .* got .*image'):
+    served(dict(image=INPUTS['image']), MASK)
+
+
+def test_a_method_of_the_model_is_exported(towers, tmp_path):
+  with pytest.raises(ValueError, match='missing are none; surplus are head'):
+    export.export_model(
+      towers.model,
+      towers.variables,
+      towers.choices,
+      INPUTS,
+      method='encode',
+      out=tmp_path / 'out',
+    )
+  assert not (tmp_path / 'out').exists()
+  choices = {k: v for k, v in towers.choices.items() if k != 'head'}
+  manifest = export.export_model(
+    towers.model,
+    towers.variables,
+    choices,
+    INPUTS,
+    method='encode',
+    out=tmp_path / 'out',
+  )
+  assert set(manifest['layers']) == {'image', 'embed'}
+  assert manifest['reference']['bit_equal']
+
+
+class Random(nn.Module):
+  """A model that draws random numbers when it evaluates."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = x + jax.random.normal(self.make_rng('noise'), x.shape)
+    return Dense(3, name='dense')(x)
+
+
+def test_keys_are_inputs_of_a_model_that_draws_random_numbers(tmp_path):
+  # As many examples as a key has words.
+  rngs = dict(noise=jax.random.key(5))
+  run = Run(Random(), X, names=['INT8'], rngs=rngs)
+  manifest = run.export(tmp_path / 'out')
+  assert manifest['reference']['bit_equal']
+  assert manifest['program'] == dict(batch='any')
+  served = serving.load(tmp_path / 'out')
+  other = dict(noise=jax.random.key(6))
+  helpers.same(served(X, rngs=other), run.evaluate(X, rngs=other))
+  assert np.any(served(X, rngs=other) != served(X, rngs=rngs))
+  assert export.verify(tmp_path / 'out')['bit_equal']
+  with pytest.raises(ValueError, match='another structure'):
+    served(X)
+
+
+class Network(nn.Module):
+  """Two layers of which the second multiplies floats."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = Dense(8, name='first')(x)
+    x = Dense(6, name='second')(nn.tanh(x))
+    return x if train else nn.tanh(x)
+
+
+@pytest.fixture(scope='module', name='network')
+def _network():
+  return Run(Network(), X, names=['INT4', 'BF16'], call=dict(train=False))
+
+
+@pytest.fixture(scope='module', name='exported')
+def _exported(network, tmp_path_factory):
+  out = tmp_path_factory.mktemp('exports') / 'out'
+  network.export(out)
+  return out
+
+
+def test_the_command_line_verifies_an_export_of_any_model(exported, capsys):
+  assert export.main(['--verify', str(exported)]) == 0
+  assert json.loads(capsys.readouterr().out)['bit_equal']
+
+
+def test_a_process_with_jax_and_numpy_alone_runs_the_programs(
+  exported, network, tmp_path
+):
+  # The text of docs/serving.md, which users copy.
+  page = pathlib.Path(__file__).parents[2] / 'docs' / 'serving.md'
+  recipe = page.read_text().partition('```py\nimport json\n')[2]
+  recipe = 'import json\n' + recipe.partition('```')[0]
+  x = helpers.random((5, 8), seed=2)
+  np.save(tmp_path / 'x.npy', x)
+  after = textwrap.dedent("""
+    import sys
+    heavy = {'fliqs_jax', 'flax', 'safetensors'} & set(sys.modules)
+    assert not heavy, heavy
+    numpy.save('y.npy', outputs[0])
+  """)
+  script = recipe.replace("'served/b'", repr(str(exported))) + after
+  script = script.replace('[images]', "[numpy.load('x.npy')]")
+  subprocess.run([sys.executable, '-c', script], cwd=tmp_path, check=True)
+  y = np.load(tmp_path / 'y.npy')
+  np.testing.assert_array_equal(y, serving.load(exported)(x))
+  np.testing.assert_array_equal(y, network.evaluate(x))
+
+
+def test_a_batch_may_run_in_slices_and_under_jit(exported, network):
+  x = helpers.random((5, 8), seed=2)
+  expected = network.evaluate(x)
+  sliced = serving.load(exported, at_once=2)
+  np.testing.assert_allclose(sliced(x), expected, atol=1e-6)
+  whole = serving.load(exported)
+  np.testing.assert_array_equal(jax.jit(whole)(x), expected)
+
+
+def test_inputs_of_another_shape_or_type_are_refused(exported):
+  served = serving.load(exported)
+  for x in (np.zeros((2, 7), np.float32), np.zeros((2, 8), np.int32)):
+    with pytest.raises(ValueError, match='input'):
+      served(x)
+
+
+class FixedBatch(nn.Module):
+  """A model that needs its batch size as a number."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3, kernel_init=helpers.by_key)(x.reshape((len(x), -1)))
+
+
+def test_a_program_of_a_fixed_batch_size_says_so(tmp_path):
+  manifest = Run(FixedBatch(), X, names=['INT8']).check(tmp_path / 'out')
+  assert manifest['program'] == dict(batch=2)
+
+
+def test_wrong_calls_are_refused(network, tmp_path):
+  def refused(message, model=network.model, args=(X,), **changed):
+    kwargs = dict(train=False, out=tmp_path / 'out') | changed
+    choices = kwargs.pop('choices', network.choices)
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    with pytest.raises(ValueError, match=message):
+      export.export_model(model, network.variables, choices, *args, **kwargs)
+
+  refused('Network .*missing .*train', train=None)
+  refused('Network .*missing', args=())
+  refused('mutable=.*changes no variables', mutable=['batch_stats'])
+  refused('missing are second; surplus are none', choices={'first': [1, 0, 0]})
+  refused('Network was not made by searchable', model=network.module)
+  (tmp_path / 'full').mkdir()
+  (tmp_path / 'full' / 'file').touch()
+  refused('full is not empty', out=tmp_path / 'full')
+  assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('module', [nn.Dense(3), Scanned()])
+def test_activations_that_never_were_quantized_are_refused(module, tmp_path):
+  run = Run(module, X, names=['INT8'])
+  off = fliqs.set_activation_quantization(run.variables['quant_stats'], False)
+  with pytest.raises(ValueError, match='never quantized'):
+    run.export(tmp_path / 'out', quant_stats=off)
+  fresh = helpers.init(run.model, X)['quant_stats']
+  with pytest.raises(ValueError, match='never quantized'):
+    run.export(tmp_path / 'out', quant_stats=fresh)
+  assert not (tmp_path / 'out').exists()
