@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Arguments of linen's `apply` that are none of the module's call.
+_OF_APPLY = ('method', 'mutable', 'capture_intermediates')
+
 
 def adapted(model: Any, params: Any) -> Any:
   """Returns a model in the form of a linen module.
@@ -224,16 +227,32 @@ class HaikuModel:
     return outputs, {'state': changed} if self.has_state else {}
 
 
-def accepted(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the keyword arguments of a linen call, `train` if it has it."""
+def accepted(
+  module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the keyword arguments of a linen call, `train` if it has it.
+
+  Raises:
+    ValueError: arguments are missing or surplus.
+  """
   method = kwargs.get('method') or '__call__'
   if isinstance(method, str):
     method = getattr(type(module), method)
-  known = inspect.signature(method).parameters
+  signature = inspect.signature(method)
+  known = signature.parameters
   takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
   kwargs = dict(kwargs)
   if 'train' not in known and not takes_any:
     kwargs.pop('train', None)
+  options = {k: v for k, v in kwargs.items() if k not in _OF_APPLY}
+  owner = () if inspect.ismethod(method) else (module,)
+  try:
+    signature.bind(*owner, *args, **options)
+  except TypeError as error:
+    raise ValueError(
+      f'{type(module).__name__} is called as {method.__name__}{signature}: '
+      f'{error}'
+    ) from None
   return kwargs
 
 

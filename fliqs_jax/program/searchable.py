@@ -351,7 +351,7 @@ class Searchable:
       mutable: names of the model's collections that may change.
     """
     if isinstance(self.model, nn.Module):
-      kwargs = models.accepted(self.model, kwargs)
+      kwargs = models.accepted(self.model, args, kwargs)
     leaves, treedef = jax.tree.flatten((variables, args, kwargs, rngs))
     is_array = [models.is_array(leaf) for leaf in leaves]
     arrays = [leaf for leaf, array in zip(leaves, is_array) if array]
@@ -379,7 +379,7 @@ class Searchable:
 
   def _init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     if isinstance(self.model, nn.Module):
-      kwargs = models.accepted(self.model, kwargs)
+      kwargs = models.accepted(self.model, args, kwargs)
       kwargs['mutable'] = core.DenyList('intermediates')
     return dict(core.unfreeze(self.model.init(rngs, *args, **kwargs)))
 

@@ -177,11 +177,11 @@ def write(
       f'{found["max_difference"]}, with a largest output of '
       f'{found["largest_output"]}'
     )
-  files, is_open = _programs(served, tensors, leaves)
+  has_batch = _has_batch(jax.tree.leaves((args, rngs)))
+  files, is_open = _programs(served, tensors, leaves, has_batch)
   rules, missing = qwix_rules.rules(stored.layers)
-  references = expected | dict(
-    zip(_input_names(args, rngs), leaves, strict=True)
-  )
+  # Numbered, since a safetensors file has an order of its own.
+  references = expected | {f'inputs/{i}': x for i, x in enumerate(leaves)}
   files |= {
     export_files.REFERENCE: export_files.packed_file(
       {name: np.asarray(x) for name, x in references.items()}
@@ -206,7 +206,10 @@ def write(
 
 
 def _programs(
-  served: served_program.ProgramModel, tensors: Any, leaves: list[Any]
+  served: served_program.ProgramModel,
+  tensors: Any,
+  leaves: list[Any],
+  has_batch: list[bool],
 ) -> tuple[dict[str, bytes], bool]:
   """Returns {name of a file: program}, and whether the batch size is open."""
   files, is_open = {}, []
@@ -230,15 +233,20 @@ def _programs(
       unpack, tensors, platforms=platforms
     )
     files[model_name], opened = stablehlo.serialize_for_batches(
-      run, jax.tree.leaves(shapes), *leaves, platforms=platforms
+      run, jax.tree.leaves(shapes), leaves, has_batch, platforms
     )
     is_open.append(opened)
   return files, all(is_open)
 
 
-def _input_names(args: Any, rngs: Any) -> list[str]:
-  names = [f'inputs/{path}' for path in products_lib.paths(args)]
-  return names + [f'rngs/{path}' for path in products_lib.paths(rngs)]
+def _has_batch(leaves: list[Any]) -> list[bool]:
+  """Returns whether the first axis of each input is that of the examples.
+
+  It is if it is as long as the first input's. A key has no axis, though its
+  data do.
+  """
+  batch = np.shape(leaves[0])[:1] if leaves else ()
+  return [bool(batch) and np.shape(x)[:1] == batch for x in leaves]
 
 
 def check_choices(space: Any, choices: Mapping[str, Any]) -> None:

@@ -44,7 +44,9 @@ class Served:
     self.at_once = at_once
     unpacked = jax.jit(stablehlo.deserialize(unpack).call)(content.tensors)
     self.operands = jax.device_put(unpacked)
-    self._run = jax.jit(stablehlo.deserialize(model).call)
+    program = stablehlo.deserialize(model)
+    self._expected = program.in_avals[len(unpacked) :]
+    self._run = jax.jit(program.call)
 
   def __call__(self, *inputs: Any, rngs: Any = None) -> Any:
     """Returns the model's outputs for its inputs; compiles once per shape.
@@ -54,7 +56,8 @@ class Served:
       rngs: {name: typed PRNG key []} if the export got such.
 
     Raises:
-      ValueError: the inputs have another structure than the example inputs.
+      ValueError: the inputs have another structure, type or shape than the
+        example inputs.
     """
     description = pytrees.describe((inputs, rngs))
     if pytrees.shape(description) != pytrees.shape(self.manifest['inputs']):
@@ -64,6 +67,7 @@ class Served:
         f'{pytrees.shape(self.manifest["inputs"])}'
       )
     leaves = [served_program.raw(x) for x in jax.tree.leaves((inputs, rngs))]
+    self._check(leaves)
     if self.at_once is None or len(leaves[0]) <= self.at_once:
       outputs = self._run(self.operands, *leaves)
     else:
@@ -74,6 +78,21 @@ class Served:
       ]
       outputs = [jnp.concatenate(same) for same in zip(*parts)]
     return pytrees.build(self.manifest['outputs'], outputs)
+
+  def _check(self, leaves: list[Any]) -> None:
+    for i, (x, expected) in enumerate(zip(leaves, self._expected)):
+      # Whatever is no number is the size of the batch.
+      same = [
+        n == expected_n or not isinstance(expected_n, int)
+        for n, expected_n in zip(np.shape(x), expected.shape)
+      ]
+      dtype = jnp.result_type(x)
+      is_like = np.ndim(x) == expected.ndim and dtype == expected.dtype
+      if not (is_like and all(same)):
+        raise ValueError(
+          f'input {i} is {dtype}{list(np.shape(x))}, but the export takes '
+          f'{expected.str_short()}'
+        )
 
 
 def load(
@@ -117,10 +136,10 @@ def reference(
     directory, manifest, export_files.REFERENCE
   )
   outputs = {k: v for k, v in arrays.items() if k.startswith('outputs')}
-  given = [v for k, v in arrays.items() if k not in outputs]
+  leaves = [arrays[f'inputs/{i}'] for i in range(len(manifest['keys']))]
   leaves = [
     x if impl is None else jax.random.wrap_key_data(jnp.asarray(x), impl=impl)
-    for x, impl in zip(given, manifest['keys'], strict=True)
+    for x, impl in zip(leaves, manifest['keys'])
   ]
   args, rngs = pytrees.build(manifest['inputs'], leaves)
   return args, rngs, outputs

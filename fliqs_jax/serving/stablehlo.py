@@ -53,7 +53,8 @@ def serialize(
 def serialize_for_batches(
   function: Callable[..., Any],
   operands: Any,
-  *inputs: Any,
+  inputs: Sequence[Any],
+  has_batch: Sequence[bool],
   platforms: Sequence[str],
 ) -> tuple[bytes, bool]:
   """Returns a serialized function, and whether it takes any batch size.
@@ -61,25 +62,25 @@ def serialize_for_batches(
   Args:
     function: `(operands, *inputs) -> list of arrays`.
     operands: what does not depend on the batch.
-    *inputs: arrays [N, ...]; an array with another first axis keeps its shape.
+    inputs: arrays.
+    has_batch: whether the first axis of each input is that of the examples.
     platforms: names of the platforms that it is lowered for.
 
   Raises:
     ValueError: it cannot be lowered to StableHLO.
   """
-  batch = np.shape(inputs[0])[:1] if inputs else ()
   (symbol,) = jax.export.symbolic_shape('batch')
-
-  def opened(x: Any) -> Any:
-    if batch and np.shape(x)[:1] == batch:
-      return jax.ShapeDtypeStruct((symbol, *np.shape(x)[1:]), x.dtype)
-    return _shape(x)
-
+  shapes = jax.tree.map(_shape, operands)
+  opened = [
+    jax.ShapeDtypeStruct((symbol, *np.shape(x)[1:]), x.dtype)
+    if has
+    else _shape(x)
+    for x, has in zip(inputs, has_batch, strict=True)
+  ]
   export = jax.export.export(jax.jit(function), platforms=platforms)
   try:
-    shapes = jax.tree.map(_shape, operands)
-    exported = export(shapes, *map(opened, inputs))
-    return bytes(exported.serialize()), bool(batch)
+    exported = export(shapes, *opened)
+    return bytes(exported.serialize()), any(has_batch)
   # A model that needs the batch size as a number may raise any error.
   except Exception:
     return serialize(function, operands, *inputs, platforms=platforms), False

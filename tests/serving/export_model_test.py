@@ -483,9 +483,11 @@ def test_a_batch_may_run_in_slices_and_under_jit(exported, network):
 
 def test_inputs_of_another_shape_or_type_are_refused(exported):
   served = serving.load(exported)
-  for x in (np.zeros((2, 7), np.float32), np.zeros((2, 8), np.int32)):
-    with pytest.raises(ValueError, match='input'):
-      served(x)
+  takes = r'but the export takes float32\[batch,8\]'
+  with pytest.raises(ValueError, match=rf'input 0 is float32\[2, 7\], {takes}'):
+    served(np.zeros((2, 7)))
+  with pytest.raises(ValueError, match=rf'input 0 is int32\[2, 8\], {takes}'):
+    served(np.zeros((2, 8), np.int64))
 
 
 class FixedBatch(nn.Module):
@@ -509,8 +511,8 @@ def test_wrong_calls_are_refused(network, tmp_path):
     with pytest.raises(ValueError, match=message):
       export.export_model(model, network.variables, choices, *args, **kwargs)
 
-  refused('Network .*missing .*train', train=None)
-  refused('Network .*missing', args=())
+  refused('Network is called as .*missing .*train', train=None)
+  refused('Network is called as .*missing .*x', args=())
   refused('mutable=.*changes no variables', mutable=['batch_stats'])
   refused('missing are second; surplus are none', choices={'first': [1, 0, 0]})
   refused('Network was not made by searchable', model=network.module)
