@@ -120,8 +120,9 @@ class PureFunction:
     params = self.treedef.unflatten(
       [new if old is None else old for new, old in zip(given, self.leaves)]
     )
-    kwargs = _accepted(self.function, kwargs, rngs)
-    outputs = self.function(params, *args, **kwargs)
+    args = (params, *args)
+    kwargs = _accepted(self.function, args, kwargs, rngs)
+    outputs = self.function(*args, **kwargs)
     return (outputs, {}) if mutable else outputs
 
 
@@ -178,7 +179,7 @@ class NnxModel:
     if train is not None:
       module.train() if train else module.eval()
       kwargs = {**kwargs, 'train': train}
-    kwargs = _accepted(self.accepts, kwargs, rngs)
+    kwargs = _accepted(self.accepts, (module, *args), kwargs, rngs)
     outputs = module(*args, **kwargs)
     if not mutable:
       return outputs
@@ -258,11 +259,17 @@ def accepted(
 
 def _accepted(
   function: Callable[..., Any],
+  args: tuple[Any, ...],
   kwargs: Mapping[str, Any],
   rngs: Mapping[str, jax.Array] | None,
 ) -> dict[str, Any]:
-  """Returns the arguments of a call, `train` and `key` if it has them."""
-  known = inspect.signature(function).parameters
+  """Returns the keyword arguments of a call, `train` and `key` if it has them.
+
+  What is given by position is not given again.
+  """
+  signature = inspect.signature(function)
+  known = signature.parameters.keys()
+  known -= signature.bind_partial(*args).arguments.keys()
   kwargs = dict(kwargs)
   if 'train' not in known:
     kwargs.pop('train', None)
