@@ -80,21 +80,23 @@ class Quantized:
       return self._lookup(eqn, product, operands, given)
     contraction = contractions.of(eqn, operands)
     assert contraction is not None
-    one = functools.partial(self._slices, product, len(product.slices))
-    pair = [operands[i] for i in (0, 1)]
-    return one(contraction, pair, given, statistics or {})
+    # An operand may be wider here than in the program.
+    dtypes = [_narrow(v.aval.dtype) for v in eqn.invars[:2]]
+    one = functools.partial(self._product, product, dtypes)
+    each = self._slices(len(product.slices), contraction, one)
+    return each(operands[:2], given, statistics or {})
 
-  def _slices(
-    self, product, depth, contraction, pair, given, statistics
-  ) -> Any:
-    """Applies one product to each slice of the operands' batch axes."""
+  def _slices(self, depth, contraction, one) -> Any:
+    """Returns the product of each slice of the operands' batch axes."""
     if not depth:
-      return self._product(product, contraction, pair, given, statistics)
+      return functools.partial(one, contraction)
     inner, axes = contraction.slice()
-    one = functools.partial(self._slices, product, depth - 1, inner)
-    return jax.vmap(one, in_axes=(list(axes), 0, 0))(pair, given, statistics)
+    each = self._slices(depth - 1, inner, one)
+    return jax.vmap(each, in_axes=(list(axes), 0, 0))
 
-  def _product(self, product, contraction, pair, given, statistics) -> Any:
+  def _product(
+    self, product, dtypes, contraction, pair, given, statistics
+  ) -> Any:
     sides, menus = product.sides(), self._menus(product)
     x, w = (pair[i].astype(jnp.float32) for i in sides.values())
     values = dict(activations=x, weights=w)
@@ -105,11 +107,10 @@ class Quantized:
       for side, value in values.items()
     }
     right = sides['weights']
-    dtypes = {side: _narrow(pair[i].dtype) for side, i in sides.items()}
 
     def op(x: quantize.Quantized, w: quantize.Quantized) -> jax.Array:
       y = contraction.scaled(
-        _cast(x, dtypes['activations']), _cast(w, dtypes['weights']), right
+        _cast(x, dtypes[1 - right]), _cast(w, dtypes[right]), right
       )
       if product.side is None:
         return y

@@ -437,9 +437,7 @@ def test_the_products_of_attention_are_named_after_their_scope():
   products = found(f, square('q', 'k', 'v'), X)
   assert {
     path: p.all_macs for path, p in products.items() if p.kind == 'attend'
-  } == {
-    name: 4 * 4 * 8 for name in ('self/qk', 'self/av', 'cross/qk', 'cross/av')
-  }
+  } == dict.fromkeys(('self/qk', 'self/av', 'cross/qk', 'cross/av'), 4 * 4 * 8)
 
 
 def test_a_constant_of_the_function_is_named():
