@@ -224,7 +224,9 @@ class Searchable:
     run = rewrite.Rewriter(
       [part.product for part in replaced], rule, every_branch=bool(notes)
     )
-    results, stats, noted = run(traced.program, traced.operands, given, stats)
+    # Of NumPy, arrays could not be differentiated under vmap.
+    operands = [jnp.asarray(x) for x in traced.operands]
+    results, stats, noted = run(traced.program, operands, given, stats)
     outputs, changed = jax.tree.unflatten(traced.outputs, results)
     if mutable is False:
       return outputs
