@@ -224,7 +224,7 @@ class Searchable:
     run = rewrite.Rewriter(
       [part.product for part in replaced], rule, every_branch=bool(notes)
     )
-    # Of NumPy, arrays could not be differentiated under vmap.
+    # Custom derivatives under vmap reject NumPy arrays.
     operands = [jnp.asarray(x) for x in traced.operands]
     results, stats, noted = run(traced.program, operands, given, stats)
     outputs, changed = jax.tree.unflatten(traced.outputs, results)
