@@ -17,7 +17,6 @@ from fliqs_jax.program.guard import check as check_model
 from fliqs_jax.program.products import as_weights
 from fliqs_jax.program.searchable import searchable
 from fliqs_jax.search.policy import argmax
-from fliqs_jax.search.post_training import allocate
 from fliqs_jax.search.presets import make as make_controller
 from fliqs_jax.search.schedules import phases
 from fliqs_jax.search.scored import score_and_solve
@@ -27,6 +26,7 @@ from fliqs_jax.search.train_state import create as create_state
 from fliqs_jax.search.train_step import eval_step
 from fliqs_jax.search.train_step import search_step
 from fliqs_jax.serving.export_model import export_model
+from fliqs_jax.serving.post_training import allocate
 from fliqs_jax.space.allocation import Budget
 from fliqs_jax.space.allocation import likeliest
 from fliqs_jax.space.cost_model import uniform as uniform_cost

@@ -7,7 +7,7 @@ The command restores a finished run, settles its statistics for the dearest
 architecture, and scores each other option alone with the weights of the run, on
 validation batches. It writes sensitivity.json and the picture sensitivity.png
 to DIR (without the flag: to WORKDIR) and prints a Markdown table.
-`python -m fliqs_jax.allocate` solves any budget from the file.
+`python -m fliqs_jax.assign` solves any budget from the file.
 """
 
 import argparse

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from fliqs_jax import allocate
+from fliqs_jax import assign
 from fliqs_jax import sensitivity as sensitivity_command
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
@@ -211,7 +211,7 @@ def test_the_command_writes_an_arch_that_the_run_takes(
   table = f'--table={workdir / "table" / "sensitivity.json"}'
   out = tmp_path / 'arch.json'
   flags = [str(workdir), table, '--target=2', f'--out={out}']
-  assert allocate.main(flags) == 0
+  assert assign.main(flags) == 0
   printed = json.loads(capsys.readouterr().out)
   assert printed['cost_over_target'] <= 1 + 1e-6
   assert printed['negative_scores'] == 0
@@ -230,7 +230,7 @@ def test_the_command_writes_a_front(trained, tmp_path, capsys):
   table = f'--table={workdir / "table" / "sensitivity.json"}'
   out = tmp_path / 'front.csv'
   flags = [str(workdir), table, '--front=3', f'--out={out}']
-  assert allocate.main(flags) == 0
+  assert assign.main(flags) == 0
   # A head, a rule and three budgets.
   assert len(capsys.readouterr().out.splitlines()) == 5
   head, *rows = csv.reader(out.read_text().splitlines())
@@ -242,11 +242,11 @@ def test_the_command_writes_a_front(trained, tmp_path, capsys):
 def test_mistakes_of_the_command_line(trained, capsys):
   workdir, *_ = trained
   # The table is elsewhere.
-  assert allocate.main([str(workdir), '--target=2']) == 2
+  assert assign.main([str(workdir), '--target=2']) == 2
   assert 'sensitivity.json cannot be read' in capsys.readouterr().err
   assert sensitivity_command.main([str(workdir), '--scores=fish']) == 2
   assert '--scores=fish is unknown' in capsys.readouterr().err
   for flags in ([], ['--target=2', '--front=3']):
     with pytest.raises(SystemExit):
-      allocate.main([str(workdir), *flags])
+      assign.main([str(workdir), *flags])
     assert 'give --target or --front' in capsys.readouterr().err

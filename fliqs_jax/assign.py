@@ -1,8 +1,8 @@
 r"""Solve any budget from the measured sensitivities of a finished run.
 
-python -m fliqs_jax.allocate WORKDIR --target=1.5 [--relative_to=INT4]
+python -m fliqs_jax.assign WORKDIR --target=1.5 [--relative_to=INT4]
   [--kind=bops] [--method=exact|greedy] [--table=FILE] [--out=arch.json]
-python -m fliqs_jax.allocate WORKDIR --front=20 [--out=front.csv]
+python -m fliqs_jax.assign WORKDIR --front=20 [--out=front.csv]
 
 The command reads WORKDIR/sensitivity.json, or the file that --table names, and
 takes the options with the least sum of scores whose cost is at most the target,
@@ -104,7 +104,7 @@ def front(
 
 def main(argv: Sequence[str]) -> int:
   """Prints the result; a user's mistake gives one line and status 2."""
-  parser = argparse.ArgumentParser(prog='python -m fliqs_jax.allocate')
+  parser = argparse.ArgumentParser(prog='python -m fliqs_jax.assign')
   parser.add_argument('workdir')
   parser.add_argument('--target', type=float)
   parser.add_argument('--relative_to', default='INT4')
