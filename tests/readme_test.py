@@ -20,28 +20,42 @@ _PAGES = sorted(
 
 
 def _run(page, capsys):
-  (example,) = re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)
-  # A reader has JAX's defaults.
-  with jax.numpy_rank_promotion('allow'):
-    values = {'__name__': 'page'}
-    exec(compile(example, page.name, 'exec'), values)
-  return values, capsys.readouterr().out
+  """Returns the names of the last example of a page, and what each printed."""
+  examples = re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)
+  printed = []
+  for example in examples:
+    # A reader has JAX's defaults.
+    with jax.numpy_rank_promotion('allow'):
+      values = {'__name__': 'page'}
+      exec(compile(example, page.name, 'exec'), values)
+    printed.append(capsys.readouterr().out)
+  return values, printed
 
 
 def test_the_readmes_example_ends_with_a_served_model(
   tmp_path, monkeypatch, capsys
 ):
   monkeypatch.chdir(tmp_path)
-  values, printed = _run(_ROOT / 'README.md', capsys)
+  values, (printed,) = _run(_ROOT / 'README.md', capsys)
   assert "'hidden': (" in printed
   assert "'head': (" in printed
   assert values['outputs'].shape == (256, 1)
   assert (tmp_path / 'served/net/manifest.json').exists()
 
 
-def test_the_example_of_our_layers_finds_a_decision_for_each(capsys):
+def test_the_examples_of_own_models_search_every_product(capsys):
+  pytest.importorskip('equinox')
   _, printed = _run(_ROOT / 'docs/own_model.md', capsys)
-  assert printed == "['hidden', 'head']\n"
+  tables, allocated, layers = printed
+  # One line for each product of the NNX and of the Equinox model.
+  assert re.findall(r'^(\S+) +dense', tables, re.MULTILINE) == [
+    *('hidden', 'head'),
+    *('layers/0', 'layers/1'),
+  ]
+  assert tables.count('100.0% of') == 2
+  cost, target = map(float, allocated.split()[-2:])
+  assert 0.9 * target < cost <= target
+  assert layers == "['hidden', 'head']\n"
 
 
 def test_every_public_name_has_a_docstring_and_pages_use_real_ones():
