@@ -145,6 +145,7 @@ class Quantized:
     q = self._chosen(menu, on_grid, given['weights'])
     params = eqn.primitive.get_bind_params(eqn.params)
     y = eqn.primitive.bind(q.values * q.scale, *others, **params)
+    y = float_ops.computed_once(y, q.scale)
     return y, None, self._noted(product, dict(weights=q), dict(weights=w))
 
   def _menus(self, product) -> dict[str, quant_spec.Menu | None]:

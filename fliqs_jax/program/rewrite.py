@@ -92,7 +92,7 @@ class Rewriter:
             given[product.path],
             statistics.get(product.path),
           )
-          statistics |= {} if state is None else {product.path: state}
+          statistics |= {product.path: state} if state else {}
           noted |= {} if note is None else {product.path: note}
           results = [wide.rounded(eqn, y)]
         elif self._inside(at):

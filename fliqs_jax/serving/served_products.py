@@ -55,7 +55,8 @@ class Served:
       q = self._operand(product, 'weights', table, given)
       params = eqn.primitive.get_bind_params(eqn.params)
       rows = q.values.astype(jnp.float32) * q.scale
-      return eqn.primitive.bind(rows, *others, **params), None, None
+      y = eqn.primitive.bind(rows, *others, **params)
+      return float_ops.computed_once(y, q.scale), None, None
     contraction = contractions.of(eqn, operands)
     assert contraction is not None
     apply = functools.partial(self._slices, product, len(product.slices))

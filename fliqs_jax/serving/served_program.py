@@ -106,7 +106,9 @@ def make(
     args: example inputs.
     rngs: {name: key} of a model that draws random numbers, or None.
   """
-  given = stored.unpacked(stored.tensors, unsigned=False)
+  given = jax.eval_shape(
+    lambda tensors: stored.unpacked(tensors, unsigned=False), stored.tensors
+  )
 
   def run(variables: Any, given: Any) -> list[Any]:
     return _served(model, stored, given, variables, args, rngs, call)
