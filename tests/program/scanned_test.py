@@ -1,4 +1,4 @@
-"""Interception under transforms that take only `params` along."""
+"""Stacks of layers: a decision and statistics for each iteration."""
 
 import functools
 
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import fliqs_jax as fliqs
-from fliqs_jax.intercept import searchable as searchable_lib
 from fliqs_jax.layers import operands as operands_lib
 from fliqs_jax.layers import quant_layers
+from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
 from tests import helpers
-from tests.intercept import foreign_models
+from tests.program import foreign_models
 
 pytestmark = pytest.mark.optimized
 
@@ -24,7 +24,7 @@ NAMES = ['INT4', 'BF16', 'INT8']
 
 
 class Unrolled(nn.Module):
-  """The same mathematics, step by step, of quantized layers."""
+  """The same mathematics, one by one, of quantized layers."""
 
   spec: quant_spec.QuantSpec
   transform: str = 'scan'
@@ -43,7 +43,7 @@ class Unrolled(nn.Module):
 
 @functools.cache
 def reference(transform):
-  """Returns it, its fresh statistics, and a compiled step."""
+  """Returns a model, its first statistics, and a compiled step."""
   built = Unrolled(quant_spec.QuantSpec(), transform)
   return built, helpers.init(built, X)['quant_stats'], helpers.step(built)
 
@@ -55,26 +55,18 @@ def unrolled(tree, axis):
   }
 
 
-def statistics(quant_stats, layer):
-  """Returns what a scanned layer has, [steps, ...]."""
-  carried = quant_stats['body'][layer]['carried']['quant_stats']
-  return jax.tree.map(
-    lambda a: jnp.reshape(a, (foreign_models.LENGTH, -1)), carried
-  )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'stack',
   [
     foreign_models.Stack(),
-    foreign_models.Stack(axis=1),
+    foreign_models.Stack(axis=-1),
     foreign_models.Stack(remat=True),
     foreign_models.Stack(transform='vmap'),
   ],
-  ids=['scan', 'scan_along_axis_1', 'scan_of_remat', 'vmap'],
+  ids=['scan', 'scan_along_last_axis', 'scan_of_remat', 'vmap'],
 )
-def test_a_stack_is_its_steps_one_by_one(stack):
+def test_a_stack_is_its_iterations_one_by_one(stack):
   model = searchable_lib.searchable(stack)
   variables = helpers.init(model, X)
   helpers.same(variables['params'], helpers.init(stack, X)['params'])
@@ -104,12 +96,10 @@ def test_a_stack_is_its_steps_one_by_one(stack):
   helpers.close(y, expected)
   helpers.close(unrolled(gradients, stack.axis), expected_gradients, 1e-4)
   for layer in ('up', 'down'):
-    for name, values in statistics(changed['quant_stats'], layer).items():
+    for name, values in changed['quant_stats']['body'][layer].items():
       for i in range(foreign_models.LENGTH):
-        helpers.close(
-          values[i], jnp.ravel(stats['quant_stats'][f'step{i}'][layer][name])
-        )
-  # Each step of a stack works and is stored once.
+        helpers.close(values[i], stats['quant_stats'][f'step{i}'][layer][name])
+  # Each iteration of a stack works and is stored once.
   steps = discovery.find(built, X, spec=built.spec)
   for kind in ('bops', 'size', 'average_bits'):
     costs = [fliqs.uniform_cost(s.cost(kind), 'INT4') for s in (space, steps)]
@@ -126,7 +116,7 @@ def test_statistics_of_a_stack_are_read_back():
   y = frozen({**variables, **changed}, X)
   helpers.close(y, again)
   off = operands_lib.set_activation_quantization(changed['quant_stats'], False)
-  assert not statistics(off, 'up')['active'].any()
+  assert not off['body']['up']['active'].any()
   assert not np.allclose(y, frozen({**variables, 'quant_stats': off}, X))
 
 
@@ -145,7 +135,7 @@ def test_a_stack_may_share_a_decision():
     assert costs[0] == costs[1]
 
 
-def test_steps_are_grouped_by_patterns_and_rules_see_the_layer():
+def test_iterations_are_grouped_by_patterns_and_rules_see_the_layer():
   spec = quant_spec.QuantSpec(
     menus=(('*/up', ('int5', 'int6')),),
     groups=(('first', 'body/up/@0'), ('rest', 'body/up/@[12]')),
@@ -158,7 +148,7 @@ def test_steps_are_grouped_by_patterns_and_rules_see_the_layer():
     'first': 2,
     'rest': 2,
   }
-  # Excluded steps cost what they cost: three of 12 x 8 weights.
+  # Excluded iterations cost what they cost: three of 12 x 8 weights.
   down = [op for op in space.ops if op.layer == 'body/down']
   assert [op.shape.macs for op in down] == [2 * 12 * 8] * foreign_models.LENGTH
   assert space.assignment(space.uniform('INT6')) == {
@@ -207,49 +197,32 @@ def test_scans_of_scans_and_of_every_collection_are_found():
 
 
 @pytest.mark.slow
-def test_a_recurrent_layer_costs_each_of_its_steps():
-  # 5 steps of 2 sequences.
+def test_a_recurrent_layer_costs_and_learns_from_each_iteration():
+  # 5 iterations of 2 sequences.
   x = helpers.random((2, 5, 8))
-  spec = quant_spec.QuantSpec(mode='weights')
-  model = searchable_lib.searchable(foreign_models.Recurrent(), spec)
+  model = searchable_lib.searchable(foreign_models.Recurrent())
   space = discovery.find(model, x)
   assert {op.shape.macs for op in space.ops} == {2 * 5 * 8 * 8}
-  assert len(space.ops) == 6  # Three gates, from the input and the state.
+  # Three gates, from the input and the state.
+  assert sorted(op.path for op in space.ops) == [
+    f'GRUCell_0/{name}' for name in ('hn', 'hr', 'hz', 'in', 'ir', 'iz')
+  ]
   variables = helpers.init(model, x)
-  apply = jax.jit(model.apply)
-  y = apply({**variables, 'arch': space.expand(space.uniform('BF16'))}, x)
+  learning = jax.jit(functools.partial(model.apply, mutable=['quant_stats']))
+  outputs = []
+  for name in ('BF16', 'INT4'):
+    at = {**variables, 'arch': space.expand(space.uniform(name))}
+    y, changed = learning(at, x)
+    outputs.append(y)
+    stats = changed['quant_stats']['GRUCell_0']
+    assert {int(own['count']) for own in stats.values()} == {5}
+    # The input of a gate is one of five examples in each iteration.
+    helpers.close(stats['ir']['mean'], x.mean())
   expected = jax.jit(foreign_models.Recurrent().apply)(
     {'params': variables['params']}, x
   )
-  np.testing.assert_allclose(y, expected, atol=0.02)
-  low = apply({**variables, 'arch': space.expand(space.uniform('INT4'))}, x)
-  assert not np.allclose(y, low, atol=0.02)
-
-
-def test_statistics_that_a_transform_cannot_keep_are_an_error():
-  with pytest.raises(
-    ValueError, match='same weights in all 5 iterations.*exclude'
-  ):
-    discovery.find(
-      searchable_lib.searchable(foreign_models.Recurrent()),
-      helpers.random((2, 5, 8)),
-    )
-
-
-def test_a_stack_along_a_last_axis_is_an_error():
-  model = searchable_lib.searchable(foreign_models.Stack(axis=-1))
-  with pytest.raises(
-    ValueError, match='stacks params along an axis behind axis 4'
-  ):
-    discovery.find(model, X)
-
-
-def test_clips_of_a_stack_cannot_be_profiled():
-  model = searchable_lib.searchable(
-    foreign_models.Stack(), quant_spec.QuantSpec(act_clip='profiled')
-  )
-  with pytest.raises(ValueError, match='profiled.*body/'):
-    discovery.find(model, X)
+  np.testing.assert_allclose(outputs[0], expected, atol=0.02)
+  assert not np.allclose(*outputs, atol=0.02)
 
 
 class Twice(nn.Module):
@@ -261,18 +234,58 @@ class Twice(nn.Module):
     return stack(name='b')(stack(name='a')(x))
 
 
-def test_stacks_that_jit_hides_from_the_count_are_an_error():
-  with pytest.raises(
-    ValueError, match=r'nn\.jit treats modules with equal fields as one'
-  ):
-    discovery.find(searchable_lib.searchable(Twice()), X)
+def test_stacks_that_jit_takes_for_one_are_two():
+  space = discovery.find(searchable_lib.searchable(Twice()), X)
+  assert list(dict.fromkeys(op.layer for op in space.ops)) == [
+    f'{stack}/body/{layer}' for stack in 'ab' for layer in ('up', 'down')
+  ]
+
+
+class Twelve(nn.Module):
+  """A stack of twelve; as strings, @10 and @11 come before @2."""
+
+  @nn.compact
+  def __call__(self, x):
+    class Layer(nn.Module):
+      @nn.compact
+      def __call__(self, x, _):
+        return nn.Dense(8, use_bias=False, name='dense')(x), None
+
+    stack = nn.scan(
+      Layer, variable_axes={'params': 0}, split_rngs={'params': True}, length=12
+    )
+    return stack(name='stack')(x, None)[0]
+
+
+def test_twelve_iterations_keep_their_order():
+  spec = quant_spec.QuantSpec(('int2', 'int8'), mode='weights')
+  model = searchable_lib.searchable(Twelve(), spec)
+  variables = helpers.init(model, X)
+  space = discovery.find(model, X)
+  assert [d.name for d in space.decisions] == [
+    f'stack/dense/@{i}' for i in range(12)
+  ]
+  # Only iterations 2 and 10 have INT2, whose largest value is 1.
+  chosen = {
+    d.name: d.one_hot('INT2' if d.name.endswith(('@2', '@10')) else 'INT8')
+    for d in space.decisions
+  }
+  # A tree map sorts the keys of a dict as strings.
+  arch = jax.tree.map(lambda leaf: leaf, space.expand(chosen))
+  _, noted = jax.jit(lambda v: model.apply(v, X, mutable=['operands']))(
+    {**variables, 'arch': arch}
+  )
+  values = noted['operands']['stack']['dense']['values']
+  assert np.abs(values).max(axis=(1, 2)).tolist() == [
+    1.0 if i in (2, 10) else 127.0 for i in range(12)
+  ]
 
 
 def test_arch_must_be_given():
   model = searchable_lib.searchable(foreign_models.Stack())
   variables = dict(helpers.init(model, X))
   with pytest.raises(
-    ValueError, match=r'body/up: the variables lack arch/format.*space.expand'
+    ValueError, match=r'lack arch/body/up/@0/format.*space.expand'
   ):
     model.apply({k: v for k, v in variables.items() if k != 'arch'}, X)
 
