@@ -1,5 +1,6 @@
-"""What is found, what is missed and why, and what is refused."""
+"""Coverage: which products are searched, which are not and why."""
 
+from flax import nnx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,9 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from fliqs_jax.intercept import coverage
-from fliqs_jax.intercept import searchable as searchable_lib
-from fliqs_jax.layers import quant_layers
+from fliqs_jax.program import coverage
+from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
 from fliqs_jax.search import train_state
@@ -32,7 +32,7 @@ class Own(nn.Dense):
 
 
 class Patchwork(nn.Module):
-  """Everything that can be missed."""
+  """Products of many origins."""
 
   @nn.compact
   def __call__(self, x):
@@ -42,7 +42,7 @@ class Patchwork(nn.Module):
     )
     x = nn.MultiHeadDotProductAttention(2, name='attention')(x)
     x = nn.RNN(nn.OptimizedLSTMCell(8))(x)
-    tokens = jnp.zeros(x.shape[:2], jnp.int32)
+    tokens = (x[..., 0] > 0).astype(jnp.int32)
     x = x + nn.Embed(3, 8, name='embed')(tokens)
     x = nn.Dense(4, param_dtype=jnp.complex64, name='complex')(x).real
     return Own(4, name='own')(x)
@@ -53,48 +53,84 @@ def covered_by(spec=None, **kwargs):
   return coverage.coverage(model, SEQUENCE)
 
 
-def test_nothing_is_missed_silently():
-  spec = quant_spec.QuantSpec(exclude=('first',))
-  covered = covered_by(spec)
-  reasons = {missed.path: missed.reason for missed in covered.missed}
-  gates = [path for path in reasons if path.startswith('OptimizedLSTMCell')]
-  # Four gates, from the input and from the state.
-  assert len(gates) == 8
-  assert set(reasons) - set(gates) == {
-    'raw',
-    'embed/embedding',
-    'own/kernel',
-    'complex/kernel',
-  }
-  for gate in gates:
-    assert reasons[gate].startswith('DenseParams of OptimizedLSTMCell')
-  assert reasons['raw'].startswith('Patchwork multiplies it')
-  assert reasons['embed/embedding'].startswith('embed=True')
-  assert reasons['complex/kernel'].endswith('in real floats')
-  assert reasons['own/kernel'].startswith('Own does not run')
+def test_every_product_has_formats_or_a_reason():
+  covered = covered_by(quant_spec.QuantSpec(exclude=('first',)))
   by_path = {layer.path: layer for layer in covered.layers}
-  assert by_path['first'].reason == "quant.exclude 'first'"
-  assert not by_path['first'].formats
+  # Four gates, from the input and from the state.
+  gates = [path for path in by_path if path.startswith('OptimizedLSTMCell')]
+  assert sorted(set(by_path) - set(gates)) == sorted(
+    ['dense', 'first', 'raw', 'embed', 'complex', 'own']
+    + [
+      f'attention/{name}'
+      for name in ('query', 'key', 'value', 'out', 'qk', 'av')
+    ]
+  )
+  for layer in covered.layers:
+    assert bool(layer.formats) != bool(layer.reason)
+  reasons = {path: layer.reason for path, layer in by_path.items()}
+  assert {path for path, reason in reasons.items() if reason} == {
+    'first',
+    'embed',
+    'complex',
+    'attention/qk',
+    'attention/av',
+  }
+  assert reasons['first'] == "quant.exclude 'first'"
+  assert reasons['embed'].startswith('embed=True')
+  assert reasons['attention/qk'].startswith('attention=True')
+  assert reasons['complex'] == 'it multiplies complex64 by complex64'
   assert by_path['dense'].formats == ('INT4', 'INT8', 'BF16')
   # 2 x 5 rows by 8 x 8 weights.
   assert (by_path['dense'].macs, by_path['dense'].weights) == (640, 64)
-  assert covered.products == ('attention',)
+  # Parameters of these products stay as they are, and the biases of attention,
+  # which have an axis of heads.
+  missed = {missed.path: missed.reason for missed in covered.missed}
+  assert {p: why for p, why in missed.items() if not p.endswith('bias')} == {
+    'first/kernel': reasons['first'],
+    'embed/embedding': reasons['embed'],
+    'complex/kernel': reasons['complex'],
+  }
+
+
+def test_the_gates_of_a_cell_are_products_of_each_iteration():
+  gates = [
+    layer
+    for layer in covered_by().layers
+    if layer.path.startswith('OptimizedLSTMCell')
+  ]
+  # Linen multiplies all gates of the input, and all of the state, at once: 5
+  # times 2 examples by 8 x 32 weights.
+  assert sum(layer.macs for layer in gates) == 2 * 5 * 2 * 8 * 32
+  assert sum(layer.weights for layer in gates) == 2 * 8 * 32
 
 
 def test_choices_make_more_covered():
   covered = covered_by(embed=True, attention=True)
   assert 'embed/embedding' not in {missed.path for missed in covered.missed}
-  assert not covered.products
-  kinds = {layer.path: layer.kind for layer in covered.layers}
-  assert kinds['embed'] == 'Embed'
-  assert kinds['attention/qk'] == 'attention product'
+  kinds = {layer.path: layer.kind for layer in covered.layers if layer.formats}
+  assert kinds['embed'] == 'embed'
+  assert kinds['attention/qk'] == 'attend'
   assert covered.share > covered_by().share > 0
 
 
+def test_a_parameter_that_no_product_reads_is_named():
+  class Scaled(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      scale = self.param('scale', nn.initializers.ones, (1, 8))
+      return nn.Dense(8, name='dense')(x * scale)
+
+  covered = coverage.coverage(searchable_lib.searchable(Scaled()), X)
+  assert [(missed.path, missed.reason) for missed in covered.missed] == [
+    ('scale', 'no product multiplies an input by it')
+  ]
+
+
 def test_coverage_prints_as_a_table():
-  lines = str(covered_by(quant_spec.QuantSpec(exclude=('first',)))).split('\n')
+  covered = covered_by(quant_spec.QuantSpec(exclude=('first',)))
+  lines = str(covered).split('\n')
   assert lines[0].split() == [
-    'layer',
+    'product',
     'kind',
     'iterations',
     'MACs',
@@ -105,6 +141,7 @@ def test_coverage_prints_as_a_table():
   assert "none: quant.exclude 'first'" in table
   assert 'attention=True' in table
   assert '8x8' in table
+  assert f'{covered.share:.1%} of' in table
 
 
 class Jitted(nn.Module):
@@ -123,10 +160,14 @@ class Raw(nn.Module):
 
 def test_what_jit_hides_is_covered():
   covered = coverage.coverage(searchable_lib.searchable(Jitted()), X)
-  assert [layer.path for layer in covered.layers] == ['a/dense', 'b/dense']
-  assert [missed.path for missed in covered.missed] == ['a/w', 'b/w']
-  for missed in covered.missed:
-    assert missed.reason.startswith('Raw multiplies')
+  assert [layer.path for layer in covered.layers] == [
+    'a',  # A parameter `w` has the name of its module.
+    'a/dense',
+    'b',
+    'b/dense',
+  ]
+  assert covered.share == 1
+  assert not covered.missed
 
 
 def test_coverage_allocates_nothing():
@@ -153,11 +194,8 @@ def test_a_call_that_lacks_arguments_is_an_error_that_names_them():
     discovery.find(model, X)
   with pytest.raises(ValueError, match="missing a required.*'train'"):
     discovery.find(model, X, X)
-  variables = model.init(
-    jax.random.key(0), 1.0 * helpers.random((2, 8)), 1, train=False
-  )
   with pytest.raises(ValueError, match="missing a required.*'train'"):
-    model.apply(variables, X, X)
+    model.apply({'params': {}}, X, X)
   assert discovery.find(model, X, X, train=False).size > 0
 
 
@@ -170,68 +208,70 @@ def _promote(*arrays, dtype):
   return arrays
 
 
-def _attention(query, key, value):
+def _attention(query, key, value, **kwargs):
+  del kwargs
   return query + key + value
 
 
 @pytest.mark.parametrize(
-  ('layer', 'reason'),
+  'layer',
   [
-    (nn.Dense(3, dot_general=_custom_op), 'field dot_general is set'),
-    (
-      nn.Dense(3, dot_general_cls=lambda: _custom_op),
-      'field dot_general_cls is set',
-    ),
-    (nn.Conv(3, (1,), promote_dtype=_promote), 'field promote_dtype is set'),
-    (
-      nn.ConvTranspose(3, (1,), preferred_element_type=jnp.float32),
-      'field preferred_element_type is set',
-    ),
-    (
-      nn.MultiHeadDotProductAttention(2, attention_fn=_attention),
-      'attention_fn has no argument',
-    ),
-    (
-      nn.MultiHeadDotProductAttention(2, precision='highest'),
-      'precision is set',
-    ),
+    nn.Dense(3, dot_general=_custom_op),
+    nn.Dense(3, dot_general_cls=lambda: _custom_op),
+    nn.Conv(3, (1,), promote_dtype=_promote),
+    nn.ConvTranspose(3, (1,), preferred_element_type=jnp.float32),
+    nn.MultiHeadDotProductAttention(2, attention_fn=_attention),
+    nn.MultiHeadDotProductAttention(2, precision='highest'),
   ],
 )
-def test_a_layer_that_cannot_be_quantized_is_named_with_the_reason(
-  layer, reason
-):
+def test_a_layer_with_hooks_of_its_own_is_searched(layer):
   class Model(nn.Module):
     @nn.compact
     def __call__(self, x):
       return layer.clone(name='odd', parent=self)(nn.Dense(8, name='even')(x))
 
   model = searchable_lib.searchable(Model(), attention=True)
-  with pytest.raises(ValueError, match=f'odd.*{reason}.*quant.exclude'):
-    discovery.find(model, SEQUENCE)
-  excluded = searchable_lib.searchable(
-    Model(), quant_spec.QuantSpec(exclude=('odd*',)), attention=True
-  )
-  space = discovery.find(excluded, SEQUENCE)
-  assert [d.name for d in space.decisions] == ['even']
+  covered = coverage.coverage(model, SEQUENCE)
+  assert covered.share == 1
+  assert {one.path.partition('/')[0] for one in covered.layers} == {
+    'even',
+    'odd',
+  }
 
 
-def test_a_model_of_quantized_layers_is_not_quantized_twice():
-  model = searchable_lib.searchable(nn.Sequential([quant_layers.QuantDense(3)]))
-  with pytest.raises(ValueError, match='layers_0 is a QuantDense.*twice'):
-    discovery.find(model, X)
+# For each class with weights: a layer and the shape of its input.
+LAYERS = [
+  (nn.Conv(3, (2,)), (1, 4, 2)),
+  (nn.ConvLocal(3, (2,)), (1, 4, 2)),
+  (nn.ConvTranspose(3, (2,)), (1, 4, 2)),
+  (nn.Dense(3), (1, 2)),
+  (nn.DenseGeneral((3, 2)), (1, 2)),
+  (nn.Einsum((2, 3), 'ni,io->no'), (1, 2)),
+  (nn.Embed(5, 3), (1, 4)),
+]
+
+
+@pytest.mark.parametrize(('layer', 'shape'), LAYERS)
+def test_a_layer_of_each_class_is_searched_with_all_its_weights(layer, shape):
+  dtype = jnp.int32 if isinstance(layer, nn.Embed) else jnp.float32
+  inputs = jax.ShapeDtypeStruct(shape, dtype)
+  model = searchable_lib.searchable(layer, embed=True)
+  variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
+  name = 'embedding' if isinstance(layer, nn.Embed) else 'kernel'
+  covered = coverage.coverage(model, inputs)
+  (searched,) = [one for one in covered.layers if one.formats]
+  assert searched.weights == variables['params'][name].size
+  assert name not in {missed.path for missed in covered.missed}
 
 
 @pytest.mark.parametrize(
   ('model', 'kwargs', 'message'),
   [
-    (lambda x: x, {}, 'not a linen module'),
+    (lambda x: x, {}, 'needs its parameters'),
+    (3, {}, 'int is no model'),
     (nn.Dense(3).bind({}), {}, 'is bound'),
     (nn.Dense(3), dict(stacks='one'), "stacks='one' is unknown; allowed"),
-    (
-      nn.Dense(3),
-      dict(spec=quant_spec.QuantSpec(act_clip='profiled'), attention=True),
-      'profiled',
-    ),
+    (nn.Dense(3), dict(params={}), 'Dense has its own; leave params out'),
   ],
 )
 def test_what_cannot_be_searched_is_refused_at_once(model, kwargs, message):
@@ -239,48 +279,35 @@ def test_what_cannot_be_searched_is_refused_at_once(model, kwargs, message):
     searchable_lib.searchable(model, **kwargs)
 
 
-def test_a_model_without_layers_is_an_error():
+def test_a_model_without_products_is_an_error():
   with pytest.raises(ValueError, match='no layer that could be quantized'):
     discovery.find(searchable_lib.searchable(nn.LayerNorm()), X)
 
 
 def test_which_collections_change_is_said_by_name():
   model = searchable_lib.searchable(nn.Dense(3))
-  variables = model.init(jax.random.key(0), helpers.random((2, 8)))
+  variables = helpers.init(model, helpers.random((2, 8)))
+
+  def changed(mutable):
+    return jax.eval_shape(
+      lambda v, x: model.apply(v, x, mutable=mutable), variables, X
+    )[1]
+
   with pytest.raises(ValueError, match='DenyList'):
-    model.apply(
-      variables, helpers.random((2, 8)), mutable=nn.DenyList(('params',))
-    )
-  _, changed = model.apply(
-    variables, helpers.random((2, 8)), mutable='quant_stats'
-  )
-  assert list(changed) == ['quant_stats']
-  _, changed = model.apply(variables, helpers.random((2, 8)), mutable=True)
-  assert 'quant_stats' in changed
+    changed(nn.DenyList(('params',)))
+  assert list(changed('quant_stats')) == ['quant_stats']
+  assert 'quant_stats' in changed(True)
 
 
-def test_an_nnx_model_is_refused_with_a_reason():
-  from flax import nnx
-
-  with pytest.raises(ValueError, match='NNX'):
-    searchable_lib.searchable(nnx.Linear(8, 3, rngs=nnx.Rngs(0)))
-  bridged = nnx.bridge.to_linen(nnx.Linear, 8, 3)
-  with pytest.raises(ValueError, match='wraps an NNX model by nnx.bridge'):
-    discovery.find(searchable_lib.searchable(bridged), X)
-
-
-def test_what_an_nnx_part_holds_is_reported():
-  from flax import nnx
-
+def test_an_nnx_part_of_a_linen_model_is_covered():
   class Mixed(nn.Module):
     @nn.compact
     def __call__(self, x):
       return nnx.bridge.to_linen(nnx.Linear, 8, 3, name='nnx')(nn.Dense(8)(x))
 
   covered = coverage.coverage(searchable_lib.searchable(Mixed()), X)
-  (missed,) = covered.missed
-  assert missed.path == 'nnx/kernel'
-  assert missed.reason.startswith('its module is an NNX module')
+  assert [layer.path for layer in covered.layers] == ['Dense_0', 'nnx']
+  assert covered.share == 1
 
 
 class TwoHeads(nn.Module):
