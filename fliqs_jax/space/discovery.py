@@ -153,6 +153,7 @@ def _format_decisions(
   ops: tuple[ops_lib.Op, ...], spec: quant_spec.QuantSpec | None
 ) -> tuple[search_space.FormatDecision, ...]:
   decisions: dict[str, search_space.FormatDecision] = {}
+  owners: dict[str, str] = {}  # {leaf: its decision}.
   groups = spec.groups if spec else ()
   paths = [op.path for op in ops]
   for op in ops:
@@ -168,6 +169,9 @@ def _format_decisions(
             )
       if len(menus) > 1:
         name = f'{name}/{leaf}'
+      # A table and the head that shares it have other leaves beside this one,
+      # so that one name has a side and the other none.
+      name = owners.setdefault(op.leaf(leaf), name)
       new = search_space.FormatDecision(name, (), menu)
       known = decisions.get(name, new)
       if known.menu != menu:

@@ -95,7 +95,6 @@ class Kinds(nn.Module):
     embed = nn.Embed(11, 8, embedding_init=helpers.by_key, name='embed')
     x = nn.Conv(8, (3,), name='conv', **how)(embed(tokens))
     x = x + nn.MultiHeadDotProductAttention(2, name='attention', **how)(x)
-    x = nn.ConvLocal(8, (3,), use_bias=False, name='local', **how)(x)
     x = nn.BatchNorm(use_running_average=not train)(x)
     x = nn.ConvTranspose(8, (3,), name='transpose', **how)(x)
     x = nn.Einsum((8, 2, 4), 'btd,dhk->bthk', name='einsum', **how)(x)
@@ -113,7 +112,7 @@ def test_every_kind_of_layer_is_served(tmp_path):
     embed=True,
     attention=True,
   )
-  integers = ('local', 'transpose', 'conv', 'einsum', 'general')
+  integers = ('transpose', 'conv', 'einsum', 'general')
   run.choices = {
     name: np.eye(4)[1] if name.split('/')[0] in integers else choice
     for name, choice in run.choices.items()
@@ -127,13 +126,13 @@ def test_every_kind_of_layer_is_served(tmp_path):
   }
   assert kinds['attention/qk'] == kinds['attention/av'] == ('float32', '')
   for path in kinds:
-    if path.split('/')[0] in integers:  # Each place of `local` is a slice.
+    if path in integers:
       assert kinds[path] == ('int8', f'params/{path}/weights')
   tensors = tensors_of(tmp_path / 'out')
   # The table of the look-up and of the head is stored once: 88 codes of 4 bits.
   assert kinds['embed'] == ('float32', 'params/embed/weights')
   assert kinds['embed#2'][1] == 'params/embed/weights'
-  assert [x.nbytes for name, x in tensors.items() if 'embed' in name][0] == 44
+  assert tensors['params/embed/weights'].nbytes == 44
   assert [name for name in tensors if name.startswith('params/embed')] == [
     'params/embed/weights'
   ]
