@@ -20,7 +20,7 @@ from sklearn import datasets
 
 from examples import digits_cnn
 import fliqs_jax as fliqs
-from fliqs_jax.serving import loader
+from fliqs_jax import serving
 
 STEPS = 300
 TARGET = 1.5  # A multiple of the cost of uniform INT4.
@@ -98,7 +98,7 @@ def search(out: str, steps: int = STEPS) -> dict[str, Any]:
     out=out,
     train=False,
   )
-  logits = loader.load(out, model=digits_cnn.DigitsCNN())(test['image'])
+  logits = serving.load(out)(test['image'])
   return dict(
     coverage=fliqs.coverage(model, images, train=False),
     exported=exported,

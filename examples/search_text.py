@@ -23,7 +23,7 @@ import optax
 
 from examples import char_transformer
 import fliqs_jax as fliqs
-from fliqs_jax.serving import loader
+from fliqs_jax import serving
 
 STEPS = 300
 BITS = 5.0  # Target: average bits of the weights whose formats are searched.
@@ -171,7 +171,7 @@ def search(out: str, steps: int = STEPS) -> dict[str, Any]:
     out=out,
     deterministic=True,
   )
-  served = loader.load(out, model=char_transformer.CharTransformer())
+  served = serving.load(out)
   test_loss = optax.softmax_cross_entropy_with_integer_labels(
     served(pieces[:, :-1]), pieces[:, 1:]
   ).mean()
