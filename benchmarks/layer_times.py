@@ -1,13 +1,14 @@
 """Measures each served layer alone, and gives the reason for a missing gain.
 
-A layer is timed as it is served: the input is rounded, multiplied and scaled,
-and the bias is added. In a network XLA fuses some of that with the layer's
+A layer is timed as a served program of its own: the input is rounded,
+multiplied and scaled, and the bias is added. In a network XLA fuses some of that with the layer's
 neighbours. Each slice of a batch is a call, whose overhead is visible in the
 smallest layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -15,11 +16,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from fliqs_jax.numerics import int8_ops
-from fliqs_jax.serving import loader
+from fliqs_jax.program import searchable as searchable_lib
+from fliqs_jax.serving import served_program
+from fliqs_jax.serving import stored_products
 from fliqs_jax.space import ops as ops_lib
-from fliqs_jax.space import quant_spec
 
 # Length of a sample in seconds. It has many calls of a small op, so that
 # neither the resolution of the clock nor one interruption matters.
@@ -30,6 +33,8 @@ _SAMPLE = 2e-3
 # image on two cores with VNNI, those up to 55 gained nothing and those from 77
 # on did, except depthwise convolutions and the stem, which are slow in linen.
 _FEW = 64
+# Collections of a network before a search.
+_FLOATS = ('params', 'batch_stats')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +46,16 @@ class Row:
     count: number of layers.
     op: shape of the op of each layer.
     inputs: shape of the input without the batch.
-    plain: linen's layer and its variables.
-    served: the served layer and its variables.
+    plain: linen's layer, a compiled function of its input.
+    served: the served layer, another such function.
   """
 
   path: str
   count: int
   op: ops_lib.OpShape
   inputs: tuple[int, ...]
-  plain: tuple[nn.Module, Mapping[str, Any]]
-  served: tuple[nn.Module, Mapping[str, Any]]
+  plain: Callable[[jax.Array], Any]
+  served: Callable[[jax.Array], Any]
 
   @property
   def macs_per_number(self) -> float:
@@ -68,39 +73,68 @@ class Row:
 
 
 def rows(
-  plain: loader.Served,
-  served: loader.Served,
+  stock: nn.Module,
+  program: searchable_lib.Searchable,
+  variables: Mapping[str, Any],
   ops: Mapping[str, ops_lib.OpShape],
-  image: jax.ShapeDtypeStruct,
+  images: jax.Array,
 ) -> list[Row]:
   """Returns the layers of a network, which is traced.
 
   Args:
-    plain: the network of linen's own layers.
-    served: the same network of served layers, all INT8.
+    stock: the network of linen's own layers.
+    program: the same network, searchable.
+    variables: its variables, with `arch` and `quant_stats`, all INT8.
     ops: {path of a layer: shape of its op}.
-    image: shape and dtype of an image [1, H, W, C].
+    images: example inputs [N, H, W, C].
   """
-  linen, ours = _calls(plain, image), _calls(served, image)
-  # The path of a layer outside of a network is empty.
-  spec = quant_spec.QuantSpec('INT8', assignment={'': ('INT8', 'INT8')})
   alike: dict[Any, list[str]] = {}
-  for path, (layer, shape) in linen.items():
+  for path, (layer, shape) in _calls(stock, variables, images).items():
     alike.setdefault((layer, shape, ops[path]), []).append(path)
+
+  @jax.jit
+  def noted(variables: Any) -> Any:
+    return program.apply(variables, images, train=False, mutable=['operands'])[
+      1
+    ]
+
+  everything = {**variables, **noted(variables)}
   return [
     Row(
       paths[0],
       len(paths),
       op,
       shape[1:],
-      (layer, _below(plain.variables, paths[0])),
-      (
-        ours[paths[0]][0].clone(spec=spec),
-        _below(served.variables, paths[0]),
-      ),
+      *_alone(layer, program, _below(everything, paths[0]), shape),
     )
     for (layer, shape, op), paths in alike.items()
   ]
+
+
+def _alone(
+  layer: nn.Module,
+  program: searchable_lib.Searchable,
+  variables: Mapping[str, Any],
+  shape: tuple[int, ...],
+) -> tuple[Callable[[jax.Array], Any], Callable[[jax.Array], Any]]:
+  """Returns a layer as linen has it, and as a served program of its own."""
+  own = dict(params=variables['params'])
+  model = dataclasses.replace(program, model=layer)
+  x = jax.ShapeDtypeStruct(shape, jnp.float32)
+  parts = tuple(model.replaced(model.parts(own, None, x)))
+  # The path of a layer outside of a network is empty.
+  stored = stored_products.stored(
+    parts, variables, {'': ('INT8', 'INT8')}, variables['operands']
+  )
+  served = served_program.make(
+    model, own, {}, stored, (jnp.zeros(shape),), None
+  )
+  unpack = jax.jit(served.unpack, static_argnums=1)
+  operands = unpack(served.tensors, int8_ops.prefers_unsigned())
+  return (
+    functools.partial(jax.jit(layer.apply), own),
+    functools.partial(jax.jit(lambda *args: served.run(*args)[0]), operands),
+  )
 
 
 def table(
@@ -130,23 +164,25 @@ def table(
   return lines
 
 
-def _calls(network: loader.Served, image) -> dict[str, tuple[nn.Module, Any]]:
+def _calls(
+  network: nn.Module, variables: Mapping[str, Any], images: jax.Array
+) -> dict[str, tuple[nn.Module, Any]]:
   """Returns {path: (unbound layer, shape of its input)}."""
   calls = {}
 
   def note(call, args, kwargs, context):
     module = context.module
     if isinstance(module, (nn.Conv, nn.Dense)):
-      # The first call is that of a served layer, the next linen's in its scope.
       alone = module.clone(parent=None, name=None)
-      calls.setdefault('/'.join(module.path), (alone, args[0].shape))
+      calls['/'.join(module.path)] = (alone, args[0].shape)
     return call(*args, **kwargs)
 
   def apply(variables, x):
     with nn.intercept_methods(note):
-      return network.model.apply(variables, x, train=False)
+      return network.apply(variables, x, train=False)
 
-  jax.eval_shape(apply, network.variables, image)
+  floats = {k: v for k, v in variables.items() if k in _FLOATS}
+  jax.eval_shape(apply, floats, images)
   return calls
 
 
@@ -167,10 +203,7 @@ def _measure(
   """Returns medians: the ratio of float32's to int8's time, and both in ms."""
   x = jax.random.normal(jax.random.key(0), (batch, *row.inputs))
   slices = [x[i : i + at_once] for i in range(0, batch, at_once)]
-  runs = [
-    (jax.jit(layer.apply), variables, inputs)
-    for (layer, variables), inputs in ((row.plain, [x]), (row.served, slices))
-  ]
+  runs = [(row.plain, [x]), (row.served, slices)]
   for run in runs:
     _seconds(*run, calls=1)  # Compiles.
   calls = [math.ceil(_SAMPLE / _seconds(*run, calls=3)) for run in runs]
@@ -183,9 +216,9 @@ def _measure(
   return ratio, plain, served
 
 
-def _seconds(run, variables, inputs: list[jax.Array], calls: int) -> float:
+def _seconds(run, inputs: list[jax.Array], calls: int) -> float:
   """Returns the seconds of one call with all slices of the inputs."""
   began = time.perf_counter()
   for _ in range(calls):
-    jax.block_until_ready([run(variables, x) for x in inputs])
+    jax.block_until_ready([run(x) for x in inputs])
   return (time.perf_counter() - began) / calls

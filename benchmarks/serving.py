@@ -7,7 +7,7 @@ The benchmark compares inference of one network, in one process:
 
   float32  linen's own layers
   fake     the model of the search at INT8: grid values in float32
-  int8     the served model: int8 x int8 -> int32
+  int8     the export, loaded: int8 x int8 -> int32
 
 `/16` runs a batch in slices of 16, as `serving.load` does on a CPU. All are
 compiled first and then run interleaved. A number is the median over rounds of
@@ -19,8 +19,11 @@ float32, and the reason if it gains nothing.
 """
 
 import argparse
+import dataclasses
 import functools
+import pathlib
 import statistics
+import tempfile
 import time
 
 import flax.linen as nn
@@ -30,9 +33,10 @@ import numpy as np
 
 from benchmarks import layer_times
 from fliqs_jax import models
+from fliqs_jax import serving
+from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.search import train_step
-from fliqs_jax.serving import loader
-from fliqs_jax.serving import stored_layers
+from fliqs_jax.serving import export_model
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
 
@@ -46,10 +50,12 @@ NETWORKS = {
 }
 
 _FORMAT = 'INT8'
+# Number of images that run together, as `serving.load` has it on a CPU.
+SLICE = 16
 
 
 def variants(config, size: int):
-  """Returns {variant: function of images}, and {layer: shape of its op}."""
+  """Returns {variant: function of images}, and its layers."""
   spec = quant_spec.QuantSpec(_FORMAT)
   search = models.build(config, 10, spec)
   image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
@@ -64,25 +70,50 @@ def variants(config, size: int):
   settle = jax.jit(train_step.settle_step(search.apply))
   state = settle(params, state, arch, dict(image=x), jax.random.key(2))
   fake = dict(params=params, arch=arch, **state)
-  tensors, kept = stored_layers.tensors(
-    stored_layers.operand_recorder(search.apply, train=False),
-    fake,
-    space.assignment(space.only()),
-    x,
-  )
-  plain = models.construct(config, 10, conv=nn.Conv, dense=nn.Dense)
+  stock = models.construct(config, 10, conv=nn.Conv, dense=nn.Dense)
   floats = {k: v for k, v in fake.items() if k in ('params', 'batch_stats')}
-  low_bit = models.construct(config, 10, **loader.constructors(kept))
-  integers = loader.variables(low_bit, tensors, kept)
-  how = dict(call=dict(train=False))
+  program = dataclasses.replace(
+    searchable_lib.searchable(stock, spec), fast_forms=True
+  )
+  with tempfile.TemporaryDirectory() as directory:
+    out = pathlib.Path(directory) / 'out'
+    export_model.write(
+      out,
+      program,
+      fake,
+      space.assignment(space.only()),
+      {},
+      (x,),
+      None,
+      dict(train=False),
+    )
+    int8, sliced = (serving.load(out, at_once=n) for n in (None, SLICE))
+  plain = _applied(stock, floats)
   functions = {
-    'float32': loader.Served(plain, floats, how),
-    'float32/16': loader.Served(plain, floats, how, at_once=16),
-    'fake': loader.Served(search, fake, how),
-    'int8': loader.Served(low_bit, integers, how),
-    'int8/16': loader.Served(low_bit, integers, how, at_once=16),
+    'float32': plain,
+    f'float32/{SLICE}': _in_slices(plain),
+    'fake': _applied(search, fake),
+    'int8': int8,
+    f'int8/{SLICE}': sliced,
   }
-  return functions, {op.path: op.shape for op in space.ops}
+  ops = {op.path: op.shape for op in space.ops}
+  return functions, layer_times.rows(stock, program, fake, ops, x)
+
+
+def _applied(model, variables):
+  """Returns a model as a compiled function of images."""
+  apply = jax.jit(functools.partial(model.apply, train=False))
+  return functools.partial(apply, variables)
+
+
+def _in_slices(function):
+  """Returns a function that takes a batch in slices."""
+
+  def sliced(x):
+    parts = [function(x[i : i + SLICE]) for i in range(0, len(x), SLICE)]
+    return jnp.concatenate(parts)
+
+  return sliced
 
 
 def _ratios(functions, x, rounds: int) -> dict[str, tuple[float, ...]]:
@@ -120,16 +151,13 @@ def main() -> None:
   args = parser.parse_args()
   for network in args.network.split(','):
     config, size = NETWORKS[network]
-    functions, ops = variants(config, size)
-    plain, served = functions['float32'], functions['int8/16']
-    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    layers = layer_times.rows(plain, served, ops, image)
+    functions, layers = variants(config, size)
     for batch in map(int, args.batch.split(',')):
       rng = np.random.default_rng(0)
       x = rng.standard_normal((batch, size, size, 3), np.float32)
       x = jnp.asarray(x)
       _print(f'{network}, batch {batch}', _ratios(functions, x, args.rounds))
-      lines = layer_times.table(layers, batch, served.at_once, args.rounds)
+      lines = layer_times.table(layers, batch, SLICE, args.rounds)
       print('', *lines, '', sep='\n', flush=True)
 
 

@@ -16,23 +16,24 @@ from benchmarks import memory
 from benchmarks import serving
 from benchmarks import step_time
 from fliqs_jax import models
+from fliqs_jax.space import quant_spec
 
 pytestmark = pytest.mark.slow
 
 
+_CONFIG = dict(name='resnet_cifar', depth=8, filters=4)
+
+
 @pytest.fixture(scope='module', name='network')
 def _network():
-  """A ResNet-8 as {variant: function}, its ops, and its layers."""
-  config = dict(name='resnet_cifar', depth=8, filters=4)
-  functions, ops = serving.variants(config, 8)
-  image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
-  plain, served = functions['float32'], functions['int8']
-  return functions, ops, layer_times.rows(plain, served, ops, image)
+  """A ResNet-8 as {variant: function}, and its layers."""
+  return serving.variants(_CONFIG, 8)
 
 
 def test_every_served_layer_is_in_the_table(network):
-  _, ops, rows = network
-  assert sum(row.count for row in rows) == len(ops)
+  _, rows = network
+  # Nine convolutions of 3 x 3 with the stem's, two of 1 x 1, and the head.
+  assert sum(row.count for row in rows) == 10
   stem = rows[0]
   assert (stem.path, stem.inputs) == ('stem', (8, 8, 3))
   # At each place 27 x 4 products; 3 numbers come in and 4 go out.
@@ -46,18 +47,21 @@ def test_every_served_layer_is_in_the_table(network):
 
 
 def test_a_layer_alone_is_the_one_of_the_network(network):
-  functions, _, rows = network
-  x = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
-  for variant, (layer, variables) in (
-    ('float32', rows[0].plain),
-    ('int8', rows[0].served),
-  ):
-    whole = functions[variant]
-    _, kept = whole.model.apply(
-      whole.variables, x, train=False, capture_intermediates=True
-    )
+  functions, rows = network
+  x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+  (variables,) = functions['fake'].args
+  search = models.build(_CONFIG, 10, quant_spec.QuantSpec('INT8'))
+  stock = models.construct(_CONFIG, 10, conv=nn.Conv, dense=nn.Dense)
+  for network, alone in ((stock, rows[0].plain), (search, rows[0].served)):
+    own = {
+      k: v
+      for k, v in variables.items()
+      if network is search or k in ('params', 'batch_stats')
+    }
+    _, kept = network.apply(own, x, train=False, capture_intermediates=True)
     result = kept['intermediates']['stem']['__call__'][-1]
-    np.testing.assert_array_equal(layer.apply(variables, x), result)
+    np.testing.assert_array_equal(alone(x), result)
+  np.testing.assert_array_equal(functions['int8'](x), functions['fake'](x))
 
 
 def test_steps_are_timed_against_the_float_ones():

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import warnings
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
