@@ -111,14 +111,16 @@ class PureFunction:
     **kwargs: Any,
   ) -> Any:
     """Returns the result, and with `mutable` also {}: nothing changes."""
-    given = jax.tree.leaves(variables['params'], is_leaf=_is_none)
-    if len(given) != len(self.leaves):
+    given = jax.tree.leaves(variables['params'])
+    expected = sum(leaf is None for leaf in self.leaves)
+    if len(given) != expected:
       raise ValueError(
-        f'params have {len(given)} leaves, but the function was made '
-        f'searchable with {len(self.leaves)}'
+        f'params have {len(given)} arrays, but the function was made '
+        f'searchable with {expected}'
       )
+    arrays = iter(given)
     params = self.treedef.unflatten(
-      [new if old is None else old for new, old in zip(given, self.leaves)]
+      [next(arrays) if leaf is None else leaf for leaf in self.leaves]
     )
     args = (params, *args)
     kwargs = _accepted(self.function, args, kwargs, rngs)
@@ -281,10 +283,6 @@ def _accepted(
 def _first(rngs: Any) -> Any:
   """Returns the key, or the first of several."""
   return next(iter(rngs.values())) if isinstance(rngs, Mapping) else rngs
-
-
-def _is_none(x: Any) -> bool:
-  return x is None
 
 
 def _is_float(x: Any) -> bool:

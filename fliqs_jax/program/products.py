@@ -76,7 +76,7 @@ class Product:
     weights: number of its weights, of one iteration and slice.
     channels: number of scales of its weights, of one iteration and slice.
     scans: (place, length) of the scans of which each iteration has weights of
-      its own.
+      its own; of two activations, those with any weights of an iteration.
     slices: lengths of the batch axes of the weights.
     calls: number of calls of each iteration.
     has_integer_form: whether it could run on integers.
@@ -171,12 +171,14 @@ class _Here:
     place: place of the equation.
     names: names of the scopes that hold it.
     scans: (place, length) of the loops that hold it; None: length unknown.
+    stacks: places of those whose iterations have weights of their own.
     refusal: why nothing here can be quantized.
   """
 
   place: Place = ()
   names: str = ''
   scans: tuple[tuple[Place, int | None], ...] = ()
+  stacks: frozenset[Place] = frozenset()
   refusal: str = ''
 
 
@@ -278,12 +280,14 @@ class _Finder:
       # A carried value that no iteration changes is a constant.
       if body.outvars[i - scan.consts] is not body.invars[i]:
         inside[i] = _INPUT
+    stacks = here.stacks
     for i in range(after, len(inside)):
       if inside[i].is_weight:
         scans = inside[i].scans | {here.place}
         inside[i] = dataclasses.replace(inside[i], scans=scans)
+        stacks |= {here.place}
     there = dataclasses.replace(
-      here, scans=(*here.scans, (here.place, scan.length))
+      here, scans=(*here.scans, (here.place, scan.length)), stacks=stacks
     )
     results = self.walk(body, inside, there)
     return [
@@ -334,7 +338,7 @@ class _Finder:
       )
     kind = contraction.kind if side is not None else 'attend'
     slices = contraction.slices() if side is not None else ()
-    scans, size, channels = frozenset(), 0, 1
+    scans, size, channels = here.stacks, 0, 1
     if side is not None:
       scans = pair[side].scans
       size = eqn.invars[side].aval.size // math.prod(slices)

@@ -41,6 +41,7 @@ class Foreign:
     native: (variables, *inputs) -> outputs, compiled, as its author calls it.
     params: of a function.
     kwargs: of a call.
+    init_kwargs: of the first call, where they are others.
   """
 
   model: Any
@@ -49,6 +50,7 @@ class Foreign:
   native: Callable[..., Any]
   params: Any = None
   kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+  init_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def linen(module, inputs, macs, **kwargs):
@@ -105,7 +107,8 @@ class DecoderBlock(nn.Module):
     dtype = jnp.bfloat16
     mask = nn.make_causal_mask(x[..., 0])
     y = nn.LayerNorm(dtype=dtype)(x)
-    x = x + nn.SelfAttention(2, dtype=dtype, name='attention')(y, mask)
+    attention = nn.MultiHeadDotProductAttention
+    x = x + attention(2, dtype=dtype, name='attention')(y, mask=mask)
     y = nn.Dense(16, dtype=dtype, name='up')(nn.LayerNorm(dtype=dtype)(x))
     return x + nn.Dense(WIDTH, dtype=dtype, name='down')(nn.gelu(y)), None
 
@@ -265,13 +268,16 @@ def haiku_cnn():
 
   transformed = haiku.transform_with_state(network)
   kwargs = dict(is_training=False)
+  init_kwargs = dict(is_training=True)  # Otherwise Haiku makes no averages.
 
   def native(variables, x):
     params, state = variables['params'], variables['state']
     return transformed.apply(params, state, None, x, **kwargs)[0]
 
   macs = BATCH * (64 * 9 * 3 * 8 + 8 * 5)
-  return Foreign(transformed, (IMAGES,), macs, jax.jit(native), kwargs=kwargs)
+  return Foreign(
+    transformed, (IMAGES,), macs, jax.jit(native), None, kwargs, init_kwargs
+  )
 
 
 class Lstm(nn.Module):
@@ -394,6 +400,7 @@ MODELS = [
 def test_a_foreign_model_is_searched_as_it_is(build):
   foreign = build()
   kwargs = foreign.kwargs
+  first = kwargs | foreign.init_kwargs
 
   def searchable(spec):
     return searchable_lib.searchable(
@@ -401,10 +408,10 @@ def test_a_foreign_model_is_searched_as_it_is(build):
     )
 
   model = searchable(fliqs.QuantSpec(('int4', 'int8')))
-  covered = coverage.coverage(model, *foreign.inputs, **kwargs)
+  covered = coverage.coverage(model, *foreign.inputs, **first)
   assert sum(layer.macs for layer in covered.layers) == foreign.macs
   assert covered.share == 1
-  variables = model.init(jax.random.key(0), *foreign.inputs, **kwargs)
+  variables = model.init(jax.random.key(0), *foreign.inputs, **first)
   excluded = searchable(fliqs.QuantSpec(exclude=('*',)))
   own = {k: v for k, v in variables.items() if k not in searchable_lib.OWN}
   expected = foreign.native(own, *foreign.inputs)
@@ -413,7 +420,7 @@ def test_a_foreign_model_is_searched_as_it_is(build):
   )
   helpers.same(actual, expected)
 
-  space = fliqs.find_decisions(model, *foreign.inputs, **kwargs)
+  space = fliqs.find_decisions(model, *foreign.inputs, **first)
   traces = []
 
   def step(variables, inputs):

@@ -440,6 +440,29 @@ def test_the_products_of_attention_are_named_after_their_scope():
   } == dict.fromkeys(('self/qk', 'self/av', 'cross/qk', 'cross/av'), 4 * 4 * 8)
 
 
+def test_products_of_activations_in_a_stack_are_of_their_iteration():
+  def f(v, x):
+    def layer(x, w):
+      return jax.nn.softmax((x @ w) @ x.T) @ x, None
+
+    return lax.scan(layer, x, v['w'])[0]
+
+  products = found(f, dict(w=array(3, 8, 8)), X)
+  assert {path: p.iterations() for path, p in products.items()} == {
+    name: [f'{name}/@{i}' for i in range(3)] for name in ('w', 'qk', 'av')
+  }
+  assert products['qk'].all_macs == 3 * 4 * 4 * 8
+
+
+def test_products_of_activations_in_a_recurrence_are_one():
+  def f(v, x):
+    return lax.scan(lambda c, x: (c, x @ x.T @ v['w']), 0, x)[1]
+
+  products = found(f, dict(w=array(4, 8)), array(5, 4, 8))
+  assert products['product'].iterations() == ['product']
+  assert products['product'].calls == 5
+
+
 def test_a_constant_of_the_function_is_named():
   w = jnp.ones((8, 8))
   products = found(lambda v, x: x @ w @ v['a'], square('a'), X)
