@@ -1,9 +1,9 @@
 """Measures each served layer alone, and gives the reason for a missing gain.
 
 A layer is timed as a served program of its own: the input is rounded,
-multiplied and scaled, and the bias is added. In a network XLA fuses some of that with the layer's
-neighbours. Each slice of a batch is a call, whose overhead is visible in the
-smallest layers.
+multiplied and scaled, and the bias is added. In a network XLA fuses some of
+that with the layer's neighbours. Each slice of a batch is a call, whose
+overhead is visible in the smallest layers.
 """
 
 from collections.abc import Callable, Mapping
