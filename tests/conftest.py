@@ -34,10 +34,10 @@ _FAST = {
 # The files that take longest, first: no worker shall end alone with one.
 _LONG = (
   'recipes_test',
-  'export_intercepted_test',
+  'export_model_test',
   'processes_test',
   'train_test',
-  'served_layers_test',
+  'served_products_test',
   'slicing_test',
   'examples_test',
   'found_networks_test',

@@ -21,6 +21,8 @@ from fliqs_jax.program import coverage
 from fliqs_jax.program import searchable as searchable_lib
 from tests import helpers
 
+pytestmark = pytest.mark.optimized
+
 BATCH, TIME, WIDTH = 2, 4, 8
 IMAGES = helpers.random((BATCH, 8, 8, 3))
 SEQUENCE = helpers.random((BATCH, TIME, WIDTH))

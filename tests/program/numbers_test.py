@@ -13,6 +13,8 @@ from fliqs_jax.program import searchable as searchable_lib
 from tests import helpers
 from tests.layers import cases
 
+pytestmark = pytest.mark.optimized
+
 SPEC = fliqs.QuantSpec(('int4', 'e4m3'))
 
 

@@ -23,7 +23,7 @@ from fliqs_jax.numerics import formats
 from fliqs_jax.serving import export_files
 from tests import helpers
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 X = helpers.random((2, 8))
 Dense = functools.partial(nn.Dense, kernel_init=helpers.by_key)

@@ -24,6 +24,8 @@ from fliqs_jax.serving import stored_products
 from tests import helpers
 from tests.layers import cases
 
+pytestmark = pytest.mark.optimized
+
 # Every format of every named space, and the rest of the integers.
 FORMATS = tuple(
   dict.fromkeys([*sum(formats.SPACES.values(), ()), 'INT2', 'INT3'])
