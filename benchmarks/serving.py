@@ -19,6 +19,7 @@ float32, and the reason if it gains nothing.
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import pathlib
@@ -87,7 +88,9 @@ def variants(config, size: int):
       None,
       dict(train=False),
     )
-    int8, sliced = (serving.load(out, at_once=n) for n in (None, SLICE))
+    int8 = serving.load(out)
+  sliced = copy.copy(int8)
+  sliced.at_once = SLICE
   plain = _applied(stock, floats)
   functions = {
     'float32': plain,
