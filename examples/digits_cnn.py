@@ -15,5 +15,5 @@ class DigitsCNN(nn.Module):
     for features, strides in ((8, 1), (16, 2)):
       x = nn.Conv(features, (3, 3), strides, use_bias=False)(x)
       x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
-    x = nn.relu(nn.Dense(32)(x.reshape((len(x), -1))))
+    x = nn.relu(nn.Dense(32)(x.reshape((x.shape[0], -1))))
     return nn.Dense(self.classes)(x)

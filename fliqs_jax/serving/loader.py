@@ -91,8 +91,16 @@ class Served:
       if not (is_like and all(same)):
         raise ValueError(
           f'input {i} is {dtype}{list(np.shape(x))}, but the export takes '
-          f'{expected.str_short()}'
+          f'{expected.str_short()}{self._hint()}'
         )
+
+  def _hint(self) -> str:
+    if self.manifest['program']['batch'] == 'any':
+      return ''
+    return (
+      '; the model needs its batch size as a number, as of len(x): write '
+      'x.shape[0] and export again for any batch size'
+    )
 
 
 def load(
