@@ -224,9 +224,10 @@ def test_each_iteration_of_a_stack_has_its_own_format(tmp_path):
     assert stored == np.prod(entry['shape']) * bits // 8
   used = {layers[f'nested/inner/up/@{i}']['weights'] for i in range(4)}
   assert len(used) == 3
-  assert {
-    f'nested/attention/{n}/@{i}' for n in ('qk', 'av') for i in (0, 1)
-  } < (set(layers))
+  products = {
+    f'nested/attention/{name}/@{i}' for name in ('qk', 'av') for i in (0, 1)
+  }
+  assert products < set(layers)
 
 
 class Recurrent(nn.Module):
@@ -484,6 +485,8 @@ class FixedBatch(nn.Module):
 def test_a_program_of_a_fixed_batch_size_says_so(tmp_path):
   manifest = Run(FixedBatch(), X, names=['INT8']).check(tmp_path / 'out')
   assert manifest['program'] == dict(batch=2)
+  with pytest.raises(ValueError, match='of len.x.: write x.shape.0. and'):
+    serving.load(tmp_path / 'out')(helpers.random((3, 8)))
 
 
 def test_wrong_calls_are_refused(network, tmp_path):
