@@ -50,6 +50,7 @@ _LONG = (
   'models_test',
   'export_test',
   'float_ops_test',
+  'foreign_test',
   'scanned_test',
   'checkpoint_test',
   'open_layers_test',
