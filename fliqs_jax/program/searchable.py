@@ -319,8 +319,8 @@ class Searchable:
       with jax.checking_leaks():
         parts = self.parts(variables, dict(params=key), *args, **kwargs)
     except Exception as error:
-      # The model's own errors come without the check, too. JAX may fail where it
-      # words the error of a leak, so its type and text do not tell them apart.
+      # The model's own errors come without the check, too. JAX may fail to
+      # word the error of a leak, so that its type and text say nothing.
       self.parts(variables, dict(params=key), *args, **kwargs)
       raise ValueError(
         'the model is not pure: a value of the call is kept outside of it, in '
