@@ -73,13 +73,13 @@ class Rewriter:
       statistics: those of each product that has any.
     """
     body = equations.Body(program.jaxpr, program.consts)
-    return self._run(body, operands, given, statistics, ())
+    return self._run(body, operands, {}, given, statistics, ())
 
-  def _run(self, body, operands, given, statistics, place) -> Any:
+  def _run(self, body, operands, before, given, statistics, place) -> Any:
     values: dict[core.Var, Any] = {}
     values.update(zip(body.jaxpr.constvars, body.consts, strict=True))
     values.update(zip(body.jaxpr.invars, operands, strict=True))
-    wide = _Wide(values)
+    wide = _Wide(values, {body.jaxpr.invars[i]: x for i, x in before.items()})
     statistics, noted = dict(statistics), {}
     for i, eqn in enumerate(body.jaxpr.eqns):
       at = (*place, i)
@@ -97,7 +97,7 @@ class Rewriter:
           results = [wide.rounded(eqn, y)]
         elif self._inside(at):
           results, state, note = self._call(
-            eqn, wide.operands(eqn), given, statistics, at
+            eqn, wide.operands(eqn), wide.before(eqn), given, statistics, at
           )
           statistics |= state
           noted |= note
@@ -110,7 +110,7 @@ class Rewriter:
     n = len(place)
     return [p for at, p in self.products.items() if at[:n] == place]
 
-  def _call(self, eqn, operands, given, statistics, place) -> Any:
+  def _call(self, eqn, operands, before, given, statistics, place) -> Any:
     match equations.name(eqn):
       case 'scan':
         call = self._scan
@@ -118,36 +118,40 @@ class Rewriter:
         call = self._cond
       case _:
         call = self._once
-    return call(eqn, operands, given, statistics, place)
+    return call(eqn, operands, before, given, statistics, place)
 
-  def _once(self, eqn, operands, given, statistics, place) -> Any:
+  def _once(self, eqn, operands, before, given, statistics, place) -> Any:
     body = equations.body(eqn)
 
-    def run(operands, given, statistics):
-      return self._run(body, operands, given, statistics, place)
+    def run(operands, before, given, statistics):
+      return self._run(body, operands, before, given, statistics, place)
 
     paths = [product.path for product in self._inside(place)]
     results, statistics, noted = equations.rerun(eqn, run)(
       equations.constrained(eqn, 'in_shardings', operands),
+      before,
       _of(paths, given),
       _of(paths, statistics),
     )
     results = equations.constrained(eqn, 'out_shardings', results)
     return results, statistics, noted
 
-  def _scan(self, eqn, operands, given, statistics, place) -> Any:
+  def _scan(self, eqn, operands, before, given, statistics, place) -> Any:
     scan = equations.scan(eqn)
     after = scan.consts + scan.carries
     consts, carried = operands[: scan.consts], operands[scan.consts : after]
+    fixed = {i: x for i, x in before.items() if i < scan.consts}
+    sliced = {i: x for i, x in before.items() if i >= after}
     inside = self._inside(place)
     apart = [p.path for p in inside if place in dict(p.scans)]
     shared = [p.path for p in inside if place not in dict(p.scans)]
 
     def iteration(carry, xs):
-      (carried, state), (xs, own_given, own_state) = carry, xs
+      (carried, state), (xs, sliced, own_given, own_state) = carry, xs
       results, new, noted = self._run(
         scan.body,
         [*consts, *carried, *xs],
+        fixed | sliced,
         _of(shared, given) | own_given,
         state | own_state,
         place,
@@ -158,15 +162,16 @@ class Rewriter:
     (carried, state), (ys, own_state, noted) = lax.scan(
       iteration,
       (carried, _of(shared, statistics)),
-      (operands[after:], _of(apart, given), _of(apart, statistics)),
+      (operands[after:], sliced, _of(apart, given), _of(apart, statistics)),
       **scan.options,
     )
     # All iterations multiply the same weights at the same scales.
     noted |= jax.tree.map(lambda x: x[0], _of(shared, noted))
     return [*carried, *ys], state | own_state, noted
 
-  def _cond(self, eqn, operands, given, statistics, place) -> Any:
+  def _cond(self, eqn, operands, before, given, statistics, place) -> Any:
     index, *operands = operands
+    before = {i - 1: x for i, x in before.items()}
     paths = [product.path for product in self._inside(place)]
     given, statistics = _of(paths, given), _of(paths, statistics)
     branches = [
@@ -175,10 +180,10 @@ class Rewriter:
     ]
     if not self.every_branch:
       results, state, _ = lax.switch(
-        index, branches, operands, given, statistics
+        index, branches, operands, before, given, statistics
       )
       return results, state, {}
-    each = [branch(operands, given, statistics) for branch in branches]
+    each = [branch(operands, before, given, statistics) for branch in branches]
     results = [
       lax.select_n(index, *same)
       for same in zip(*(results for results, _, _ in each))
@@ -189,9 +194,9 @@ class Rewriter:
     return results, statistics, noted
 
   def _branch(self, body, place) -> Callable[..., Any]:
-    def run(operands, given, statistics):
+    def run(operands, before, given, statistics):
       results, statistics, noted = self._run(
-        body, operands, given, statistics, place
+        body, operands, before, given, statistics, place
       )
       return results, statistics, noted if self.every_branch else {}
 
@@ -205,9 +210,9 @@ class _Wide:
   added to the float32 sums before they are rounded, as in a fused kernel.
   """
 
-  def __init__(self, values: dict[core.Var, Any]):
+  def __init__(self, values: dict[core.Var, Any], wide: dict[core.Var, Any]):
     self.values = values
-    self.wide: dict[core.Var, Any] = {}
+    self.wide = wide
     self.sums: set[core.Var] = set()
 
   def operands(self, eqn: core.JaxprEqn, weights: int | None = None) -> Any:
@@ -216,6 +221,14 @@ class _Wide:
       self._wide(v) if i == weights else _read(self.values, v)
       for i, v in enumerate(eqn.invars)
     ]
+
+  def before(self, eqn: core.JaxprEqn) -> dict[int, Any]:
+    """Returns {number of an operand: its value before a cast} of a call."""
+    return {
+      i: self.wide[v]
+      for i, v in enumerate(eqn.invars)
+      if not isinstance(v, core.Literal) and v in self.wide
+    }
 
   def rounded(self, eqn: core.JaxprEqn, y: jax.Array) -> jax.Array:
     """Returns the float32 result of a product in the program's type."""

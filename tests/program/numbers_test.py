@@ -178,6 +178,34 @@ def test_weights_of_bfloat16_are_quantized_from_before_their_cast():
   np.testing.assert_array_equal(np.float32(y), bfloat16(expected))
 
 
+def scanned(f):
+  def run(x, w):
+    return lax.scan(lambda c, w: (c, f(x, w)), 0, w[None])[1][0]
+
+  return run
+
+
+def branched(f):
+  def run(x, w):
+    return lax.cond(x[0, 0] < 9, f, lambda x, w: x[:, :6], x, w)
+
+  return run
+
+
+@pytest.mark.parametrize('call', [jax.jit, jax.checkpoint, scanned, branched])
+def test_a_call_may_lie_between_the_cast_and_the_product(call):
+  def f(v, x):
+    x, w = x.astype(jnp.bfloat16), v['w'].astype(jnp.bfloat16)
+    return call(lambda x, w: x @ w)(x, w)
+
+  x = helpers.random((4, 8))
+  w = helpers.random((8, 6), 1).clip(-1, 1)
+  w[0] = 1.003
+  y, _, _ = run(f, dict(w=w), x)
+  expected = activations(bfloat16(x)) @ weights(w, (0,))
+  np.testing.assert_array_equal(np.float32(y), bfloat16(expected))
+
+
 def test_gradients_of_bfloat16_are_of_the_type_of_the_parameters():
   x = helpers.random((4, 8))
   v = dict(w=helpers.random((8, 6), 1), c=helpers.random((6,), 2))
