@@ -439,7 +439,7 @@ def test_a_foreign_model_is_searched_as_it_is(build):
 
     return jax.grad(loss, has_aux=True)(variables['params'])
 
-  compiled = jax.jit(step, compiler_options=helpers.COMPILER)
+  compiled = jax.jit(step)
   errors = []
   for name in ('INT4', 'INT8'):
     variables['arch'] = space.expand(space.uniform(name))
