@@ -34,8 +34,8 @@ _FAST = {
 # The files that take longest, first: no worker shall end alone with one.
 _LONG = (
   'recipes_test',
-  'export_model_test',
   'processes_test',
+  'export_model_test',
   'train_test',
   'served_products_test',
   'slicing_test',
