@@ -401,6 +401,12 @@ class Searchable:
     """Returns the formats of a product; if it has none, also why."""
     none = quant_spec.Choices(None, None, False)
     if product.reason:
+      if rule := _asking(self.spec, product.layer):
+        raise ValueError(
+          f'{rule} asks for formats of {product.layer}, which cannot be '
+          f'quantized: {product.reason}; remove the rule, and the product '
+          'stays at 16 bits'
+        )
       return none, product.reason
     if product.kind == 'embed' and not self.embed:
       return none, 'embed=True quantizes tables of which rows are looked up'
@@ -521,6 +527,18 @@ def _of_two_activations(
     menu = choices.activations
     return quant_spec.Choices(menu, menu, menu is not None)
   return choices
+
+
+def _asking(spec: quant_spec.QuantSpec, path: str) -> str:
+  """Returns the rule that names a path, not by a glob, to give it formats."""
+  if any(pattern == path for pattern, _ in spec.menus):
+    return f'quant.menus[{path}]'
+  for group, pattern in spec.groups:
+    if pattern == path:
+      return f'quant.groups[{group}]'
+  if any(dict(spec.assignment or ()).get(path, ())):
+    return 'quant.arch'
+  return ''
 
 
 def _why_not(spec: quant_spec.QuantSpec, path: str) -> str:

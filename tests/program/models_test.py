@@ -10,6 +10,7 @@ import pytest
 from fliqs_jax.program import models
 from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.space import discovery
+from fliqs_jax.space import quant_spec
 from tests import helpers
 
 X = helpers.random((4, 8))
@@ -157,3 +158,31 @@ def test_a_function_that_keeps_values_is_an_error():
   model = searchable_lib.searchable(f, params=params)
   with pytest.raises(ValueError, match='not pure'):
     discovery.find(model, X)
+
+
+@pytest.mark.parametrize(
+  'rules',
+  [
+    dict(menus=(('loop', 'INT8'),)),
+    dict(groups=(('both', 'loop'),)),
+    dict(assignment={'loop': ('INT8', 'INT8'), 'head': ('INT8', 'INT8')}),
+  ],
+  ids=lambda rules: next(iter(rules)),
+)
+def test_a_rule_for_a_product_that_must_stay_is_an_error(rules):
+  def f(params, x):
+    def body(carry):
+      return jnp.tanh(carry[0] @ params['loop']['w']), carry[1] - 1
+
+    x, _ = jax.lax.while_loop(lambda carry: carry[1] > 0, body, (x, 3))
+    return x @ params['head']['w']
+
+  params = dict(loop=dict(w=jnp.eye(8)), head=dict(w=jnp.ones((8, 2))))
+  spec = quant_spec.QuantSpec(('INT4', 'INT8'), **rules)
+  model = searchable_lib.searchable(f, spec, params=params)
+  with pytest.raises(ValueError, match='asks for formats of loop.*while loop'):
+    discovery.find(model, X)
+  # A glob that happens to match it does not ask for it.
+  spec = quant_spec.QuantSpec('INT4', menus=(('*', 'INT8'),))
+  model = searchable_lib.searchable(f, spec, params=params)
+  assert [d.name for d in discovery.find(model, X).decisions] == ['head']

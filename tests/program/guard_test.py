@@ -1,0 +1,44 @@
+"""The comparison of a program at BF16 with the original model."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fliqs_jax.program import contractions
+from fliqs_jax.program import guard
+from fliqs_jax.program import searchable as searchable_lib
+from fliqs_jax.space import quant_spec
+from tests import helpers
+
+X = helpers.random((4, 8))
+
+
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.tanh(nn.Dense(6, name='first')(x))
+    return nn.Dense(3, use_bias=False, name='second')(x)
+
+
+MODEL = searchable_lib.searchable(Net(), quant_spec.QuantSpec('INT4'))
+VARIABLES = MODEL.init(jax.random.key(0), X)
+
+
+def test_products_at_bf16_are_the_original_up_to_rounding():
+  apart = guard.check(MODEL, VARIABLES, X)
+  assert list(apart) == ['first', 'second']
+  # Two operands, each rounded by at most 2**-9; not exact, since BF16 rounds.
+  assert all(0 < difference < 2**-7 for difference in apart.values())
+
+
+def test_the_first_product_that_means_something_else_is_named(monkeypatch):
+  right = contractions.Dot.floats
+
+  def wrong(self, lhs, rhs):
+    y = right(self, lhs, rhs)
+    return y if y.shape[-1] == 6 else jnp.flip(y, axis=-1)
+
+  monkeypatch.setattr(contractions.Dot, 'floats', wrong)
+  with pytest.raises(ValueError, match='^second: with every product at BF16'):
+    guard.check(MODEL, VARIABLES, X)
