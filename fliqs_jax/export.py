@@ -11,7 +11,7 @@ them. `--target=native` refuses a format that no type of ml_dtypes holds.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import os
@@ -34,6 +34,7 @@ from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.serving import export_files
 from fliqs_jax.serving import export_model as model_export
 from fliqs_jax.serving import stored_products
+from fliqs_jax.space import sizes as sizes_lib
 
 TARGETS = ('packed', 'native')
 
@@ -105,7 +106,7 @@ def export(
   )
   return model_export.write(
     out,
-    _program(experiment),
+    _program(experiment, choices),
     variables,
     assignment,
     manifest,
@@ -116,12 +117,15 @@ def export(
 
 
 def _program(
-  experiment: experiment_lib.Experiment,
+  experiment: experiment_lib.Experiment, choices: Mapping[str, Any]
 ) -> searchable_lib.Searchable:
   """Returns the run's network of stock layers, as a program."""
   stock = models.construct(
     experiment.config.model,
     experiment.streams.num_classes,
+    sizes=sizes_lib.Sizes(
+      found=experiment.space.sizes(choices), is_served=True
+    ),
     conv=nn.Conv,
     dense=nn.Dense,
   )
