@@ -31,6 +31,8 @@ class Served:
     operands: what its program reads beside the inputs, on the device.
     at_once: number of examples that run together; None: all. Larger batches run
       in slices; then every input and output has the examples on its first axis.
+      A program of one batch size needs slices of that size, of which the last
+      one is filled up with its last example.
   """
 
   def __init__(
@@ -46,6 +48,14 @@ class Served:
     self.operands = jax.device_put(unpacked)
     program = stablehlo.deserialize(model)
     self._expected = program.in_avals[len(unpacked) :]
+    batch = content.manifest['program']['batch']
+    # Whoever asks for slices says that examples do not depend on each other.
+    self._fixed = None if batch == 'any' or at_once is None else batch
+    if self._fixed not in (None, at_once):
+      raise ValueError(
+        f'at_once={at_once}: the program takes {batch} examples at once, '
+        f'because the model needs that as a number; use at_once={batch}'
+      )
     self._run = jax.jit(program.call)
 
   def __call__(self, *inputs: Any, rngs: Any = None) -> Any:
@@ -68,23 +78,36 @@ class Served:
       )
     leaves = [served_program.raw(x) for x in jax.tree.leaves((inputs, rngs))]
     self._check(leaves)
-    if self.at_once is None or len(leaves[0]) <= self.at_once:
+    step = self.at_once
+    if step is None or len(leaves[0]) == step:
       outputs = self._run(self.operands, *leaves)
     else:
-      step = self.at_once
       parts = [
-        self._run(self.operands, *(x[i : i + step] for x in leaves))
+        self._slice([x[i : i + step] for x in leaves])
         for i in range(0, len(leaves[0]), step)
       ]
       outputs = [jnp.concatenate(same) for same in zip(*parts)]
     return pytrees.build(self.manifest['outputs'], outputs)
 
+  def _slice(self, leaves: list[Any]) -> list[Any]:
+    """Returns the outputs for some examples, on the first axis of each leaf."""
+    examples = len(leaves[0])
+    missing = (self._fixed or examples) - examples
+    filled = [
+      jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)])
+      if missing
+      else x
+      for x in leaves
+    ]
+    return [y[:examples] for y in self._run(self.operands, *filled)]
+
   def _check(self, leaves: list[Any]) -> None:
     for i, (x, expected) in enumerate(zip(leaves, self._expected)):
-      # Whatever is no number is the size of the batch.
+      # The size of the batch is a symbol, or that of the slices.
+      sizes = expected.shape[1:] if self._fixed else expected.shape
       same = [
         n == expected_n or not isinstance(expected_n, int)
-        for n, expected_n in zip(np.shape(x), expected.shape)
+        for n, expected_n in zip(np.shape(x)[-len(sizes) :], sizes)
       ]
       dtype = jnp.result_type(x)
       is_like = np.ndim(x) == expected.ndim and dtype == expected.dtype
@@ -95,11 +118,13 @@ class Served:
         )
 
   def _hint(self) -> str:
-    if self.manifest['program']['batch'] == 'any':
+    batch = self.manifest['program']['batch']
+    if batch == 'any':
       return ''
     return (
       '; the model needs its batch size as a number, as of len(x): write '
-      'x.shape[0] and export again for any batch size'
+      'x.shape[0] and export again, or, if examples do not depend on each '
+      f'other, load with at_once={batch}'
     )
 
 
@@ -112,10 +137,12 @@ def load(
     directory: path of the export, which `export` got as `out`.
     at_once: number of examples that run together. None: 16 for the export of a
       run on a CPU, all otherwise. The results of integer layers do not depend
-      on it; sums of floats may be rounded in another order.
+      on it; sums of floats may be rounded in another order. A program of one
+      batch size takes any with that number.
 
   Raises:
-    ValueError: files are missing, damaged or differ from the manifest.
+    ValueError: files are missing, damaged or differ from the manifest, or
+      at_once is not the program's batch size.
   """
   content = export_files.read(directory)
   names = stablehlo.UNPACK, stablehlo.MODEL
@@ -124,11 +151,11 @@ def load(
   unpack, model = (
     export_files.read_file(directory, content.manifest, name) for name in names
   )
-  is_open = content.manifest['program']['batch'] == 'any'
+  batch = content.manifest['program']['batch']
   is_network = 'task' in content.manifest  # Its outputs have the batch's axis.
   on_cpu = jax.default_backend() == 'cpu'
-  if at_once is None and is_open and is_network and on_cpu:
-    at_once = _AT_ONCE
+  if at_once is None and is_network and (on_cpu or batch != 'any'):
+    at_once = _AT_ONCE if batch == 'any' else batch
   return Served(content, unpack, model, at_once)
 
 

@@ -491,6 +491,12 @@ def test_a_program_of_a_fixed_batch_size_says_so(tmp_path):
   assert manifest['program'] == dict(batch=2)
   with pytest.raises(ValueError, match='of len.x.: write x.shape.0. and'):
     serving.load(tmp_path / 'out')(helpers.random((3, 8)))
+  with pytest.raises(ValueError, match='at_once=3.* use at_once=2'):
+    serving.load(tmp_path / 'out', at_once=3)
+  # Slices of two examples; the third has a slice of its own, filled up.
+  served = serving.load(tmp_path / 'out', at_once=2)
+  outputs = served(np.concatenate([X, X[:1]]))
+  helpers.same(outputs, np.concatenate([served(X), served(X)[:1]]))
 
 
 def test_wrong_calls_are_refused(network, tmp_path):
