@@ -106,7 +106,7 @@ def test_two_decisions_give_the_mean_over_all_pairs(kind, mix):
   _near(y(mix, weights=P, activations=Q), expected)
 
 
-@pytest.mark.parametrize('kind', ['conv', 'dense'])
+@pytest.mark.parametrize('kind', ['conv', 'dense', 'transposed conv'])
 def test_a_branched_layer_gives_the_mean_of_the_results(kind):
   y = _case(kind)
   each = [np.asarray(y('sampled', format=one_hot)) for one_hot in ONE_HOTS]
@@ -129,11 +129,11 @@ def _bias_of(kind):
 @pytest.mark.parametrize('kind', ['dense', 'einsum', 'transposed conv'])
 def test_a_composite_layer_multiplies_the_means(kind):
   # One decision for both: the pairs of unlike formats count, too. Linen's own
-  # op in an einsum or a transposed convolution can only be given means.
+  # op in `QuantEinsum` can only be given means; a program has none of its own.
   tied, separate = _case(kind), _case(kind, 'separate')
   expected = separate('composite', weights=P, activations=P)
   _near(tied('composite', format=P), expected)
-  is_one_op = kind != 'dense'
+  is_one_op = kind == 'einsum'
   branched = tied('branched', format=P)
   assert np.allclose(branched, expected, atol=1e-4) == is_one_op
 
