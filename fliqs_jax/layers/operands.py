@@ -91,7 +91,17 @@ class Operands:
       w: [...] weights.
       contracted: the axes of `w` that the op sums over.
     """
-    return self.activations(x), self.weights(w, contracted)
+    x_q, w_q = self.activations(x), self.weights(w, contracted)
+    if not self.module.is_initializing():  # Stored only for sensitivities.
+      for name, value in (('values', w_q.values), ('weights', w_q.scale)):
+        self.module.sow(
+          'operands',
+          name,
+          value,
+          reduce_fn=lambda _, last: last,
+          init_fn=lambda: None,
+        )
+    return x_q, w_q
 
   def keep(self, *arrays: jax.Array | None, dtype: Any) -> tuple:
     """Replaces linen's `promote_dtype`: operands are float32 until rounded."""

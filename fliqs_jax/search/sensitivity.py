@@ -234,7 +234,7 @@ def hessian_scorer(
     result = {}
     for path, w in kernels(variables['params']).items():
       prefix = f'{path}/' if path else ''
-      values, scale = (operands[prefix + n][0] for n in ('values', 'weights'))
+      values, scale = (operands[prefix + n] for n in ('values', 'weights'))
       on_grid = values.astype(jnp.float32) * scale
       result[path] = jnp.sum((w - on_grid) ** 2)
     return result
