@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from fliqs_jax.program import models
+from fliqs_jax.program import parts as parts_lib
 from fliqs_jax.program import products as products_lib
 from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.space import discovery
@@ -151,7 +152,7 @@ def coverage(
 _UNREAD = 'no product multiplies an input by it'
 
 
-def _layer(part: searchable_lib.Part) -> Layer:
+def _layer(part: parts_lib.Part) -> Layer:
   product, choices, reason = part
   menus = [m for m in (choices.weights, choices.activations) if m is not None]
   formats = max(menus, key=len) if menus else ()

@@ -7,7 +7,6 @@ parameters keep their names, shapes and values.
 
 from collections.abc import Mapping
 import dataclasses
-import fnmatch
 from typing import Any, NamedTuple
 
 from flax import core
@@ -18,6 +17,7 @@ import numpy as np
 
 from fliqs_jax.numerics import one_hot as one_hot_lib
 from fliqs_jax.program import models
+from fliqs_jax.program import parts as parts_lib
 from fliqs_jax.program import products as products_lib
 from fliqs_jax.program import quantized
 from fliqs_jax.program import rewrite
@@ -72,20 +72,6 @@ def searchable(
   )
 
 
-class Part(NamedTuple):
-  """One product of a model, and the formats that it may use.
-
-  Attributes:
-    product: the product.
-    choices: its formats.
-    reason: why it has none; empty if it has some.
-  """
-
-  product: products_lib.Product
-  choices: quant_spec.Choices
-  reason: str
-
-
 class Traced(NamedTuple):
   """A call of a model as a program.
 
@@ -99,7 +85,7 @@ class Traced(NamedTuple):
 
   program: Any
   operands: list[Any]
-  parts: tuple[Part, ...]
+  parts: tuple[parts_lib.Part, ...]
   outputs: Any
 
 
@@ -169,7 +155,7 @@ class Searchable:
     arch, stats = {}, {}
     rule = self._rule(parts)
     for part in parts:
-      leaves = _leaves(part)
+      leaves = part.leaves
       for path in part.product.iterations() if leaves else ():
         for leaf, menu in leaves.items():
           arch[products_lib.join(path, leaf)] = jnp.eye(len(menu))[0]
@@ -238,7 +224,7 @@ class Searchable:
         changed[name] = products_lib.nested(noted)
     return outputs, changed
 
-  def replaced(self, parts: tuple[Part, ...]) -> list[Part]:
+  def replaced(self, parts: tuple[parts_lib.Part, ...]) -> list[parts_lib.Part]:
     """Returns the products that do not stay as they are."""
     return [
       part
@@ -295,7 +281,7 @@ class Searchable:
 
   def parts_of(
     self, *args: Any, **kwargs: Any
-  ) -> tuple[dict[str, Any], tuple[Part, ...]]:
+  ) -> tuple[dict[str, Any], tuple[parts_lib.Part, ...]]:
     """Returns the shapes of the variables, and the products of a call.
 
     Args:
@@ -331,7 +317,7 @@ class Searchable:
 
   def parts(
     self, variables: Mapping[str, Any], rngs: Any, *args: Any, **kwargs: Any
-  ) -> tuple[Part, ...]:
+  ) -> tuple[parts_lib.Part, ...]:
     """Returns the products of a call whose collections may all change."""
     names = [name for name in variables if name != 'params']
     return self.trace(variables, args, kwargs, rngs, names).parts
@@ -377,7 +363,12 @@ class Searchable:
     root = type(self.model).__name__
     found = products_lib.find(program, names, root)
     return Traced(
-      program, arrays, self._parts(found), jax.tree.structure(shapes)
+      program,
+      arrays,
+      parts_lib.allowed(
+        found, self.spec, embed=self.embed, attention=self.attention
+      ),
+      jax.tree.structure(shapes),
     )
 
   def _init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -385,43 +376,6 @@ class Searchable:
       kwargs = models.accepted(self.model, args, kwargs)
       kwargs['mutable'] = core.DenyList('intermediates')
     return dict(core.unfreeze(self.model.init(rngs, *args, **kwargs)))
-
-  def _parts(
-    self, products: tuple[products_lib.Product, ...]
-  ) -> tuple[Part, ...]:
-    looked_up = {p.layer for p in products if p.kind == 'embed'}
-    return tuple(
-      Part(product, *self._choices(product, product.layer in looked_up))
-      for product in products
-    )
-
-  def _choices(
-    self, product: products_lib.Product, is_table: bool
-  ) -> tuple[quant_spec.Choices, str]:
-    """Returns the formats of a product; if it has none, also why."""
-    none = quant_spec.Choices(None, None, False)
-    if product.reason:
-      if rule := _asking(self.spec, product.layer):
-        raise ValueError(
-          f'{rule} asks for formats of {product.layer}, which cannot be '
-          f'quantized: {product.reason}; remove the rule, and the product '
-          'stays at 16 bits'
-        )
-      return none, product.reason
-    if product.kind == 'embed' and not self.embed:
-      return none, 'embed=True quantizes tables of which rows are looked up'
-    if product.side is None and not self.attention:
-      return none, 'attention=True quantizes products of two activations'
-    choices = self.spec.choices(product.layer)
-    if product.side is None:
-      choices = _of_two_activations(self.spec.mode, choices)
-    elif is_table and self.embed:
-      # The table has one format, whatever its rows are multiplied by.
-      inputs = None if product.kind == 'embed' else choices.activations
-      choices = quant_spec.Choices(choices.weights, inputs, False)
-    if choices.weights is None and choices.activations is None:
-      return none, _why_not(self.spec, product.layer)
-    return choices, ''
 
   def _rule(
     self, parts: Any, learns: bool = False, notes: str = ''
@@ -431,7 +385,7 @@ class Searchable:
 
   def _state(
     self,
-    parts: list[Part],
+    parts: list[parts_lib.Part],
     variables: Mapping[str, Any],
     rule: quantized.Quantized,
   ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -443,7 +397,7 @@ class Searchable:
       path = part.product.path
       given[path] = {
         leaf: self._stacked(part.product, leaf, menu, arch)
-        for leaf, menu in _leaves(part).items()
+        for leaf, menu in part.leaves.items()
       }
       first = rule.first_statistics(part.product)
       if first:
@@ -506,48 +460,6 @@ def _program(call: Any, arrays: list[Any]) -> tuple[Any, Any]:
   if not jax.tree.leaves(shapes[0]):
     raise ValueError('the model returns no array; return its outputs')
   return program, shapes
-
-
-def _leaves(part: Part) -> dict[str, quant_spec.Menu]:
-  """Returns {name of a leaf of `arch`: its menu} of a product."""
-  choices = part.choices
-  if choices.tied and choices.weights is not None:
-    return {'format': choices.weights}
-  menus = {'weights': choices.weights, 'activations': choices.activations}
-  return {side: menu for side, menu in menus.items() if menu is not None}
-
-
-def _of_two_activations(
-  mode: str, choices: quant_spec.Choices
-) -> quant_spec.Choices:
-  """Returns the formats of a product whose operands are both activations."""
-  if mode == 'weights':
-    return quant_spec.Choices(None, None, False)
-  if mode == 'activations':
-    menu = choices.activations
-    return quant_spec.Choices(menu, menu, menu is not None)
-  return choices
-
-
-def _asking(spec: quant_spec.QuantSpec, path: str) -> str:
-  """Returns the rule that names a path, not by a glob, to give it formats."""
-  if any(pattern == path for pattern, _ in spec.menus):
-    return f'quant.menus[{path}]'
-  for group, pattern in spec.groups:
-    if pattern == path:
-      return f'quant.groups[{group}]'
-  if any(dict(spec.assignment or ()).get(path, ())):
-    return 'quant.arch'
-  return ''
-
-
-def _why_not(spec: quant_spec.QuantSpec, path: str) -> str:
-  for pattern in spec.exclude:
-    if fnmatch.fnmatchcase(path, pattern):
-      return f'quant.exclude {pattern!r}'
-  if spec.assignment is not None:
-    return 'the assignment leaves it unquantized'
-  return f'quant.mode={spec.mode!r}'
 
 
 def _only_arrays(tree: Any) -> Any:

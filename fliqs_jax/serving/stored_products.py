@@ -16,8 +16,8 @@ import numpy as np
 from fliqs_jax.numerics import formats
 from fliqs_jax.numerics import int8_ops
 from fliqs_jax.numerics import packing
+from fliqs_jax.program import parts as parts_lib
 from fliqs_jax.program import products as products_lib
-from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.serving import served_products
 from fliqs_jax.serving import stored_layers
 
@@ -136,7 +136,7 @@ class Reading:
 
 
 def stored(
-  parts: tuple[searchable_lib.Part, ...],
+  parts: tuple[parts_lib.Part, ...],
   variables: Mapping[str, Any],
   assignment: Assignment,
   noted: Mapping[str, Any],
