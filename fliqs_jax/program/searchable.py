@@ -218,7 +218,10 @@ class Searchable:
       return outputs
     changed = dict(changed)
     if _STATS in wanted and _STATS in variables:
-      changed[_STATS] = products_lib.nested(stats)
+      # This call may lack products that another one has.
+      kept = products_lib.flattened(variables[_STATS])
+      learnt = products_lib.flattened(products_lib.nested(stats))
+      changed[_STATS] = products_lib.nested(kept | learnt)
     for name in wanted:
       if name in _NOTES:
         changed[name] = products_lib.nested(noted)

@@ -186,3 +186,19 @@ def test_a_rule_for_a_product_that_must_stay_is_an_error(rules):
   spec = quant_spec.QuantSpec('INT4', menus=(('*', 'INT8'),))
   model = searchable_lib.searchable(f, spec, params=params)
   assert [d.name for d in discovery.find(model, X).decisions] == ['head']
+
+
+def test_statistics_of_products_that_a_call_lacks_are_kept():
+  def f(params, x, train=False):
+    if train:
+      x = jnp.tanh(x @ params['train']['w'])
+    return x @ params['head']['w']
+
+  params = dict(train=dict(w=jnp.eye(8)), head=dict(w=jnp.ones((8, 2))))
+  spec = quant_spec.QuantSpec(('INT4', 'INT8'))
+  model = searchable_lib.searchable(f, spec, params=params)
+  variables = model.init(KEY, X, train=True)
+  _, changed = model.apply(variables, X, mutable=['quant_stats'])
+  stats = changed['quant_stats']
+  assert int(stats['head']['count']) == 1
+  assert int(stats['train']['count']) == 0
