@@ -5,9 +5,11 @@ Another kind is another row of `KINDS`.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
 from typing import Any
 
+import jax
 from jax import lax
 from jax.extend import core
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 from fliqs_jax.numerics import float_ops
 from fliqs_jax.numerics import int8_ops
 from fliqs_jax.numerics import quantize
+from fliqs_jax.program import equations
 
 Shape = tuple[int, ...]
 
@@ -316,6 +319,53 @@ def of(
     return None
   shapes = tuple(v.aval.shape for v in eqn.invars[:2])
   return make(eqn, shapes, eqn.outvars[0].aval.size, operands)
+
+
+def each_slice(
+  contraction: Contraction, depth: int, one: Callable[..., Any]
+) -> Callable[..., Any]:
+  """Returns `(operands, *others) -> results` of each slice of a product.
+
+  Args:
+    contraction: the product.
+    depth: number of its leading slices that are apart.
+    one: (product of a slice, its operands, *others of the slice) -> results.
+  """
+  if not depth:
+    return functools.partial(one, contraction)
+  inner, axes = contraction.slice()
+  each = each_slice(inner, depth - 1, one)
+
+  def mapped(operands: Any, *others: Any) -> Any:
+    in_axes = (list(axes), *(0 for _ in others))
+    return jax.vmap(each, in_axes)(operands, *others)
+
+  return mapped
+
+
+def dtypes(eqn: core.JaxprEqn) -> list[Any]:
+  """Returns the dtypes in which a product multiplies grid values.
+
+  They are those of the program, of which a value at hand may be wider. Grid
+  values are exact in bfloat16, but those of wide formats overflow float16.
+  """
+  own = [v.aval.dtype for v in eqn.invars[:2]]
+  return [jnp.float32 if dtype == jnp.float16 else dtype for dtype in own]
+
+
+def looked_up(
+  eqn: core.JaxprEqn, table: quantize.Quantized, others: Sequence[Any]
+) -> jax.Array:
+  """Returns rows of a table [N, features] on its grid, float32.
+
+  Args:
+    eqn: the look-up.
+    table: the table, of which each row has a scale.
+    others: the other operands of the look-up.
+  """
+  rows = table.values.astype(jnp.float32) * table.scale
+  (y,) = equations.bind(eqn, [rows, *others])
+  return float_ops.computed_once(y, table.scale)
 
 
 def _dot(eqn, shapes, results, operands) -> Dot:

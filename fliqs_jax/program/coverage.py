@@ -3,9 +3,6 @@
 import dataclasses
 from typing import Any
 
-import jax
-
-from fliqs_jax.program import models
 from fliqs_jax.program import parts as parts_lib
 from fliqs_jax.program import products as products_lib
 from fliqs_jax.program import searchable as searchable_lib
@@ -142,7 +139,7 @@ def coverage(
   )
   missed = [
     Missed(path, tuple(leaf.shape), reason)
-    for path, leaf in _named(variables.get('params', {})).items()
+    for path, leaf in products_lib.named(variables.get('params', {})).items()
     if len(leaf.shape) > 1
     and (reason := read.get(f'params/{path}', _UNREAD)) != ''
   ]
@@ -166,8 +163,3 @@ def _layer(part: parts_lib.Part) -> Layer:
     formats=tuple(str(f) for f in formats),
     reason=reason,
   )
-
-
-def _named(tree: Any) -> dict[str, Any]:
-  leaves = [leaf for leaf in jax.tree.leaves(tree) if models.is_array(leaf)]
-  return dict(zip(products_lib.paths(tree), leaves))

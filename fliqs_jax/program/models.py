@@ -4,7 +4,7 @@ Each has `init(rngs, *args, **kwargs) -> variables` and `apply(variables, *args,
 mutable=..., rngs=..., **kwargs)`, where `variables` is {collection: tree}.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import inspect
 from typing import Any
@@ -308,3 +308,20 @@ def is_array(x: Any) -> bool:
   return isinstance(
     x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
   )
+
+
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+  """Returns the arrays of a tree, and the function that puts others in it.
+
+  All other leaves of the tree are static.
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  places = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+
+  def filled(arrays: Sequence[Any]) -> Any:
+    given = list(leaves)
+    for i, array in zip(places, arrays, strict=True):
+      given[i] = array
+    return treedef.unflatten(given)
+
+  return [leaves[i] for i in places], filled

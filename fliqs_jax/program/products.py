@@ -142,6 +142,11 @@ def paths(tree: Any) -> list[str]:
   ]
 
 
+def named(tree: Any) -> dict[str, Any]:
+  """Returns {path: leaf} of a tree, in the order of its leaves."""
+  return dict(zip(paths(tree), jax.tree.leaves(tree)))
+
+
 def find(
   program: Any, names: Sequence[str], root: str = ''
 ) -> tuple[Product, ...]:

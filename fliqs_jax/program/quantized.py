@@ -80,19 +80,9 @@ class Quantized:
       return self._lookup(eqn, product, operands, given)
     contraction = contractions.of(eqn, operands)
     assert contraction is not None
-    # An operand may be wider here than in the program.
-    dtypes = [_narrow(v.aval.dtype) for v in eqn.invars[:2]]
-    one = functools.partial(self._product, product, dtypes)
-    each = self._slices(len(product.slices), contraction, one)
+    one = functools.partial(self._product, product, contractions.dtypes(eqn))
+    each = contractions.each_slice(contraction, len(product.slices), one)
     return each(operands[:2], given, statistics or {})
-
-  def _slices(self, depth, contraction, one) -> Any:
-    """Returns the product of each slice of the operands' batch axes."""
-    if not depth:
-      return functools.partial(one, contraction)
-    inner, axes = contraction.slice()
-    each = self._slices(depth - 1, inner, one)
-    return jax.vmap(each, in_axes=(list(axes), 0, 0))
 
   def _product(
     self, product, dtypes, contraction, pair, given, statistics
@@ -143,9 +133,7 @@ class Quantized:
     menu = self._menus(product)['weights']
     on_grid = grids.weights(w, menu, self.spec.weight_clip, (1,))
     q = self._chosen(menu, on_grid, given['weights'])
-    params = eqn.primitive.get_bind_params(eqn.params)
-    y = eqn.primitive.bind(q.values * q.scale, *others, **params)
-    y = float_ops.computed_once(y, q.scale)
+    y = contractions.looked_up(eqn, q, others)
     return y, None, self._noted(product, dict(weights=q), dict(weights=w))
 
   def _menus(self, product) -> dict[str, quant_spec.Menu | None]:
@@ -196,14 +184,6 @@ class Quantized:
 
 def _is_activation(product: products_lib.Product, side: str) -> bool:
   return side == 'activations' or product.side is None
-
-
-def _narrow(dtype: Any) -> Any:
-  """Returns the dtype in which a product multiplies grid values.
-
-  Grid values are exact in bfloat16, but those of wide formats overflow float16.
-  """
-  return jnp.float32 if dtype == jnp.float16 else dtype
 
 
 def _cast(q: quantize.Quantized, dtype: Any) -> quantize.Quantized:

@@ -54,6 +54,11 @@ class Rewriter:
     every_branch: bool = False,
   ):
     self.products = {product.place: product for product in products}
+    # {place of an equation: the products inside of it}.
+    self.inside: dict[products_lib.Place, list[products_lib.Product]] = {}
+    for place, product in self.products.items():
+      for n in range(1, len(place)):
+        self.inside.setdefault(place[:n], []).append(product)
     self.rule = rule
     self.every_branch = every_branch
 
@@ -95,7 +100,7 @@ class Rewriter:
           statistics |= {product.path: state} if state else {}
           noted |= {} if note is None else {product.path: note}
           results = [wide.rounded(eqn, y)]
-        elif self._inside(at):
+        elif at in self.inside:
           results, state, note = self._call(
             eqn, wide.operands(eqn), wide.before(eqn), given, statistics, at
           )
@@ -105,10 +110,6 @@ class Rewriter:
           results = wide.followed(eqn, equations.bind(eqn, wide.operands(eqn)))
       values.update(zip(eqn.outvars, results, strict=True))
     return [_read(values, v) for v in body.jaxpr.outvars], statistics, noted
-
-  def _inside(self, place) -> list[products_lib.Product]:
-    n = len(place)
-    return [p for at, p in self.products.items() if at[:n] == place]
 
   def _call(self, eqn, operands, before, given, statistics, place) -> Any:
     match equations.name(eqn):
@@ -126,7 +127,7 @@ class Rewriter:
     def run(operands, before, given, statistics):
       return self._run(body, operands, before, given, statistics, place)
 
-    paths = [product.path for product in self._inside(place)]
+    paths = [product.path for product in self.inside[place]]
     results, statistics, noted = equations.rerun(eqn, run)(
       equations.constrained(eqn, 'in_shardings', operands),
       before,
@@ -142,7 +143,7 @@ class Rewriter:
     consts, carried = operands[: scan.consts], operands[scan.consts : after]
     fixed = {i: x for i, x in before.items() if i < scan.consts}
     sliced = {i: x for i, x in before.items() if i >= after}
-    inside = self._inside(place)
+    inside = self.inside[place]
     apart = [p.path for p in inside if place in dict(p.scans)]
     shared = [p.path for p in inside if place not in dict(p.scans)]
 
@@ -172,7 +173,7 @@ class Rewriter:
   def _cond(self, eqn, operands, before, given, statistics, place) -> Any:
     index, *operands = operands
     before = {i - 1: x for i, x in before.items()}
-    paths = [product.path for product in self._inside(place)]
+    paths = [product.path for product in self.inside[place]]
     given, statistics = _of(paths, given), _of(paths, statistics)
     branches = [
       self._branch(body, (*place, i))

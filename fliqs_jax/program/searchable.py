@@ -292,16 +292,10 @@ class Searchable:
       **kwargs: keyword arguments of the model's call, static.
     """
     key = jax.random.key(0)
-    is_array = [models.is_array(leaf) for leaf in jax.tree.leaves(args)]
-    leaves, treedef = jax.tree.flatten(args)
-    arrays = [leaf for leaf, array in zip(leaves, is_array) if array]
+    arrays, filled = models.split_arrays(args)
 
     def init(*arrays: Any) -> dict[str, Any]:
-      given = iter(arrays)
-      filled = [
-        next(given) if array else leaf for leaf, array in zip(leaves, is_array)
-      ]
-      return self._init(key, *treedef.unflatten(filled), **kwargs)
+      return self._init(key, *filled(arrays), **kwargs)
 
     variables = jax.eval_shape(init, *arrays)
     try:
@@ -344,16 +338,10 @@ class Searchable:
     """
     if isinstance(self.model, nn.Module):
       kwargs = models.accepted(self.model, args, kwargs)
-    leaves, treedef = jax.tree.flatten((variables, args, kwargs, rngs))
-    is_array = [models.is_array(leaf) for leaf in leaves]
-    arrays = [leaf for leaf, array in zip(leaves, is_array) if array]
+    arrays, filled = models.split_arrays((variables, args, kwargs, rngs))
 
     def call(*arrays: Any) -> Any:
-      given = iter(arrays)
-      filled = [
-        next(given) if array else leaf for leaf, array in zip(leaves, is_array)
-      ]
-      variables, args, kwargs, rngs = treedef.unflatten(filled)
+      variables, args, kwargs, rngs = filled(arrays)
       random = {} if rngs is None else dict(rngs=rngs)
       result = self.model.apply(
         variables, *args, mutable=mutable or False, **random, **kwargs

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fliqs_jax.program import products as products_lib
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.space import search_space
 
@@ -119,7 +120,7 @@ def replaced(name: str, own: Any, given: Any) -> Any:
     ValueError: leaves are missing, surplus or of another shape or kind of type;
       the message names them.
   """
-  own_leaves, given_leaves = _named(own), _named(given)
+  own_leaves, given_leaves = products_lib.named(own), products_lib.named(given)
   missing = [path for path in own_leaves if path not in given_leaves]
   surplus = [path for path in given_leaves if path not in own_leaves]
   if missing or surplus:
@@ -142,11 +143,3 @@ def replaced(name: str, own: Any, given: Any) -> Any:
       for path, leaf in own_leaves.items()
     ],
   )
-
-
-def _named(tree: Any) -> dict[str, Any]:
-  """Returns {path: leaf}, in the order of the leaves."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }

@@ -36,9 +36,6 @@ from fliqs_jax.space import discovery
 # between two grid points to the other one.
 _TOLERANCE = 0.05
 
-# Collections that only the search reads.
-_SEARCH = ('arch', 'quant_stats', 'cost')
-
 
 def export_model(
   model: searchable_lib.Searchable,
@@ -147,16 +144,15 @@ def write(
   random = {} if rngs is None else dict(rngs=rngs)
 
   def evaluate(variables: Any, args: Any, random: Any) -> Any:
-    return model.apply(variables, *args, mutable=['operands'], **random, **call)
-
-  def outputs_of(variables: Any, args: Any, random: Any) -> Any:
     return model.apply(variables, *args, **random, **call)
 
-  outputs = jax.jit(outputs_of)(variables, args, random)
-  noted = jax.device_get(
-    jax.jit(lambda *given: evaluate(*given)[1])(variables, args, random)
-  )
-  own = {k: v for k, v in variables.items() if k not in _SEARCH}
+  def operands_of(variables: Any, args: Any, random: Any) -> Any:
+    noting = dict(random, mutable=['operands'])
+    return model.apply(variables, *args, **noting, **call)[1]
+
+  outputs = jax.jit(evaluate)(variables, args, random)
+  noted = jax.device_get(jax.jit(operands_of)(variables, args, random))
+  own = {k: v for k, v in variables.items() if k not in searchable_lib.OWN}
   parts = model.replaced(model.trace(own, args, call, rngs, []).parts)
   stored = stored_products.stored(
     parts, variables, assignment, noted.get('operands', {})
@@ -166,11 +162,8 @@ def write(
   leaves = [served_program.raw(x) for x in jax.tree.leaves((args, rngs))]
   operands = jax.jit(lambda t: served.unpack(t, False))(tensors)
   given = jax.jit(served.run)(operands, *leaves)
-  names = [
-    products_lib.join('outputs', path) for path in products_lib.paths(outputs)
-  ]
-  expected = dict(zip(names, jax.tree.leaves(outputs)))
-  found = difference(leaves, dict(zip(names, given)), expected)
+  expected = _outputs(outputs)
+  found = difference(leaves, dict(zip(expected, given)), expected)
   if not is_close(found):
     raise ValueError(
       f'{found["output"]} of the served model differs from the search by up to '
@@ -239,6 +232,12 @@ def _programs(
   return files, all(is_open)
 
 
+def _outputs(tree: Any) -> dict[str, Any]:
+  """Returns {name in the file of references: output}."""
+  named = products_lib.named(tree)
+  return {products_lib.join('outputs', k): x for k, x in named.items()}
+
+
 def _has_batch(leaves: list[Any]) -> list[bool]:
   """Returns whether the first axis of each input is that of the examples.
 
@@ -272,7 +271,7 @@ def plain(variables: Mapping[str, Any]) -> dict[str, Any]:
   """
   plain_ones = core.unfreeze(nn.meta.unbox(variables))
   plain_ones = {k: v for k, v in plain_ones.items() if k != 'cost'}
-  for path, leaf in served_program.named(plain_ones).items():
+  for path, leaf in products_lib.named(plain_ones).items():
     if not hasattr(leaf, 'dtype'):
       raise ValueError(
         f'variables: {path} is a {type(leaf).__name__}; it must be an array'
@@ -342,14 +341,7 @@ def verify(directory: str | os.PathLike[str]) -> dict[str, Any]:
   manifest = export_files.read_manifest(directory)
   args, rngs, expected = loader.reference(directory, manifest)
   outputs = loader.load(directory)(*args, rngs=rngs)
-  names = [
-    products_lib.join('outputs', path) for path in products_lib.paths(outputs)
-  ]
-  found = difference(
-    jax.tree.leaves((args, rngs)),
-    dict(zip(names, jax.tree.leaves(outputs))),
-    expected,
-  )
+  found = difference(jax.tree.leaves((args, rngs)), _outputs(outputs), expected)
   if not is_close(found):
     raise ValueError(
       f'{directory}: the outputs differ from the reference outputs by '

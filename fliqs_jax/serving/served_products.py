@@ -53,23 +53,14 @@ class Served:
     if product.kind == 'embed':
       table, *others = operands
       q = self._operand(product, 'weights', table, given)
-      params = eqn.primitive.get_bind_params(eqn.params)
-      rows = q.values.astype(jnp.float32) * q.scale
-      y = eqn.primitive.bind(rows, *others, **params)
-      return float_ops.computed_once(y, q.scale), None, None
+      return contractions.looked_up(eqn, q, others), None, None
     contraction = contractions.of(eqn, operands)
     assert contraction is not None
-    apply = functools.partial(self._slices, product, len(product.slices))
-    return apply(contraction, operands[:2], given), None, None
+    one = functools.partial(self._product, product, contractions.dtypes(eqn))
+    each = contractions.each_slice(contraction, len(product.slices), one)
+    return each(operands[:2], given), None, None
 
-  def _slices(self, product, depth, contraction, pair, given) -> jax.Array:
-    if not depth:
-      return self._product(product, contraction, pair, given)
-    inner, axes = contraction.slice()
-    one = functools.partial(self._slices, product, depth - 1, inner)
-    return jax.vmap(one, in_axes=(list(axes), 0))(pair, given)
-
-  def _product(self, product, contraction, pair, given) -> jax.Array:
+  def _product(self, product, dtypes, contraction, pair, given) -> jax.Array:
     sides = product.sides()
     right = sides['weights']
     x, w = (
@@ -83,7 +74,7 @@ class Served:
       y = contraction.rescaled(y, x, w, right)
     else:
       x, w = (
-        quantize.Quantized(q.values.astype(_narrow(pair[i].dtype)), q.scale)
+        quantize.Quantized(q.values.astype(dtypes[i]), q.scale)
         for q, i in zip((x, w), sides.values())
       )
       y = contraction.scaled(x, w, right)
@@ -113,7 +104,3 @@ class Served:
     else:
       x = quantize.round_to_grid(x, grid)
     return quantize.Quantized(x, scale)
-
-
-def _narrow(dtype: Any) -> Any:
-  return jnp.float32 if dtype == jnp.float16 else dtype

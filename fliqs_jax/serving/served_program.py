@@ -46,7 +46,7 @@ class ProgramModel:
     """{name: tensor} of all that is stored."""
     kept = {
       f'variables/{name}': np.asarray(raw(leaf))
-      for name, leaf in named(self.variables).items()
+      for name, leaf in products_lib.named(self.variables).items()
       if name in self.used
     }
     return self.stored.tensors | kept
@@ -73,7 +73,7 @@ class ProgramModel:
     # Variables that nothing reads have no influence, whatever they are.
     variables = [
       typed(kept[name], leaf) if name in kept else jnp.zeros_like(leaf)
-      for name, leaf in zip(named(self.variables), leaves)
+      for name, leaf in zip(products_lib.named(self.variables), leaves)
     ]
     examples, structure = jax.tree.flatten(self.inputs)
     args, rngs = structure.unflatten(map(typed, inputs, examples))
@@ -114,7 +114,9 @@ def make(
     return _served(model, stored, given, variables, args, rngs, call)
 
   needed = equations.needed(jax.make_jaxpr(run)(variables, given))
-  used = tuple(name for name, read in zip(named(variables), needed) if read)
+  used = tuple(
+    name for name, read in zip(products_lib.named(variables), needed) if read
+  )
   return ProgramModel(model, variables, call, stored, (args, rngs), used)
 
 
@@ -132,11 +134,6 @@ def _served(
   replaced = [part.product for part in model.replaced(traced.parts)]
   rewriter = rewrite.Rewriter(replaced, stored.rule())
   return rewriter(traced.program, traced.operands, given, {})[0]
-
-
-def named(tree: Any) -> dict[str, Any]:
-  """Returns {path: leaf} of a tree, in the order of its leaves."""
-  return dict(zip(products_lib.paths(tree), jax.tree.leaves(tree)))
 
 
 def raw(leaf: Any) -> Any:

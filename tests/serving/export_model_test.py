@@ -528,3 +528,12 @@ def test_activations_that_never_were_quantized_are_refused(module, tmp_path):
   with pytest.raises(ValueError, match='never quantized'):
     run.export(tmp_path / 'out', quant_stats=fresh)
   assert not (tmp_path / 'out').exists()
+
+
+def test_weights_without_a_format_are_served_in_the_type_of_the_program(
+  tmp_path,
+):
+  # The parameters are float32, and the author casts them: so does the search.
+  module = nn.Dense(3, dtype=jnp.bfloat16, kernel_init=helpers.by_key)
+  spec = fliqs.QuantSpec('INT8', mode='activations')
+  Run(module, X, names=['INT8'], spec=spec).check(tmp_path / 'out')
