@@ -367,12 +367,13 @@ def _start(workdir, *extra):
 
 def _ended_at(process, moment, how):
   """Signals the process when it logs `moment`; returns its status."""
+  # The pipe is read to its end, or the last lines of the log have no reader.
   for line in process.stderr:
     if moment in line:
       process.send_signal(how)
       break
-  process.stderr.close()
-  return process.wait()
+  process.communicate()
+  return process.returncode
 
 
 @pytest.mark.slow
