@@ -51,7 +51,6 @@ import numpy as np
 import optax
 
 from fliqs_jax import models
-from fliqs_jax.layers import channel_masks
 from fliqs_jax.layers import quant_layers
 from fliqs_jax.numerics import formats
 from fliqs_jax.search import presets
@@ -110,8 +109,7 @@ class Problem:
     model: section `model` of a config.
     pixels: height and width of an image.
     batch: number of images in a training batch and in a validation batch.
-    dtype: dtype of the results of layers, and of batch norms if the network
-      takes a constructor for them; parameters are float32. None: float32.
+    dtype: type in which layers and norms compute, as in `models.construct`.
     classes: number of outputs of the network.
   """
 
@@ -123,12 +121,14 @@ class Problem:
 
   def network(self, conv, dense, sizes=models.AS_PUBLISHED) -> nn.Module:
     """Returns the network of these layers."""
-    constructors = dict(conv=conv, dense=dense, norm=channel_masks.BatchNorm)
-    typed = {
-      name: functools.partial(layer, dtype=self.dtype)
-      for name, layer in constructors.items()
-    }
-    return models.construct(self.model, self.classes, sizes=sizes, **typed)
+    return models.construct(
+      self.model,
+      self.classes,
+      sizes=sizes,
+      dtype=self.dtype,
+      conv=conv,
+      dense=dense,
+    )
 
 
 @dataclasses.dataclass

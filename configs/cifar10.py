@@ -105,6 +105,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     ema_decay=0.0,
   )
   config.train = dict(
+    dtype='float32',
     steps=steps,
     label_smoothing=0.1,
     mixup=0.0,

@@ -148,6 +148,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   log_every = max(1, steps // 40)
   config.train = dict(
+    dtype='float32',
     steps=steps,
     label_smoothing=0.0,
     mixup=0.0,

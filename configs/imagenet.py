@@ -176,6 +176,7 @@ def recipe(
   if arg.smoke:  # The learning rate is proportional to the batch size.
     config.optimizer.learning_rate *= config.data.batch_size / BATCH_SIZE
   config.train = dict(
+    dtype='float32',
     steps=steps,
     label_smoothing=0.1,
     mixup=mixup,

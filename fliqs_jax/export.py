@@ -126,6 +126,7 @@ def _program(
     sizes=sizes_lib.Sizes(
       found=experiment.space.sizes(choices), is_served=True
     ),
+    dtype=experiment.config.train.dtype,
     conv=nn.Conv,
     dense=nn.Dense,
   )

@@ -55,7 +55,7 @@ MODELS: dict[str, Network] = {
 AS_PUBLISHED = sizes_lib.Sizes()  # Nothing is open.
 
 # Fields that `build` sets, which are no keys of a config.
-_GIVEN = ('conv', 'dense', 'norm', 'num_classes', 'sizes', 'parent', 'name')
+_GIVEN = ('conv', 'dense', 'dtype', 'num_classes', 'sizes', 'parent', 'name')
 
 
 def published(name: str) -> dict[str, Any]:
@@ -90,6 +90,7 @@ def build(
   num_classes: int,
   spec: quant_spec.QuantSpec,
   sizes: sizes_lib.Sizes = AS_PUBLISHED,
+  dtype: Any = None,
 ) -> nn.Module:
   """Returns the network that a config names, with searchable layers.
 
@@ -98,6 +99,7 @@ def build(
     num_classes: number of outputs of the network.
     spec: the formats that its layers may use, by rules on their paths.
     sizes: the open sizes of the network, or the selected ones.
+    dtype: as in `construct`.
 
   Raises:
     ValueError: `construct` refuses the config or the sizes.
@@ -106,6 +108,7 @@ def build(
     config,
     num_classes,
     sizes=sizes,
+    dtype=dtype,
     conv=quant_layers.with_spec(quant_layers.QuantConv, spec),
     dense=quant_layers.with_spec(quant_layers.QuantDense, spec),
   )
@@ -116,6 +119,7 @@ def construct(
   num_classes: int,
   *,
   sizes: sizes_lib.Sizes = AS_PUBLISHED,
+  dtype: Any = None,
   **constructors: Any,
 ) -> nn.Module:
   """Returns the network that a config names, of given layers.
@@ -125,8 +129,10 @@ def construct(
       that network.
     num_classes: number of outputs of the network.
     sizes: the open sizes of the network, or the selected ones.
-    **constructors: constructors of layers, `conv`, `dense` and `norm`; those
-      that the network does not take are ignored.
+    dtype: type in which layers and norms compute, float32 or bfloat16; None:
+      that of the input. Parameters and the network's result are float32.
+    **constructors: constructors of layers, `conv` and `dense`; those that the
+      network does not take are ignored.
 
   Raises:
     ValueError: the name is unknown, keys are unknown or missing, or the network
@@ -147,7 +153,9 @@ def construct(
       f'model {name} has no sizes to search; set sizes.widths and '
       'sizes.kernels to ()'
     )
-  given = dict(num_classes=num_classes, sizes=sizes, **constructors)
+  given = dict(
+    num_classes=num_classes, sizes=sizes, dtype=dtype, **constructors
+  )
   given = {field: value for field, value in given.items() if field in fields}
   return network.module(**keys, **network.fixed, **given)
 

@@ -14,6 +14,7 @@ It differs from Touvron et al. in these points:
     has the same standard deviation, 0.021, but is uniform.
 """
 
+import functools
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -42,6 +43,7 @@ class DeiT(nn.Module):
       it grows linearly from 0 at the first block.
     conv: constructor of the patch embedding.
     dense: constructor of dense layers.
+    dtype: type in which layers and norms compute; parameters stay float32.
   """
 
   input_shape: ClassVar[tuple[int, int, int]] = (224, 224, 3)
@@ -57,6 +59,7 @@ class DeiT(nn.Module):
   drop_path: float = 0.1
   conv: Any = nn.Conv
   dense: Any = nn.Dense
+  dtype: Any = None
 
   def __post_init__(self):
     if min(self.heads, self.depth, self.patch) < 1:
@@ -87,27 +90,31 @@ class DeiT(nn.Module):
         f'{self.patch}, at least {self.patch}'
       )
     hidden = int(self.hidden * self.width)
+    dense = functools.partial(self.dense, kernel_init=_INIT, dtype=self.dtype)
     x = self.conv(
       hidden,
       (self.patch, self.patch),
       self.patch,
       padding='VALID',
       kernel_init=_INIT,
+      dtype=self.dtype,
       name='patch_embedding',
-    )(x)
+    )(jnp.asarray(x, self.dtype))
     x = x.reshape((x.shape[0], -1, hidden))
     token = self.param('class_token', _INIT, (1, 1, hidden))
     x = jnp.concatenate(
-      [jnp.broadcast_to(token, (x.shape[0], 1, hidden)), x], axis=1
+      [jnp.broadcast_to(token, (x.shape[0], 1, hidden)).astype(x.dtype), x],
+      axis=1,
     )
     position = self.param('position', _INIT, (1, x.shape[1], hidden))
-    x = x + position
+    x = x + position.astype(x.dtype)
     rates = np.linspace(0, self.drop_path, self.depth)
     for i, rate in enumerate(rates.tolist()):
-      x = _Block(self.heads, rate, self.dense, name=f'block{i}')(x, train)
+      x = _Block(self.heads, rate, dense, name=f'block{i}')(x, train)
     # The classifier reads the class token only.
-    x = nn.LayerNorm(epsilon=1e-6, name='norm')(x[:, 0])
-    return self.dense(self.num_classes, kernel_init=_INIT, name='head')(x)
+    x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='norm')(x[:, 0])
+    x = dense(self.num_classes, name='head')(x)
+    return jnp.asarray(x, jnp.float32)
 
 
 class _Block(nn.Module):
@@ -122,18 +129,16 @@ class _Block(nn.Module):
         self.drop_path, broadcast_dims=(1, 2), deterministic=not train
       )(y)
 
-    def dense(features, name):
-      return self.dense(features, kernel_init=_INIT, name=name)
-
     batch, tokens, hidden = x.shape
-    y = nn.LayerNorm(epsilon=1e-6, name='norm0')(x)
+    norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=x.dtype)
+    y = norm(name='norm0')(x)
     q, k, v = (
-      dense(hidden, name)(y).reshape((batch, tokens, self.heads, -1))
+      self.dense(hidden, name=name)(y).reshape((batch, tokens, self.heads, -1))
       for name in ('query', 'key', 'value')
     )
     y = jax.nn.dot_product_attention(q, k, v)
-    y = dense(hidden, 'out')(y.reshape((batch, tokens, hidden)))
+    y = self.dense(hidden, name='out')(y.reshape((batch, tokens, hidden)))
     x = x + drop_path(y)
-    y = nn.LayerNorm(epsilon=1e-6, name='norm1')(x)
-    y = nn.gelu(dense(4 * hidden, 'mlp0')(y), approximate=False)
-    return x + drop_path(dense(hidden, 'mlp1')(y))
+    y = self.dense(4 * hidden, name='mlp0')(norm(name='norm1')(x))
+    y = self.dense(hidden, name='mlp1')(nn.gelu(y, approximate=False))
+    return x + drop_path(y)

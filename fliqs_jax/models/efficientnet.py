@@ -17,6 +17,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from fliqs_jax.layers import channel_masks
 from fliqs_jax.models import mobilenet_v2
@@ -66,6 +67,7 @@ class EfficientNet(nn.Module):
     sizes: the open sizes of the network, or the selected ones.
     conv: constructor of convolutions.
     dense: constructor of the classifier.
+    dtype: type in which layers and norms compute; parameters stay float32.
   """
 
   num_classes: int
@@ -76,6 +78,7 @@ class EfficientNet(nn.Module):
   sizes: sizes_lib.Sizes = sizes_lib.Sizes()
   conv: Any = nn.Conv
   dense: Any = nn.Dense
+  dtype: Any = None
 
   def __post_init__(self):
     if self.variant not in _VARIANTS:
@@ -109,9 +112,13 @@ class EfficientNet(nn.Module):
       use_running_average=not train,
       momentum=0.99,
       epsilon=1e-3,
+      dtype=self.dtype,
     )
-    conv = functools.partial(self.conv, use_bias=False, kernel_init=_FAN_OUT)
+    conv = functools.partial(
+      self.conv, use_bias=False, kernel_init=_FAN_OUT, dtype=self.dtype
+    )
     inputs = sizes_lib.constant(scaled(32))
+    x = jnp.asarray(x, self.dtype)
     x = conv(inputs.size, (3, 3), 2, name='stem')(x)
     x = nn.swish(norm(channels=inputs, name='stem_norm')(x))
     counts = [math.ceil(n * depth * self.depth) for *_, n, _ in _STAGES]
@@ -140,11 +147,13 @@ class EfficientNet(nn.Module):
     x = nn.swish(norm(channels=top, name='top_norm')(x))
     x = x.mean(axis=(1, 2))
     x = nn.Dropout(dropout, deterministic=not train)(x)
-    return self.dense(
+    x = self.dense(
       self.num_classes,
       kernel_init=nn.initializers.variance_scaling(1 / 3, 'fan_out', 'uniform'),
+      dtype=self.dtype,
       name='head',
     )(x)
+    return jnp.asarray(x, jnp.float32)
 
 
 class _MBConv(nn.Module):
@@ -175,9 +184,10 @@ class _MBConv(nn.Module):
     # Squeezed to a share of the block's input, not of the expanded tensor.
     squeezed = self.inputs.scaled(lambda count: max(1, int(count * _SQUEEZE)))
     gate = x.mean(axis=(1, 2), keepdims=True)
-    squeeze = between(channel_masks.Dense, expanded, squeezed)
+    dense = functools.partial(channel_masks.Dense, dtype=x.dtype)
+    squeeze = between(dense, expanded, squeezed)
     gate = nn.swish(squeeze(kernel_init=_FAN_OUT, name='squeeze')(gate))
-    excite = between(channel_masks.Dense, squeezed, expanded)
+    excite = between(dense, squeezed, expanded)
     gate = excite(kernel_init=_FAN_OUT, name='excite')(gate)
     x = x * nn.sigmoid(gate)
     project = between(self.conv, expanded, self.outputs)

@@ -91,6 +91,7 @@ class InceptionV3(nn.Module):
     dropout: probability of dropout before the classifier.
     conv: constructor of convolutions.
     dense: constructor of dense layers.
+    dtype: type in which layers and norms compute; parameters stay float32.
   """
 
   input_shape: ClassVar[tuple[int, int, int]] = (224, 224, 3)
@@ -102,6 +103,7 @@ class InceptionV3(nn.Module):
   dropout: float = 0.2
   conv: Any = nn.Conv
   dense: Any = nn.Dense
+  dtype: Any = None
 
   def __post_init__(self):
     if 32 * self.width < 1:
@@ -134,16 +136,20 @@ class InceptionV3(nn.Module):
     init = nn.initializers.variance_scaling(2.0, 'fan_in', 'truncated_normal')
     unit = functools.partial(
       _ConvNorm,
-      functools.partial(self.conv, use_bias=False, kernel_init=init),
+      functools.partial(
+        self.conv, use_bias=False, kernel_init=init, dtype=self.dtype
+      ),
       functools.partial(
         nn.BatchNorm,
         use_running_average=not train,
         momentum=self.norm_momentum,
         epsilon=1e-3,
         use_scale=False,
+        dtype=self.dtype,
       ),
       self.width,
     )
+    x = jnp.asarray(x, self.dtype)
     x = unit(32, (3, 3), 2, 'SAME', name='stem0')(x)
     x = unit(32, (3, 3), name='stem1')(x)
     x = unit(64, (3, 3), padding='VALID', name='stem2')(x)
@@ -162,7 +168,10 @@ class InceptionV3(nn.Module):
       x = _Mixed(_MIXED_7, unit, name=f'mixed7_{i}')(x)
     x = x.mean(axis=(1, 2))
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return self.dense(self.num_classes, kernel_init=init, name='head')(x)
+    head = self.dense(
+      self.num_classes, kernel_init=init, dtype=self.dtype, name='head'
+    )
+    return jnp.asarray(head(x), jnp.float32)
 
 
 class _ConvNorm(nn.Module):

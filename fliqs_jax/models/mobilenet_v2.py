@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from fliqs_jax.layers import channel_masks
 from fliqs_jax.space import sizes as sizes_lib
@@ -55,6 +56,7 @@ class MobileNetV2(nn.Module):
     sizes: the open sizes of the network, or the selected ones.
     conv: constructor of convolutions.
     dense: constructor of dense layers.
+    dtype: type in which layers and norms compute; parameters stay float32.
   """
 
   input_shape: ClassVar[tuple[int, int, int]] = (224, 224, 3)
@@ -67,6 +69,7 @@ class MobileNetV2(nn.Module):
   sizes: sizes_lib.Sizes = sizes_lib.Sizes()
   conv: Any = nn.Conv
   dense: Any = nn.Dense
+  dtype: Any = None
 
   def __post_init__(self):
     if self.width <= 0 or self.depth <= 0:
@@ -89,13 +92,16 @@ class MobileNetV2(nn.Module):
       use_running_average=not train,
       momentum=0.99,
       epsilon=1e-3,
+      dtype=self.dtype,
     )
     conv = functools.partial(
       self.conv,
       use_bias=False,
+      dtype=self.dtype,
       kernel_init=nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
     )
     channels = sizes_lib.constant(make_divisible(32 * self.width))
+    x = jnp.asarray(x, self.dtype)
     x = conv(channels.size, (3, 3), self.strides[0], name='stem')(x)
     x = nn.relu6(norm(channels=channels, name='stem_norm')(x))
     for stage, (expansion, filters, blocks) in enumerate(_STAGES):
@@ -120,7 +126,8 @@ class MobileNetV2(nn.Module):
     x = nn.relu6(norm(channels=top, name='top_norm')(x))
     x = x.mean(axis=(1, 2))
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return self.dense(self.num_classes, name='head')(x)
+    x = self.dense(self.num_classes, dtype=self.dtype, name='head')(x)
+    return jnp.asarray(x, jnp.float32)
 
 
 class _InvertedBottleneck(nn.Module):

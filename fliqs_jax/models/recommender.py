@@ -10,6 +10,7 @@ number of buckets is our choice.
 """
 
 from collections.abc import Mapping, Sequence
+import functools
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -33,6 +34,7 @@ class Recommender(nn.Module):
     ranks: ranks of the hidden layers' products.
     sizes: the open sizes of the network, or the selected ones.
     dense: constructor of dense layers.
+    dtype: type in which layers and norms compute; parameters stay float32.
   """
 
   # The inputs of one example.
@@ -47,6 +49,7 @@ class Recommender(nn.Module):
   ranks: Sequence[int] = (128,) * 4
   sizes: sizes_lib.Sizes = sizes_lib.Sizes()
   dense: Any = nn.Dense
+  dtype: Any = None
 
   def __post_init__(self):
     if len(self.hidden) != len(self.ranks):
@@ -77,21 +80,23 @@ class Recommender(nn.Module):
       embedding_init=lambda key, shape, dtype: jax.random.uniform(
         key, shape, dtype, -limit, limit
       ),
+      dtype=self.dtype,
       name='embedding',
     )(ids + first[None])
-    y = jnp.concatenate(
-      [x['dense'], embedded.reshape((ids.shape[0], -1))], axis=1
-    )
+    embedded = embedded.reshape((ids.shape[0], -1))
+    continuous = x['dense'].astype(embedded.dtype)
+    y = jnp.concatenate([continuous, embedded], axis=1)
+    dense = functools.partial(self.dense, dtype=self.dtype)
     between = sizes_lib.between
     channels = sizes_lib.constant(y.shape[-1])
     for i, sizes in enumerate(zip(self.hidden, self.ranks)):
       v, u = f'hidden{i}_v', f'hidden{i}_u'
       width = self.sizes.channels(u, sizes[0])
       rank = self.sizes.channels(v, sizes[1])
-      y = between(self.dense, channels, rank)(use_bias=False, name=v)(y)
+      y = between(dense, channels, rank)(use_bias=False, name=v)(y)
       y = channel_masks.Mask(rank, name=f'{v}_mask')(y)
-      y = nn.relu(between(self.dense, rank, width)(name=u)(y))
+      y = nn.relu(between(dense, rank, width)(name=u)(y))
       y = channel_masks.Mask(width, name=f'{u}_mask')(y)
       channels = width
-    head = between(self.dense, channels, sizes_lib.constant(1))
-    return head(name='head')(y)[:, 0]
+    head = between(dense, channels, sizes_lib.constant(1))
+    return jnp.asarray(head(name='head')(y)[:, 0], jnp.float32)

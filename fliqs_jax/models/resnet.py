@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from fliqs_jax.layers import channel_masks
 from fliqs_jax.space import sizes as sizes_lib
@@ -51,8 +52,7 @@ class ResNet(nn.Module):
     sizes: the open sizes of the network, or the selected ones.
     conv: constructor of convolutions.
     dense: constructor of dense layers.
-    norm: constructor of batch norms with the fields of
-      `channel_masks.BatchNorm`.
+    dtype: type in which layers and norms compute; parameters stay float32.
   """
 
   input_shape: ClassVar[tuple[int, int, int]] = (224, 224, 3)
@@ -63,7 +63,7 @@ class ResNet(nn.Module):
   sizes: sizes_lib.Sizes = sizes_lib.Sizes()
   conv: Any = nn.Conv
   dense: Any = nn.Dense
-  norm: Any = channel_masks.BatchNorm
+  dtype: Any = None
 
   def __post_init__(self):
     if self.depth not in DEPTHS:
@@ -79,20 +79,23 @@ class ResNet(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns logits [N, num_classes] of images [N, H, W, 3]."""
     norm = functools.partial(
-      self.norm,
+      channel_masks.BatchNorm,
       use_running_average=not train,
       momentum=0.9,
       epsilon=1e-5,
+      dtype=self.dtype,
     )
     conv = functools.partial(
       self.conv,
       use_bias=False,
+      dtype=self.dtype,
       kernel_init=nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
     )
     filters = int(64 * self.width)
     blocks, bottleneck = DEPTHS[self.depth]
     # Padding is symmetric, as in He et al.: SAME would shift strided windows.
     channels = sizes_lib.constant(filters)
+    x = jnp.asarray(x, self.dtype)
     x = conv(filters, (7, 7), 2, padding=3, name='stem')(x)
     x = nn.relu(norm(channels=channels, name='stem_norm')(x))
     x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
@@ -117,7 +120,10 @@ class ResNet(nn.Module):
         channels = outputs
     x = x.mean(axis=(1, 2))
     head = between(self.dense, channels, sizes_lib.constant(self.num_classes))
-    return head(kernel_init=nn.initializers.normal(0.01), name='head')(x)
+    x = head(
+      kernel_init=nn.initializers.normal(0.01), dtype=self.dtype, name='head'
+    )(x)
+    return jnp.asarray(x, jnp.float32)
 
 
 class _Block(nn.Module):

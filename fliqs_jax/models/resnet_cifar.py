@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from fliqs_jax.layers import channel_masks
 from fliqs_jax.space import sizes as sizes_lib
@@ -33,6 +34,7 @@ class ResNetCifar(nn.Module):
     sizes: the open sizes of the network, or the selected ones.
     conv: constructor of convolutions.
     dense: constructor of dense layers.
+    dtype: type in which layers and norms compute; parameters stay float32.
   """
 
   input_shape: ClassVar[tuple[int, int, int]] = (32, 32, 3)
@@ -43,6 +45,7 @@ class ResNetCifar(nn.Module):
   sizes: sizes_lib.Sizes = sizes_lib.Sizes()
   conv: Any = nn.Conv
   dense: Any = nn.Dense
+  dtype: Any = None
 
   def __post_init__(self):
     if self.depth < 8 or (self.depth - 2) % 6:
@@ -57,13 +60,18 @@ class ResNetCifar(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns logits [N, num_classes] of images [N, H, W, C]."""
     norm = functools.partial(
-      channel_masks.BatchNorm, use_running_average=not train, momentum=0.9
+      channel_masks.BatchNorm,
+      use_running_average=not train,
+      momentum=0.9,
+      dtype=self.dtype,
     )
     conv = functools.partial(
       self.conv,
       use_bias=False,
+      dtype=self.dtype,
       kernel_init=nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
     )
+    x = jnp.asarray(x, self.dtype)
     channels = self.sizes.channels('stage0', self.filters)
     image = sizes_lib.constant(x.shape[-1])
     x = between(conv, image, channels)(kernel_size=(3, 3), name='stem')(x)
@@ -85,7 +93,9 @@ class ResNetCifar(nn.Module):
         channels = outputs
     x = x.mean(axis=(1, 2))
     classes = sizes_lib.constant(self.num_classes)
-    return between(self.dense, channels, classes)(name='head')(x)
+    head = between(self.dense, channels, classes)
+    x = head(dtype=self.dtype, name='head')(x)
+    return jnp.asarray(x, jnp.float32)
 
 
 class _Block(nn.Module):

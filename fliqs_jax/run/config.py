@@ -88,6 +88,14 @@ def _of_type(*kinds: type) -> Callable:
 
 _LIST = _of_type(tuple, list)
 
+
+def _one_of(*allowed: str) -> Callable:
+  def problem(value):
+    return None if value in allowed else f'must be one of {", ".join(allowed)}'
+
+  return problem
+
+
 # Every key of a config. The keys of `model` are the fields of its network, and
 # those of `data` depend on the data set: both are checked where they are used.
 SCHEMA: dict[str, Any] = {
@@ -139,6 +147,7 @@ SCHEMA: dict[str, Any] = {
     'ema_decay': _number(0, 1),
   },
   'train': {
+    'dtype': _one_of('float32', 'bfloat16'),
     'steps': _count(1),
     'label_smoothing': _number(0, 1),
     'mixup': _number(0),
@@ -164,6 +173,7 @@ SCHEMA: dict[str, Any] = {
 _ADDED = {
   'cost': {'bound': 'near'},
   'search': {'scores': '', 'scorings': 0},
+  'train': {'dtype': 'float32'},
 }
 
 

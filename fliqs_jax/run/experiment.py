@@ -223,7 +223,11 @@ def build(
   mix = _mixing(config, streams)
   sizes = _sizes(config.sizes, arch)
   build_model = functools.partial(
-    models.build, config.model, streams.num_classes, sizes=sizes
+    models.build,
+    config.model,
+    streams.num_classes,
+    sizes=sizes,
+    dtype=config.train.dtype,
   )
   model = build_model(spec)
   _check_inputs(config, model, streams)

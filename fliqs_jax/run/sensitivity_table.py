@@ -296,6 +296,7 @@ def _scorer(
     plain = models.construct(
       experiment.config.model,
       experiment.streams.num_classes,
+      dtype=experiment.config.train.dtype,
       conv=nn.Conv,
       dense=nn.Dense,
     )

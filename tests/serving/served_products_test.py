@@ -296,13 +296,16 @@ NETWORKS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', NETWORKS)
-def test_a_network_of_mixed_formats_is_served_bit_for_bit(name):
+@pytest.mark.parametrize(
+  ('name', 'dtype'),
+  [('resnet_cifar', None), ('deit', None), ('deit', 'bfloat16')],
+)
+def test_a_network_of_mixed_formats_is_served_bit_for_bit(name, dtype):
   # The search's network has layers of `quant_layers`; the program has stock
   # ones, with the same variables.
   names = 'INT8', 'INT4', 'E4M3', 'BF16'
   spec = fliqs.QuantSpec(names)
-  own = models.build(NETWORKS[name], 10, spec)
+  own = models.build(NETWORKS[name], 10, spec, dtype=dtype)
   x = jnp.asarray(helpers.random((4, 8, 8, 3), seed=1))
   call = dict(train=False)
   space = fliqs.find_decisions(own, x[:1], spec=spec, **call)
@@ -329,7 +332,9 @@ def test_a_network_of_mixed_formats_is_served_bit_for_bit(name):
     quant_stats=statistics(shapes['quant_stats'], formats.menu(names)),
   )
   expected = jax.jit(functools.partial(own.apply, **call))(variables, x)
-  stock = models.construct(NETWORKS[name], 10, conv=nn.Conv, dense=nn.Dense)
+  stock = models.construct(
+    NETWORKS[name], 10, dtype=dtype, conv=nn.Conv, dense=nn.Dense
+  )
   program = dataclasses.replace(fliqs.searchable(stock, spec), fast_forms=True)
   run = Searched(program, variables, space.assignment(choices), x, call)
   np.testing.assert_array_equal(run.expected, expected)
