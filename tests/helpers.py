@@ -112,3 +112,11 @@ def facts(workdir):
     del result[name]
   names = ('arch.json', 'config.json', 'history.jsonl')
   return result, [(workdir / name).read_bytes() for name in names]
+
+
+def tree_of(directory):
+  """What any change below a directory changes, of folders, too."""
+  return {
+    path: (path.stat().st_ino, path.stat().st_mtime_ns, path.stat().st_size)
+    for path in (directory, *directory.rglob('*'))
+  }

@@ -26,7 +26,7 @@ FLOORS = (
 # The files in which a heavy library may be imported: one each, but TFDS, of
 # which `digits` is a builder and `tfds_records` a reader.
 ROOMS = {
-  'orbax': ('runtime/checkpoint.py',),
+  'orbax': ('runtime/array_files.py',),
   'clu': ('run/metrics.py',),
   'tensorboardX': ('run/metrics.py',),
   'tensorflow_datasets': ('data/digits.py', 'data/tfds_records.py'),

@@ -19,8 +19,8 @@ import numpy as np
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import results
-from fliqs_jax.runtime import checkpoint
 from fliqs_jax.runtime import devices as devices_lib
+from fliqs_jax.runtime import restoring
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import train_step
 
@@ -193,8 +193,7 @@ def restore(workdir: str) -> RestoredRun:
     ) from None
   experiment = experiment_lib.build(config_lib.completed(content))
   abstract = jax.eval_shape(experiment.initial_state)
-  with checkpoint.Checkpoints(path / workdir_lib.CHECKPOINTS) as checkpoints:
-    restored = checkpoints.restore_latest(abstract)
+  restored = restoring.restore_latest(path / workdir_lib.CHECKPOINTS, abstract)
   if restored is None or restored.step < experiment.phases.steps:
     raise ValueError(
       f'{workdir} holds a run at step {restored.step if restored else 0} of '

@@ -14,7 +14,7 @@ from flax import traverse_util
 import jax
 
 from fliqs_jax.run import evaluation
-from fliqs_jax.runtime import checkpoint
+from fliqs_jax.runtime import array_files
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import train_state
 from fliqs_jax.serving import export_files
@@ -45,7 +45,7 @@ def load(path: str) -> dict[str, Any]:
       {tuple(name.replace('.', '/').split('/')): x for name, x in flat.items()}
     )
   else:
-    tree = checkpoint.read_tree(place)
+    tree = array_files.read_tree(place)
   return dict(tree) if 'params' in tree else dict(params=tree)
 
 

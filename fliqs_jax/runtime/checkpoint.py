@@ -1,62 +1,47 @@
 """Checkpoints: a run's state saved, restored, and checked for damage.
 
-Orbax writes the arrays. This module adds three things. Every leaf is stored
-with a digest of its bits, because Orbax restores a flipped byte without an
-error. If a checkpoint cannot be used, a warning names it and the next older one
-is used. A damaged checkpoint is deleted when training reaches its step again.
+Three things are added to what `array_files` does. Every leaf is stored with a
+digest of its bits, because Orbax restores a flipped byte without an error. If a
+checkpoint cannot be used, a warning names it and the next older one is used. An
+older checkpoint is deleted only when a newer one would survive a power cut.
 """
 
-import asyncio
 from collections.abc import Mapping
 import json
 import logging
 import os
 import pathlib
-import re
-from typing import Any, NamedTuple
-import zlib
+import shutil
+from typing import Any
 
-from etils import epath
 import jax
-import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
+from fliqs_jax.runtime import array_files
 from fliqs_jax.runtime import digests
+from fliqs_jax.runtime import files
 from fliqs_jax.runtime import processes
+from fliqs_jax.runtime import restoring
 
 _LOG = logging.getLogger(__name__)
-
-
-class Restored(NamedTuple):
-  """A restored checkpoint.
-
-  Attributes:
-    step: the step at which it was saved.
-    state: the pytree of arrays, with the structure that was asked for.
-    extra: the JSON values that were saved with it.
-  """
-
-  step: int
-  state: Any
-  extra: dict[str, Any]
 
 
 class Checkpoints:
   """The checkpoints of one run, in one directory.
 
   Invariants:
-    * A kill at any moment leaves every complete checkpoint unchanged. An
-      incomplete one has another name.
+    * A kill or a power cut at any moment leaves every complete checkpoint
+      unchanged. An incomplete one has another name.
     * `save` stores the values at the time of the call: the arrays may be
       donated or overwritten as soon as it returns.
-    * `restore_latest` deletes nothing. After a new checkpoint is complete,
-      `save` deletes all but the newest `keep`. It also deletes a checkpoint
-      that `restore_latest` could not use, once its step is reached again.
+    * `restore_latest` deletes nothing. `wait` deletes all but the newest
+      `keep`, after the new one is on the disk. `save` deletes a checkpoint that
+      `restore_latest` could not use, once its step is reached again.
     * Steps increase strictly; unusable checkpoints do not count.
 
-  Only one run may use a directory at a time: it deletes incomplete checkpoints
-  as the remains of a killed run. All processes of a run use the directory
-  together and call the methods in the same order.
+  Only one run may use a directory at a time (`locks.held`): it deletes
+  incomplete checkpoints as the remains of a killed run. All processes of a run
+  use the directory together and call the methods in the same order. Who only
+  reads calls `restoring.restore_latest`.
   """
 
   def __init__(self, directory: str | os.PathLike[str], keep: int = 3):
@@ -71,25 +56,13 @@ class Checkpoints:
     """
     if keep < 1:
       raise ValueError(f'keep={keep} must be at least 1')
-    self._directory = epath.Path(directory).absolute()
+    self._directory = pathlib.Path(directory).absolute()
+    self._keep = keep
     with processes.together():
-      _check_writable(self._directory)
+      _prepare(self._directory)
     self._unusable: dict[int, str] = {}  # Reason by step.
-    self._saving: int | None = None  # Step of the last save.
-    arrays = ocp.type_handlers.create_type_handler_registry(
-      (jax.Array, _LeafByLeaf())
-    )
-    self._manager = _Manager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=_NewestUsable(keep, self._unusable),
-        cleanup_tmp_directories=True,
-      ),
-      item_handlers={
-        'state': ocp.PyTreeCheckpointHandler(type_handler_registry=arrays),
-        'record': ocp.JsonCheckpointHandler(),
-      },
-    )
+    self._saving: int | None = None  # Step of the save in progress.
+    self._writer = array_files.Writer()
 
   def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
     """Starts to save; waits for the previous save and for `state` itself.
@@ -122,19 +95,13 @@ class Checkpoints:
       try:
         for damaged in sorted(self._unusable):
           if damaged <= step:
-            self._manager.delete(damaged)
+            self._delete(damaged)
             del self._unusable[damaged]
             _LOG.info('deleted the unusable checkpoint of step %d', damaged)
-        self._manager.save(
-          step,
-          args=ocp.args.Composite(
-            state=ocp.args.PyTreeSave(
-              {name: digests.plain(leaf) for name, leaf in leaves.items()}
-            ),
-            record=ocp.args.JsonSave({'crc32': _crc32(record), **record}),
-          ),
-          # Else Orbax would skip a step below that of a damaged checkpoint.
-          force=True,
+        self._writer.start(
+          self._path(step),
+          {name: digests.plain(leaf) for name, leaf in leaves.items()},
+          {'crc32': restoring.crc32(record), **record},
         )
       except Exception as error:
         raise self._failed(error) from error
@@ -145,62 +112,31 @@ class Checkpoints:
     Raises:
       RuntimeError: the save failed; earlier checkpoints are unchanged.
     """
+    if self._saving is None:
+      return
     try:
-      self._manager.wait_until_finished()
+      self._writer.wait()
+      if processes.index() == 0:
+        files.sync_tree(self._path(self._saving))
+        files.sync(self._directory)
     except Exception as error:
-      # The checkpoints that Orbax would have deleted after this save still
-      # exist; it must list them again.
-      self._manager.reload()
       raise self._failed(error) from error
+    self._saving = None
+    for step in self._usable()[: -self._keep]:
+      self._delete(step)
 
-  def restore_latest(self, abstract_state: Any) -> Restored | None:
+  def restore_latest(self, abstract_state: Any) -> restoring.Restored | None:
     """Restores the newest checkpoint that is undamaged and fits.
 
-    A warning names every newer one, with the reason why it cannot be used.
-
-    Args:
-      abstract_state: pytree of `jax.ShapeDtypeStruct`, or of arrays. A leaf is
-        restored to its sharding; without one, to the first local device.
-
-    Returns:
-      The checkpoint; None if there is none.
-
-    Raises:
-      ValueError: there are checkpoints, but none can be used.
+    Args and errors are those of `restoring.restore_latest`.
     """
     self.wait()
-    self._manager.reload()
-    self._unusable.clear()
-    for step in sorted(self._manager.all_steps(), reverse=True):
-      restored, problem = None, ''
-      try:
-        with jax.transfer_guard('allow'):
-          restored = self._restore(step, abstract_state)
-      except _UnusableError as error:
-        problem = str(error)
-      # All processes must use the same checkpoint: one that all can read.
-      problem = next(filter(None, processes.texts(problem)), '')
-      if not problem:
-        return Restored(step, *restored)
-      _LOG.warning(
-        'checkpoint of step %d in %s cannot be used: %s',
-        step,
-        self._directory,
-        problem,
-      )
-      self._unusable[step] = problem
-    if not self._unusable:
-      return None
-    reasons = ''.join(
-      f'\n  step {step}: {reason}' for step, reason in self._unusable.items()
+    # If the caller continues after an error, `save` must delete nothing.
+    self._unusable = {}
+    restored, self._unusable = restoring.newest_usable(
+      self._directory, abstract_state
     )
-    # If the caller continues after this error, `save` must not delete them.
-    self._unusable.clear()
-    raise ValueError(
-      f'no checkpoint in {self._directory} can be used:{reasons}\nNothing was '
-      'deleted. If they were written with another config, run with that one; '
-      'to start afresh, choose another directory or move this one away.'
-    )
+    return restored
 
   def close(self) -> None:
     """Waits for a save in progress and releases Orbax's threads.
@@ -211,7 +147,7 @@ class Checkpoints:
     try:
       self.wait()
     finally:
-      self._manager.close()
+      self._writer.close()
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -225,138 +161,54 @@ class Checkpoints:
       # The exception that ended the run matters more.
       _LOG.error('%s', error)
 
+  def _path(self, step: int) -> pathlib.Path:
+    return self._directory / str(step)
+
+  def _usable(self) -> list[int]:
+    steps = restoring.steps_in(self._directory)
+    return [step for step in steps if step not in self._unusable]
+
+  def _delete(self, step: int) -> None:
+    if processes.index() == 0:
+      # A kill must not leave half of a checkpoint under the name of a whole.
+      doomed = self._directory / f'{step}{array_files.UNFINISHED}-deleted'
+      self._path(step).rename(doomed)
+      shutil.rmtree(doomed)
+
   def _check_step(self, step: int) -> None:
-    usable = set(self._manager.all_steps()) - set(self._unusable)
-    if usable and step <= max(usable):
+    usable = self._usable()
+    if usable and step <= usable[-1]:
       raise ValueError(
         f'step {step} cannot be saved to {self._directory}, which holds a '
-        f'checkpoint of step {max(usable)}: restore that one first, or choose '
+        f'checkpoint of step {usable[-1]}: restore that one first, or choose '
         'another directory'
       )
 
   def _failed(self, error: Exception) -> RuntimeError:
+    step, self._saving = self._saving, None
     return RuntimeError(
-      f'the checkpoint of step {self._saving} could not be written to '
-      f'{self._directory}: {_one_line(error)}. Earlier checkpoints are '
-      'unharmed.'
+      f'the checkpoint of step {step} could not be written to '
+      f'{self._directory}: {array_files.one_line(error)}. Earlier checkpoints '
+      'are unharmed.'
     )
 
-  def _restore(
-    self, step: int, abstract_state: Any
-  ) -> tuple[Any, dict[str, Any]]:
-    """Returns state and extra of one checkpoint.
 
-    Raises:
-      _UnusableError: it is damaged, or of another state.
-    """
-    stored, extra = _checked_record(
-      self._read(step, 'record', ocp.args.JsonRestore())
-    )
-    wanted = digests.named_leaves(abstract_state)
-    if problem := digests.mismatch(
-      {name: description for name, (description, _) in stored.items()},
-      {name: digests.describe(leaf) for name, leaf in wanted.items()},
-    ):
-      raise _UnusableError(problem)
-    targets = {name: _target(leaf) for name, leaf in wanted.items()}
-    restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
-    arrays = self._read(
-      step, 'state', ocp.args.PyTreeRestore(targets, restore_args=restore_args)
-    )
-    restored = digests.digests(arrays)
-    changed = [name for name in wanted if restored[name] != stored[name][1]]
-    if changed:
-      raise _UnusableError(
-        f'{digests.some(changed)} not what was saved (digest differs)'
-      )
-    leaves = [_typed(arrays[name], leaf) for name, leaf in wanted.items()]
-    return jax.tree.structure(abstract_state).unflatten(leaves), extra
+def _prepare(directory: pathlib.Path) -> None:
+  """Makes the directory, and clears away what a killed run left in it.
 
-  def _read(self, step: int, item: str, args: Any) -> Any:
-    try:
-      return self._manager.restore(
-        step, args=ocp.args.Composite(**{item: args})
-      )[item]
-    except _UnusableError:
-      raise
-    except Exception as error:
-      # Damage can raise any exception of Orbax, TensorStore or a parser.
-      raise _UnusableError(
-        f'its {item} cannot be read ({_one_line(error)})'
-      ) from error
-
-
-class _Manager(ocp.CheckpointManager):
-  """Orbax's manager, but it never asks JAX about preemption.
-
-  JAX counts these questions, and `processes.Stop` asks them, once a step.
+  Raises:
+    ValueError: it cannot be written, or not be read again.
   """
-
-  def reached_preemption(self, step: int) -> bool:
-    del step
-    return False
-
-
-class _UnusableError(Exception):
-  """A checkpoint cannot be used; the message says why, in one line."""
-
-
-class _NewestUsable(ocp.checkpoint_managers.PreservationPolicy):
-  """Keeps the newest checkpoints by step, not counting the unusable ones.
-
-  Orbax's own policy counts in the order of saving, damaged ones included: after
-  a return to an older checkpoint it would delete good ones before bad ones.
-  """
-
-  def __init__(self, keep: int, unusable: Mapping[int, str]):
-    self._keep = keep
-    self._unusable = unusable
-
-  def should_preserve(self, checkpoints, *, context) -> list[bool]:
-    del context
-    steps = [checkpoint.step for checkpoint in checkpoints]
-    usable = sorted(set(steps) - set(self._unusable))
-    kept = {*usable[-self._keep :], *self._unusable}
-    return [step in kept for step in steps]
-
-
-class _LeafByLeaf(ocp.type_handlers.ArrayHandler):
-  """Reads every leaf even if one fails, and names those that failed.
-
-  Orbax stops at the first failure and closes the event loop while it reads the
-  others; each of these then prints a long message of TensorStore.
-  """
-
-  async def deserialize(self, infos, args=None) -> list[jax.Array]:
-    before = asyncio.all_tasks()
-    read = super().deserialize
-    results = await asyncio.gather(
-      *(read([info], [arg]) for info, arg in zip(infos, args)),
-      return_exceptions=True,
-    )
-    # Further shards of a leaf that failed are still being read.
-    await asyncio.gather(
-      *(asyncio.all_tasks() - before), return_exceptions=True
-    )
-    failed = {
-      info.name: result
-      for info, result in zip(infos, results)
-      if isinstance(result, BaseException)
-    }
-    if failed:
-      raise _UnusableError(
-        f'{digests.some(failed)} unreadable '
-        f'({_one_line(next(iter(failed.values())))})'
-      )
-    return [array for (array,) in results]
-
-
-def _check_writable(directory: epath.Path) -> None:
+  array_files.check_path(directory)
   try:
     directory.mkdir(parents=True, exist_ok=True)
     probe = directory / f'.probe{processes.index()}'
     probe.write_bytes(b'')
     probe.unlink(missing_ok=True)
+    if processes.index() == 0:
+      for path in directory.iterdir():
+        if array_files.UNFINISHED in path.name:
+          shutil.rmtree(path)
   except OSError as error:
     raise ValueError(
       f'checkpoint directory {directory} cannot be written: {error}'
@@ -383,65 +235,3 @@ def _checked_json(extra: Mapping[str, Any]) -> dict[str, Any]:
   if copy != extra:
     raise ValueError(f'extra={extra} would be restored as {copy}')
   return copy
-
-
-def _crc32(record: Mapping[str, Any]) -> int:
-  return zlib.crc32(json.dumps(record, sort_keys=True).encode())
-
-
-def _checked_record(record: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns `leaves` and `extra` of a record, after a check of its CRC."""
-  try:
-    content = {key: record[key] for key in ('leaves', 'extra')}
-    if record['crc32'] == _crc32(content):
-      return content['leaves'], content['extra']
-  except (KeyError, TypeError):
-    pass
-  raise _UnusableError('its record is damaged, or of another program')
-
-
-def _target(leaf: Any) -> jax.ShapeDtypeStruct:
-  """Returns shape, dtype and sharding of the plain data of a leaf."""
-  sharding = getattr(leaf, 'sharding', None)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  plain = jax.eval_shape(digests.plain, leaf)
-  return jax.ShapeDtypeStruct(plain.shape, plain.dtype, sharding=sharding)
-
-
-def _typed(array: jax.Array, leaf: Any) -> jax.Array:
-  """Undoes `digests.plain` if `leaf` is an array of typed keys."""
-  if not digests.is_key(leaf):
-    return array
-  # `key_impl` looks at an array, not at a ShapeDtypeStruct.
-  impl = jax.random.key_impl(jnp.empty((), leaf.dtype))
-  return jax.random.wrap_key_data(array, impl=impl)
-
-
-def _one_line(error: BaseException) -> str:
-  """Returns the cause of an error, without TensorStore's list of options."""
-  while error.__cause__ is not None:
-    error = error.__cause__
-  # `... [tensorstore_spec='{...`, `... [source locations='...`
-  text = re.split(r' \[[\w ]+(?:\[\d+\])?=', str(error))[0]
-  text = ' '.join(text.split())
-  # A long message gives the cause at its end.
-  if len(text) > 200:
-    text = f'...{text[-200:]}'
-  return f'{type(error).__name__}: {text}'
-
-
-def read_tree(directory: pathlib.Path) -> Any:
-  """Returns the tree of arrays that Orbax wrote to a directory, of any program.
-
-  Raises:
-    ValueError: Orbax cannot read it.
-  """
-  try:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-      return checkpointer.restore(directory.resolve())
-  except Exception as error:  # Orbax has no common class of its errors.
-    raise ValueError(
-      f'{directory} is no directory that Orbax can read as a tree of arrays: '
-      f'{" ".join(str(error).split())[:300]}'
-    ) from error

@@ -1,9 +1,11 @@
-"""Atomic replacement of small files: a kill leaves the old or the new one.
+"""Files that survive a kill and a power cut.
 
-A file may have one writer at a time. The temporary file has a fixed name, so
-that the next run overwrites what a killed run leaves behind.
+A small file is replaced as a whole: a kill leaves the old or the new one. It
+may have one writer at a time. The temporary file has a fixed name, so that the
+next run overwrites what a killed run leaves behind.
 """
 
+import errno
 import json
 import os
 import pathlib
@@ -20,6 +22,31 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     # Else a power cut could keep the new name but lose the new bytes.
     os.fsync(file.fileno())
   temporary.replace(final)
+  sync(final.parent)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+  """Returns when a file, or the list of names in a directory, is on the disk.
+
+  Until then a power cut can undo what was written, made or renamed.
+  """
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  except OSError as error:
+    # Some file systems have no such operation for a directory.
+    if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+      raise
+  finally:
+    os.close(descriptor)
+
+
+def sync_tree(directory: str | os.PathLike[str]) -> None:
+  """Calls `sync` for a directory and for everything below it."""
+  for folder, _, names in os.walk(directory, topdown=False):
+    for name in names:
+      sync(os.path.join(folder, name))
+    sync(folder)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -145,9 +145,8 @@ def write(
     for name, data in contents.items():
       files.write_bytes(partial / name, data)
     files.write_json(partial / MANIFEST, manifest)
-    _sync(partial)
     partial.replace(path)
-    _sync(path.parent)
+    files.sync(path.parent)
   except OSError as error:
     raise ValueError(
       f'--out={directory} cannot be written: {error.strerror}'
@@ -367,12 +366,3 @@ def _check_layers(directory, manifest, layers, tensors) -> None:
         f'{directory}: {name} is stored as {stored}, but {layer.weights} '
         f'weights of shape {layer.shape} are stored as {expected}'
       )
-
-
-def _sync(directory: pathlib.Path) -> None:
-  """Writes a directory's entries to the disk."""
-  descriptor = os.open(directory, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)

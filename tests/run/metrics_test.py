@@ -2,6 +2,7 @@ import json
 import math
 import os
 import pathlib
+import stat
 import struct
 import subprocess
 import sys
@@ -205,23 +206,29 @@ def test_a_row_is_on_disk_when_write_returns(tmp_path):
 
 @pytest.fixture(name='synced')
 def _synced(monkeypatch):
-  """Returns the sizes that files have when they are forced onto the disk."""
-  sizes = []
-  monkeypatch.setattr(
-    os, 'fsync', lambda descriptor: sizes.append(os.fstat(descriptor).st_size)
-  )
-  return sizes
+  """Returns (inode, size) of each file when it is forced onto the disk."""
+  seen = []
+
+  def record(descriptor):
+    status = os.fstat(descriptor)
+    is_folder = stat.S_ISDIR(status.st_mode)
+    seen.append((status.st_ino, None if is_folder else status.st_size))
+
+  monkeypatch.setattr(os, 'fsync', record)
+  return seen
 
 
 def test_a_row_survives_a_power_cut(tmp_path, synced):
   with metrics.Writer(tmp_path, None) as writer:
     write_rows(writer, [1])
-    assert synced == [len(history(tmp_path))]
+    assert [size for _, size in synced] == [len(history(tmp_path))]
 
 
 def test_a_file_that_is_replaced_survives_a_power_cut(tmp_path, synced):
   files.write_json(tmp_path / 'arch.json', ['INT4'])
-  assert synced == [len((tmp_path / 'arch.json').read_bytes())]
+  file = (tmp_path / 'arch.json').stat()
+  # The bytes before the name: otherwise the name of an empty file could stay.
+  assert synced == [(file.st_ino, file.st_size), (tmp_path.stat().st_ino, None)]
 
 
 def test_the_workdir_is_made_with_its_parents(tmp_path):

@@ -15,13 +15,15 @@ import jax
 import numpy as np
 import pytest
 
+from fliqs_jax import export
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import loop
 from fliqs_jax.run import metrics
 from fliqs_jax.run import run_log
 from fliqs_jax.run import train
-from fliqs_jax.runtime import checkpoint
+from fliqs_jax.runtime import array_files
+from fliqs_jax.runtime import restoring
 from tests import helpers
 from tests import tiny
 
@@ -39,8 +41,7 @@ def finished(tmp_path_factory):
 def _final_state(workdir, config):
   experiment = experiment_lib.build(config)
   abstract = jax.eval_shape(experiment.initial_state)
-  with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
-    return checkpoints.restore_latest(abstract)
+  return restoring.restore_latest(workdir / 'checkpoints', abstract)
 
 
 def _same_state(a, b):
@@ -157,6 +158,18 @@ def test_a_run_that_is_not_finished_is_not_evaluated(finished, tmp_path, step):
     shutil.copytree(workdir / 'checkpoints', tmp_path / 'checkpoints')
   with pytest.raises(ValueError, match=f'a run at step {step} of 70; finish'):
     evaluation.evaluate(str(tmp_path))
+
+
+def test_a_run_is_evaluated_and_exported_as_it_is(finished, tmp_path):
+  """Nothing is written, so permission to read is enough."""
+  workdir, result = finished
+  live = workdir / 'checkpoints' / f'70{array_files.UNFINISHED}'
+  live.mkdir()
+  before = helpers.tree_of(workdir)
+  assert evaluation.evaluate(str(workdir)) == result['found']
+  export.export(workdir, tmp_path / 'export', examples=1)
+  assert helpers.tree_of(workdir) == before
+  live.rmdir()
 
 
 def test_a_uniform_format_is_evaluated_by_the_same_code(finished):

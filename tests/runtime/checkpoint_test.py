@@ -1,8 +1,10 @@
 import contextlib
+import errno
 import gc
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +19,10 @@ import numpy as np
 import optax
 import pytest
 
+from fliqs_jax.runtime import array_files
 from fliqs_jax.runtime import checkpoint
 from fliqs_jax.runtime import digests
+from fliqs_jax.runtime import restoring
 from tests import helpers
 
 
@@ -525,6 +529,107 @@ def test_what_would_not_come_back_is_refused(tmp_path, state, extra, message):
     pytest.raises(ValueError, match=message),
   ):
     checkpoints.save(1, state, extra)
+
+
+def test_reading_changes_nothing_and_spares_what_a_live_run_writes(tmp_path):
+  save(tmp_path, 100)
+  live = tmp_path / f'200{array_files.UNFINISHED}'
+  live.mkdir()
+  (live / 'being written').write_text('')
+  before = helpers.tree_of(tmp_path)
+  restored = restoring.restore_latest(tmp_path, abstract(make_state()))
+  assert (restored.step, restored.extra) == (100, {'position': 100})
+  assert restoring.newest_extra(tmp_path) == {'position': 100}
+  assert helpers.tree_of(tmp_path) == before
+  # The run itself knows that nobody else writes, and clears it away.
+  with checkpoint.Checkpoints(tmp_path):
+    assert not live.exists()
+
+
+def test_a_reader_makes_no_directory(tmp_path):
+  path = tmp_path / 'none'
+  assert restoring.restore_latest(path, abstract(make_state())) is None
+  assert restoring.newest_extra(path) is None
+  assert not path.exists()
+
+
+def test_a_reader_follows_a_run_that_saves_and_deletes(tmp_path, monkeypatch):
+  save(tmp_path, 100)
+  read = array_files.read_arrays
+
+  def overtaken(directory, targets):
+    monkeypatch.setattr(array_files, 'read_arrays', read)
+    with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+      checkpoints.save(200, make_state(200), {})
+    assert steps_in(tmp_path) == [200]
+    return read(directory, targets)
+
+  monkeypatch.setattr(array_files, 'read_arrays', overtaken)
+  restored = restoring.restore_latest(tmp_path, abstract(make_state()))
+  assert restored.step == 200
+
+
+def test_the_newest_undamaged_record_is_read(tmp_path):
+  save(tmp_path, 100, 200)
+  flip(tmp_path / '200' / 'record' / 'metadata')
+  assert restoring.newest_extra(tmp_path) == {'position': 100}
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_one_before_goes(
+  tmp_path, monkeypatch
+):
+  synced, seen, sync = set(), [], os.fsync
+
+  def record(descriptor):
+    synced.add(os.fstat(descriptor).st_ino)
+    sync(descriptor)
+
+  def delete(path):
+    seen.append(path.name)
+    kept = (tmp_path, tmp_path / '2', *(tmp_path / '2').rglob('*'))
+    assert len(kept) > 10
+    for path in kept:
+      assert path.stat().st_ino in synced, path
+
+  monkeypatch.setattr(os, 'fsync', record)
+  monkeypatch.setattr(shutil, 'rmtree', delete)
+  save(tmp_path, 1, 2, keep=1)
+  # Deleted under another name: a kill must not leave a part of a checkpoint.
+  assert seen == [f'1{array_files.UNFINISHED}-deleted']
+  assert steps_in(tmp_path) == [2]
+
+
+def test_a_disk_that_fails_at_the_last_moment_deletes_nothing(
+  tmp_path, monkeypatch
+):
+  def fail(descriptor):
+    raise OSError(errno.EIO, 'Input/output error')
+
+  save(tmp_path, 1, keep=1)
+  with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(2, make_state(2), {})
+    monkeypatch.setattr(os, 'fsync', fail)
+    with pytest.raises(RuntimeError, match='step 2 could .*output error'):
+      checkpoints.wait()
+  assert steps_in(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize(
+  'name', ['run [x]', 'a*', 'what?', 'back\\slash', 'gs:', 'latin-\udce9']
+)
+def test_a_path_that_could_not_be_restored_is_refused(tmp_path, name):
+  with pytest.raises(ValueError, match='choose another local directory') as why:
+    checkpoint.Checkpoints(tmp_path / name / 'checkpoints')
+  assert repr(str(tmp_path / name / 'checkpoints')) in str(why.value)
+  assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize(
+  'name', ['a b', "%20 #1 {x},y;'$&", 'été 日', '~', ']']
+)
+def test_paths_of_other_characters_are_restored(tmp_path, name):
+  save(tmp_path / name, 100)
+  assert restore(tmp_path / name).step == 100
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):
