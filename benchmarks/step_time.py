@@ -15,6 +15,8 @@ differs from another in one point:
   uniform  training at uniform INT8: as int8, without judging
   scored   the fused step of the preset `sensitivity` with three formats, which
            judges nothing, at an allocated architecture
+  program  as scored, with the network of plain `nn.Conv` and `nn.Dense`, which
+           `searchable` rewrites
   3        the fused step with three formats (int_s) in every layer
   16       the fused step with sixteen formats (fp_l) in every layer
   widths   as 3, with channels of 0.5 or 1 times the published ones
@@ -29,9 +31,9 @@ step's temporaries. If the device counts its memory, its peak after the first
 run of each step is beside it. The peak never decreases: it includes the earlier
 steps, whose states are kept, and the trials of XLA's compilation.
 
-Compilation is timed twice, tracing included: with an empty persistent
-compilation cache, and again from that cache with JAX's own caches cleared, as
-in the second run of a program.
+Compilation is timed twice, tracing included, in CPU seconds of the process:
+with an empty persistent compilation cache, and again from that cache with JAX's
+own caches cleared, as in the second run of a program.
 """
 
 import argparse
@@ -53,6 +55,7 @@ import optax
 from fliqs_jax import models
 from fliqs_jax.layers import quant_layers
 from fliqs_jax.numerics import formats
+from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
 from fliqs_jax.search import scored
@@ -89,6 +92,7 @@ STEPS = {
   'int8': dict(formats='INT8'),
   'uniform': dict(formats='INT8', judged=False),
   'scored': dict(formats='int_s', preset='sensitivity'),
+  'program': dict(formats='int_s', preset='sensitivity', is_ours=False),
   '3': dict(formats='int_s'),
   '16': dict(formats='fp_l'),
   'widths': dict(formats='int_s', sizes=sizes_lib.Sizes(widths=(0.5, 1.0))),
@@ -133,13 +137,17 @@ class Problem:
 
 @dataclasses.dataclass
 class Compiled:
-  """A compiled step with its state, times in seconds and memory in MB."""
+  """A compiled step with its state, times in seconds and memory in MB.
+
+  `instructions` are those of the HLO module that XLA made of it.
+  """
 
   step: Callable
   state: Any
   compile_seconds: float
   cached_seconds: float
   temporary_mb: float
+  instructions: int
   peak_mb: float | None = None
 
 
@@ -181,15 +189,20 @@ def _ours(
   judged=True,
   sizes=models.AS_PUBLISHED,
   preset='default',
+  is_ours=True,
   **quant,
 ) -> tuple[Callable, Any]:
   """Returns the fused step and its state."""
   spec = quant_spec.QuantSpec(**quant, act_clip=4.0)
-  model = problem.network(
-    quant_layers.with_spec(quant_layers.QuantConv, spec),
-    quant_layers.with_spec(quant_layers.QuantDense, spec),
-    sizes,
-  )
+  if is_ours:
+    model = problem.network(
+      quant_layers.with_spec(quant_layers.QuantConv, spec),
+      quant_layers.with_spec(quant_layers.QuantDense, spec),
+      sizes,
+    )
+  else:
+    stock = problem.network(nn.Conv, nn.Dense)
+    model = searchable_lib.searchable(stock, spec)
   space = discovery.find(model, image, spec=spec, train=False)
   apply = model.apply
   if space.is_fixed and judged:
@@ -246,16 +259,17 @@ def _compile(problem: Problem, variant) -> Compiled:
   seconds = []
   for _ in range(2):
     jax.clear_caches()
-    began = time.perf_counter()
+    began = time.process_time()
     lowered = jax.jit(step, donate_argnums=0).lower(state, batch, batch)
     compiled = lowered.compile()
-    seconds.append(time.perf_counter() - began)
+    seconds.append(time.process_time() - began)
   memory = compiled.memory_analysis()
   return Compiled(
     lambda state: compiled(state, batch, batch)[0],
     state,
     *seconds,
     memory.temp_size_in_bytes / 1e6,
+    sum(' = ' in line for line in compiled.as_text().splitlines()),
   )
 
 
@@ -302,8 +316,8 @@ def measure(
     f'{rounds} rounds of {steps} steps',
     '',
     '| step | stock / time | time / float | ms | temporaries MB | '
-    'peak so far MB | compile s | from cache s |',
-    '|---|---|---|---|---|---|---|---|',
+    'peak so far MB | compile CPU s | from cache CPU s | HLO instructions |',
+    '|---|---|---|---|---|---|---|---|---|',
   ]
   for name, variant in variants.items():
     peak = '' if variant.peak_mb is None else f'{variant.peak_mb:.1f}'
@@ -311,13 +325,15 @@ def measure(
       f'| {name} | {ratio("stock", name)} | {ratio(name, "float")} | '
       f'{1e3 * statistics.median(seconds[name]):.1f} | '
       f'{variant.temporary_mb:.1f} | {peak} | '
-      f'{variant.compile_seconds:.1f} | {variant.cached_seconds:.1f} |',
+      f'{variant.compile_seconds:.1f} | {variant.cached_seconds:.1f} | '
+      f'{variant.instructions} |',
     )
   for name, base in (
     ('16', '3'),
     ('widths', '3'),
     ('sizes', '3'),
     ('scored', 'uniform'),
+    ('program', 'scored'),
     ('3', 'uniform'),
   ):
     if paired := ratio(name, base):
