@@ -17,6 +17,7 @@ from fliqs_jax.run import run_log
 from fliqs_jax.run import sensitivity_table
 from fliqs_jax.run import train
 from fliqs_jax.runtime import files
+from fliqs_jax.runtime import locks
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import presets
 from fliqs_jax.search import sensitivity
@@ -41,8 +42,17 @@ def perform(
 
   Raises:
     PreemptedError: `stop` returned True; the state of the run is saved.
+    ValueError: another comparison is performed in the same directory.
   """
   plan.out.mkdir(parents=True, exist_ok=True)
+  with locks.held(plan.out):
+    return _performed(plan, retrain, stop)
+
+
+def _performed(
+  plan: plan_lib.Plan, retrain: bool, stop: Callable[[], bool]
+) -> list[str]:
+  """Starts or continues each run; returns the names of those that failed."""
   files.write_json(plan.out / workdir_lib.COMPARISON_PLAN, plan.claim)
   failed = []
   for i, planned in enumerate(plan.runs, 1):

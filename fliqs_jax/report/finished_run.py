@@ -168,17 +168,25 @@ def config_value(config: Mapping[str, Any], key: str) -> Any:
   return value
 
 
-def read(workdir: str) -> FinishedRun:
+def read(
+  workdir: str | os.PathLike[str], result: Mapping[str, Any] | None = None
+) -> FinishedRun:
   """Reads a finished run.
 
   Args:
     workdir: path of the run's workdir.
+    result: content of a result.json that is not written yet; None: it is read.
 
   Raises:
     FileNotFoundError: a file is missing; the message names it.
     ValueError: the content of a file is wrong; the message names the file.
   """
-  texts = {name: _text(workdir, name) for name in _FILES}
+  texts = {
+    name: json.dumps(result)
+    if name == workdir_lib.RESULT and result is not None
+    else _text(workdir, name)
+    for name in _FILES
+  }
   config, arch, result = (
     _parse(texts[name], os.path.join(workdir, name)) for name in _FILES[:3]
   )
@@ -216,7 +224,7 @@ def read(workdir: str) -> FinishedRun:
   )
 
 
-def _text(workdir: str, name: str) -> str:
+def _text(workdir: str | os.PathLike[str], name: str) -> str:
   path = os.path.join(workdir, name)
   try:
     with open(path, encoding='utf-8') as file:

@@ -3,9 +3,10 @@
 It needs matplotlib, which only reports and sweeps use.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
 import os
+from typing import Any
 
 from matplotlib import figure as figure_lib
 
@@ -21,11 +22,15 @@ from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 
 
-def write_report(workdir: str) -> str:
+def write_report(
+  workdir: str | os.PathLike[str], result: Mapping[str, Any] | None = None
+) -> str:
   """Writes `report.html` and its pictures into a finished run's workdir.
 
   Args:
     workdir: path of the run's workdir.
+    result: content of result.json, which a run writes after its report; None:
+      it is read.
 
   Returns:
     The path of the page.
@@ -34,7 +39,7 @@ def write_report(workdir: str) -> str:
     FileNotFoundError: a file of the run is missing; the message names it.
     ValueError: the content of a file is wrong; the message names the file.
   """
-  run = finished_run.read(workdir)
+  run = finished_run.read(workdir, result)
   names = {layer[side] for layer in run.layers for side in finished_run.SIDES}
   names |= {
     name for d in run.searched_formats.values() for name in d['options']

@@ -1,8 +1,11 @@
 """Config arguments and keys: parses an argument string, checks a config."""
 
 from collections.abc import Callable, Mapping
+import json
 import math
 import numbers
+import os
+import pathlib
 import types
 from typing import Any
 
@@ -176,6 +179,10 @@ _ADDED = {
   'train': {'dtype': 'float32'},
 }
 
+# Keys that say where files are. The same files may be elsewhere on another
+# machine; of the one that `quant.arch` names, the formats are compared.
+_PLACES = ('data.data_dir:', 'quant.arch:', 'init_from:')
+
 
 def completed(content: Mapping[str, Any]) -> ml_collections.ConfigDict:
   """Returns the config that a config.json holds, with the keys added since."""
@@ -185,6 +192,26 @@ def completed(content: Mapping[str, Any]) -> ml_collections.ConfigDict:
       if section in config and key not in config[section]:
         config[section][key] = value
   return config
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """Returns the content of a config.json.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is damaged.
+  """
+  try:
+    content = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+    if isinstance(content, dict):
+      return content
+    problem = f'it holds {type(content).__name__}, not an object'
+  except ValueError as error:
+    problem = str(error)
+  raise ValueError(
+    f'{path} is damaged: {problem}. Delete it and start the run with its own '
+    'command again, which writes it anew and trains nothing twice'
+  )
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -237,3 +264,50 @@ def differences(old: Mapping, new: Mapping, prefix: str = '') -> list[str]:
     elif a != b:
       lines.append(f'{name}: {a!r} -> {b!r}')
   return lines
+
+
+def binding(
+  config: ml_collections.ConfigDict, assigned: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns what the checkpoints of a run are bound to, as JSON values.
+
+  Args:
+    config: config of the run.
+    assigned: {layer: names of its formats}, if `quant.arch` gives them.
+  """
+  content = dict(config=config.to_dict(), assigned=dict(assigned))
+  return json.loads(json.dumps(content))
+
+
+def check_binding(
+  own: Mapping[str, Any], extra: Mapping[str, Any], workdir: str
+) -> None:
+  """Checks that a checkpoint was saved by a run of this config.
+
+  A config.json may be edited or lost, so its content is in checkpoints, too.
+
+  Args:
+    own: `binding` of the run that shall use the checkpoint.
+    extra: what was saved beside the state; 0.2.0 saved no binding.
+    workdir: path of the workdir, for the message.
+
+  Raises:
+    ValueError: the run had another config; the message names the keys.
+  """
+  if 'binding' not in extra:
+    return
+  saved = extra['binding']
+  # A later version has more keys.
+  saved = binding(completed(saved['config']), saved['assigned'])
+  lines = [
+    line
+    for line in differences(saved['config'], own['config'])
+    if not line.startswith(_PLACES)
+  ]
+  lines += differences(saved['assigned'], own['assigned'])
+  if lines:
+    raise ValueError(
+      f'the checkpoints in {workdir} belong to a run of another config, which '
+      f'differs in {"; ".join(lines)}; use the config of that run, or another '
+      'workdir'
+    )

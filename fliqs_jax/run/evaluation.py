@@ -6,7 +6,6 @@ split is read. A finished run is restored from its last checkpoint.
 
 from collections.abc import Iterator, Mapping
 import itertools
-import json
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -180,20 +179,23 @@ def restore(workdir: str) -> RestoredRun:
     workdir: path of the run's workdir.
 
   Raises:
-    ValueError: the directory is no workdir of a run, or the run is not
-      finished.
+    ValueError: the directory is no workdir of a run, the run is not finished,
+      or its config.json was changed.
   """
   path = pathlib.Path(workdir)
   try:
-    content = json.loads((path / workdir_lib.CONFIG).read_text())
+    content = config_lib.read(path / workdir_lib.CONFIG)
   except OSError as error:
     raise ValueError(
       f'{workdir} is no workdir of a run: {error}; name the --workdir of a '
       'finished run'
     ) from None
   experiment = experiment_lib.build(config_lib.completed(content))
+  folder = path / workdir_lib.CHECKPOINTS
+  saved = restoring.newest_extra(folder)
+  config_lib.check_binding(experiment.binding, saved or {}, workdir)
   abstract = jax.eval_shape(experiment.initial_state)
-  restored = restoring.restore_latest(path / workdir_lib.CHECKPOINTS, abstract)
+  restored = restoring.restore_latest(folder, abstract)
   if restored is None or restored.step < experiment.phases.steps:
     raise ValueError(
       f'{workdir} holds a run at step {restored.step if restored else 0} of '

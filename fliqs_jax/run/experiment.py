@@ -125,6 +125,14 @@ class Experiment:
     )
 
   @property
+  def binding(self) -> dict[str, Any]:
+    """What checkpoints are bound to, for `config.check_binding`."""
+    assigned = {}
+    if self.config.quant.arch:
+      assigned = self.space.assignment(self.space.only())
+    return config_lib.binding(self.config, assigned)
+
+  @property
   def is_relaxed(self) -> bool:
     """Whether the weights train on a mixture of formats."""
     mix = presets.PRESETS[self.config.search.preset].mix

@@ -95,7 +95,8 @@ def run(
           or stopping
         ):
           seconds = result.seconds_before + time.monotonic() - began
-          save(checkpoints, result.state, seconds, log.unwritten(done))
+          unwritten = log.unwritten(done)
+          save(checkpoints, experiment, result.state, seconds, unwritten)
         if stopping:
           checkpoints.wait()
           raise PreemptedError(
@@ -108,6 +109,7 @@ def run(
 
 def save(
   checkpoints: checkpoint.Checkpoints,
+  experiment: experiment_lib.Experiment,
   state: train_state.TrainState,
   seconds: float = 0.0,
   unwritten: Mapping[str, Any] | None = None,
@@ -116,12 +118,15 @@ def save(
 
   Args:
     checkpoints: checkpoints of the run.
+    experiment: parts of the run, to which the checkpoint is bound.
     state: training state, whose `step` names the checkpoint.
     seconds: wall time of the run until now, in seconds.
     unwritten: metrics that no row of the history has yet, from
       `RunLog.unwritten`; None: no metrics.
   """
-  extra = dict(seconds=seconds, metrics=unwritten or {})
+  extra = dict(
+    seconds=seconds, metrics=unwritten or {}, binding=experiment.binding
+  )
   checkpoints.save(int(state.step), state, extra)
 
 

@@ -115,6 +115,6 @@ def slice_run(workdir: str, out: str) -> dict[str, Any]:
   files.write_json(arch_path, results.arch(run.experiment, run.choices))
   shutil.copy(source / workdir_lib.HISTORY, target / workdir_lib.HISTORY)
   with checkpoint.Checkpoints(target / workdir_lib.CHECKPOINTS) as checkpoints:
-    loop.save(checkpoints, new.state)
+    loop.save(checkpoints, new.experiment, new.state)
     checkpoints.wait()
   return train.train_and_evaluate(new.experiment.config, target)['found']

@@ -1,6 +1,7 @@
 """Complete run: trains and searches, evaluates, and writes the results."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import json
 import logging
 import os
@@ -19,8 +20,10 @@ from fliqs_jax.run import loop
 from fliqs_jax.run import results
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import files
+from fliqs_jax.runtime import locks
 from fliqs_jax.runtime import monitoring
 from fliqs_jax.runtime import processes
+from fliqs_jax.runtime import restoring
 from fliqs_jax.runtime import workdir as workdir_lib
 
 _LOG = logging.getLogger(__name__)
@@ -59,58 +62,59 @@ def train_and_evaluate(
 
   Raises:
     ValueError: the config cannot work, the processes have different configs, or
-      the workdir belongs to another run.
+      the workdir belongs to another run or is in use.
     DivergedError: training diverged; the last good checkpoint remains.
     PreemptedError: `stop` returned True; the state is saved.
   """
   began = time.monotonic()
   path = pathlib.Path(workdir)
   _check_same(config, path)
-  with processes.together():
-    experiment = experiment_lib.build(
-      config,
-      process_index=processes.index(),
-      process_count=processes.count(),
-    )
-    devices = devices_lib.all_devices(config, experiment.controller.samples)
-    trace = monitoring.Trace(
-      profile_steps, config.train.steps, path / workdir_lib.PROFILE
+  with contextlib.ExitStack() as until_the_end:
+    with processes.together():
+      experiment = experiment_lib.build(
+        config,
+        process_index=processes.index(),
+        process_count=processes.count(),
+      )
+      devices = devices_lib.all_devices(config, experiment.controller.samples)
+      trace = monitoring.Trace(
+        profile_steps, config.train.steps, path / workdir_lib.PROFILE
+      )
+      if processes.index() == 0:
+        until_the_end.enter_context(_claimed(experiment, path))
+    _describe(experiment)
+    run = loop.run(experiment, devices, path, stop, trace, began)
+    search_state = jax.device_get(run.state.search_state)
+    policy = search_state.policy
+    choices = experiment.selected(policy)
+    references = {
+      name: _reference(config, name, path, stop) for name in config.references
+    }
+    with processes.together():
+      if processes.index() == 0:
+        arch = results.arch(experiment, choices)
+        files.write_json(path / workdir_lib.ARCH, arch)
+    retrained = _retrained(config, path, stop) if retrain else None
+    result = dict(
+      metric=experiment.task.METRIC,
+      found=evaluation.test_metrics(experiment, run.state, choices, devices),
+      references=references,
+      retrained=retrained,
+      layers=results.layers(experiment, choices),
+      decisions=results.decisions(experiment, policy),
+      warnings=results.warnings(experiment, policy),
+      steps=config.train.steps,
+      seed=config.seed,
+      compilations=run.compilations,
+      compile_seconds=run.compile_seconds,
+      step_bytes=run.step_bytes,
+      wall_seconds=run.seconds_before + time.monotonic() - began,
+      **results.relaxed(search_state),
+      **results.scored(experiment, search_state),
     )
     if processes.index() == 0:
-      _claim(config, path)
-  _describe(experiment)
-  run = loop.run(experiment, devices, path, stop, trace, began)
-  search_state = jax.device_get(run.state.search_state)
-  policy = search_state.policy
-  choices = experiment.selected(policy)
-  references = {
-    name: _reference(config, name, path, stop) for name in config.references
-  }
-  with processes.together():
-    if processes.index() == 0:
-      arch = results.arch(experiment, choices)
-      files.write_json(path / workdir_lib.ARCH, arch)
-  retrained = _retrained(config, path, stop) if retrain else None
-  result = dict(
-    metric=experiment.task.METRIC,
-    found=evaluation.test_metrics(experiment, run.state, choices, devices),
-    references=references,
-    retrained=retrained,
-    layers=results.layers(experiment, choices),
-    decisions=results.decisions(experiment, policy),
-    warnings=results.warnings(experiment, policy),
-    steps=config.train.steps,
-    seed=config.seed,
-    compilations=run.compilations,
-    compile_seconds=run.compile_seconds,
-    step_bytes=run.step_bytes,
-    wall_seconds=run.seconds_before + time.monotonic() - began,
-    **results.relaxed(search_state),
-    **results.scored(experiment, search_state),
-  )
-  if processes.index() == 0:
-    files.write_json(path / workdir_lib.RESULT, result)
-    _LOG.info('report: %s', report.write_report(str(path)))
+      _LOG.info('report: %s', report.write_report(path, result))
+      files.write_json(path / workdir_lib.RESULT, result)
   _summarize(result)
   return result
 
@@ -127,25 +131,33 @@ def _check_same(config: ml_collections.ConfigDict, workdir) -> None:
       )
 
 
-def _claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Writes the config to the workdir, or checks that it holds the same one."""
-  content = json.loads(json.dumps(config.to_dict()))
+@contextlib.contextmanager
+def _claimed(
+  experiment: experiment_lib.Experiment, workdir: pathlib.Path
+) -> Iterator[None]:
+  """Holds the workdir; writes the config, or checks that it is the same one."""
+  content = json.loads(json.dumps(experiment.config.to_dict()))
   path = workdir / workdir_lib.CONFIG
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-      files.write_json(path, content)
-    claimed = json.loads(path.read_text())
-  except (OSError, json.JSONDecodeError) as error:
+  except OSError as error:
     raise ValueError(
       f'--workdir={workdir} cannot be used: {error}; choose a directory that '
       'can be written'
     ) from None
-  if lines := config_lib.differences(claimed, content):
-    raise ValueError(
-      f'--workdir={workdir} belongs to a run of another config, which differs '
-      f'in {"; ".join(lines)}; choose another workdir or the same config'
-    )
+  with locks.held(workdir):
+    saved = restoring.newest_extra(workdir / workdir_lib.CHECKPOINTS)
+    config_lib.check_binding(experiment.binding, saved or {}, str(workdir))
+    if not path.exists():
+      files.write_json(path, content)
+    claimed = config_lib.read(path)
+    if lines := config_lib.differences(claimed, content):
+      raise ValueError(
+        f'--workdir={workdir} belongs to a run of another config, which '
+        f'differs in {"; ".join(lines)}; choose another workdir or the same '
+        'config'
+      )
+    yield
 
 
 def _reference(

@@ -7,7 +7,8 @@ A sweep's folder holds the workdirs of its runs and three more files.
 CONFIG = 'config.json'
 # The resulting architecture: formats and sizes of each layer.
 ARCH = 'arch.json'
-# The measurements of it. A run that has this file is finished.
+# The measurements of it. A run that has this file is finished: it is written
+# last.
 RESULT = 'result.json'
 # The scores of every option, if they were measured; SENSITIVITY_FIGURE is the
 # picture of them.
@@ -21,6 +22,8 @@ REPORT = 'report.html'
 CHECKPOINTS = 'checkpoints'
 # A folder with one JSON file per process: its step and the time.
 HEARTBEAT = 'heartbeat'
+# Says which process uses the workdir, which holds a lock on this file.
+LOCK = '.lock'
 # A folder with the profile of chosen steps, for TensorBoard.
 PROFILE = 'profile'
 

@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,27 +14,18 @@ import jax
 import numpy as np
 import pytest
 
-from fliqs_jax import export
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import loop
 from fliqs_jax.run import metrics
 from fliqs_jax.run import run_log
 from fliqs_jax.run import train
-from fliqs_jax.runtime import array_files
 from fliqs_jax.runtime import restoring
 from tests import helpers
 from tests import tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _FILES = ['arch.json', 'config.json', 'history.jsonl', 'report.html']
-
-
-@pytest.fixture(scope='module')
-def finished(tmp_path_factory):
-  """A finished run: its workdir and its result."""
-  workdir = tmp_path_factory.mktemp('finished')
-  return workdir, train.train_and_evaluate(tiny.get_config(), workdir)
 
 
 def _final_state(workdir, config):
@@ -146,30 +136,6 @@ def test_the_test_loss_is_that_of_a_loop_by_hand(finished):
   assert len(losses) == 360
   assert result['found']['loss'] == pytest.approx(np.mean(losses), rel=1e-5)
   assert result['found']['accuracy'] == pytest.approx(np.mean(hits))
-
-
-@pytest.mark.parametrize('step', [0, 60])
-def test_a_run_that_is_not_finished_is_not_evaluated(finished, tmp_path, step):
-  workdir, _ = finished
-  config = json.loads((workdir / 'config.json').read_text())
-  config['train']['steps'] = 70
-  (tmp_path / 'config.json').write_text(json.dumps(config))
-  if step:
-    shutil.copytree(workdir / 'checkpoints', tmp_path / 'checkpoints')
-  with pytest.raises(ValueError, match=f'a run at step {step} of 70; finish'):
-    evaluation.evaluate(str(tmp_path))
-
-
-def test_a_run_is_evaluated_and_exported_as_it_is(finished, tmp_path):
-  """Nothing is written, so permission to read is enough."""
-  workdir, result = finished
-  live = workdir / 'checkpoints' / f'70{array_files.UNFINISHED}'
-  live.mkdir()
-  before = helpers.tree_of(workdir)
-  assert evaluation.evaluate(str(workdir)) == result['found']
-  export.export(workdir, tmp_path / 'export', examples=1)
-  assert helpers.tree_of(workdir) == before
-  live.rmdir()
 
 
 def test_a_uniform_format_is_evaluated_by_the_same_code(finished):
