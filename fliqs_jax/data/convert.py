@@ -106,7 +106,8 @@ def _shards(info: dict) -> list[tuple[str, str, int]]:
 
 
 def _convert_shard(old: pathlib.Path, new: pathlib.Path, length: int) -> None:
-  if new.exists():  # An earlier start has completed this shard.
+  # An earlier start may have completed this shard, perhaps of an older file.
+  if new.exists() and new.stat().st_mtime >= old.stat().st_mtime:
     return
   scratch = new.with_name(f'.{new.name}.tmp')
   writer = array_record_module.ArrayRecordWriter(str(scratch), _OPTIONS)

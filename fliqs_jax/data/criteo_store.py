@@ -10,6 +10,7 @@ access; as rows it is 7.5 GB, and a batch is one gather.
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -41,7 +42,8 @@ ROW = np.dtype(
 )
 
 _ROWS, _INFO = 'rows.bin', 'info.json'
-_VERSION = 1
+_VERSION = 2
+_HASH = 'sha256'
 _BLOCK_BYTES = 1 << 22
 _BLOCKS_PER_LINE_OF_LOG = 256  # A GB.
 _NAMED = 5  # Malformed lines that an error or a warning names.
@@ -81,13 +83,11 @@ def open_rows(
   """
   if not store.exists():
     _convert(source, store, max_bad_lines)
-  info = json.loads((store / _INFO).read_text())
-  size = source.stat().st_size if source.exists() else info['source_bytes']
-  rows_bytes = (store / _ROWS).stat().st_size
-  if (info['version'], info['source_bytes'], info['rows'] * ROW.itemsize) != (
-    _VERSION,
-    size,
-    rows_bytes,
+  info = _read_info(store)
+  if (
+    info['version'] != _VERSION
+    or info['rows'] * ROW.itemsize != (store / _ROWS).stat().st_size
+    or not _is_source(source, info)
   ):
     raise ValueError(
       f'{store} was not made from this {source.name}, was made by another '
@@ -100,6 +100,33 @@ def open_rows(
   if bad:
     _LOG.warning('left out: %s', _describe(source, bad))
   return np.memmap(store / _ROWS, ROW, 'r', shape=(info['rows'],))
+
+
+def _read_info(store: pathlib.Path) -> dict[str, typing.Any]:
+  try:
+    info = json.loads((store / _INFO).read_text())
+    info['version'], info['source_bytes'], info['rows'], info['malformed']
+    return info
+  except (ValueError, KeyError, TypeError):
+    raise ValueError(
+      f'{store / _INFO} is damaged; delete {store}, and the next start makes '
+      'it again'
+    ) from None
+
+
+def _is_source(source: pathlib.Path, info: dict[str, typing.Any]) -> bool:
+  """Returns whether a TSV, if it still exists, is what was converted."""
+  if not source.exists():
+    return True
+  status = source.stat()
+  if status.st_size != info['source_bytes']:
+    return False
+  if status.st_mtime_ns == info['source_mtime_ns']:
+    return True
+  # A copy of the same bytes is as good.
+  _LOG.info('%s was written after its conversion: comparing it', source)
+  with source.open('rb') as file:
+    return hashlib.file_digest(file, _HASH).hexdigest() == info['source_hash']
 
 
 def _too_many(
@@ -132,9 +159,9 @@ def _convert(
   with build_once.directory(store) as unfinished:
     if unfinished is None:  # Another process has just made it.
       return
-    rows, bad, begun = 0, [], source.stat()
+    rows, bad, begun, digest = 0, [], source.stat(), hashlib.new(_HASH)
     with source.open('rb') as lines, (unfinished / _ROWS).open('wb') as out:
-      for i, (block, first_line) in enumerate(_blocks(lines)):
+      for i, (block, first_line) in enumerate(_blocks(lines, digest)):
         if i % _BLOCKS_PER_LINE_OF_LOG == 0:
           percent = 100 * i * _BLOCK_BYTES // max(begun.st_size, 1)
           _LOG.info('converting %s: %d %%', source, percent)
@@ -157,16 +184,21 @@ def _convert(
       dict(
         version=_VERSION,
         source_bytes=begun.st_size,
+        source_mtime_ns=begun.st_mtime_ns,
+        source_hash=digest.hexdigest(),
         rows=rows,
         malformed=[dataclasses.asdict(line) for line in bad],
       ),
     )
 
 
-def _blocks(lines: typing.BinaryIO) -> Iterator[tuple[bytes, int]]:
+def _blocks(
+  lines: typing.BinaryIO, digest: typing.Any
+) -> Iterator[tuple[bytes, int]]:
   """Yields whole lines, megabytes at a time, and the number of the first."""
   rest, line = b'', 1
   while chunk := lines.read(_BLOCK_BYTES):
+    digest.update(chunk)
     whole, newline, rest = (rest + chunk).rpartition(b'\n')
     if newline:
       yield whole + newline, line

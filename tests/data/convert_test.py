@@ -1,6 +1,7 @@
 """TFRecord becomes ArrayRecord, record by record, or nothing at all."""
 
 import json
+import os
 import struct
 import sys
 import types
@@ -11,6 +12,7 @@ import pytest
 
 from fliqs_jax.data import convert
 from fliqs_jax.data import tfds_records
+from fliqs_jax.runtime import files
 from tests.data import prepared
 
 
@@ -144,6 +146,25 @@ def test_a_killed_conversion_goes_on(
   assert converted.count(converted[2]) == 2
   assert _everything(tmp_path / 'new') == _everything(array_record_dir)
   assert not list(target.glob('.*'))
+
+
+def test_a_shard_that_changed_after_a_kill_is_read_again(
+  tensorflow, source, tmp_path, monkeypatch, array_record_dir
+):
+  target = tmp_path / 'new' / _VERSION
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(files, 'write_json', killed)  # After the last shard.
+    with pytest.raises(KeyboardInterrupt):
+      convert.convert(source, target)
+  (shard,) = (tmp_path / 'new').rglob('*validation*')
+  shard.write_bytes(b'made of an older file')
+  os.utime(shard, (0, 0))
+  convert.convert(source, target)
+  assert _everything(tmp_path / 'new') == _everything(array_record_dir)
 
 
 def test_a_shard_of_another_length_is_refused(tensorflow, source, tmp_path):

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 import random
 import re
 
@@ -268,6 +269,42 @@ def test_another_file_under_the_same_name_is_refused(tmp_path, lines):
   _open(tmp_path)
   (tmp_path / 'train.txt').write_bytes(_text(lines[:50]))
   with pytest.raises(ValueError, match='was not made from this train.txt'):
+    _open(tmp_path)
+
+
+def test_a_file_that_changed_in_place_is_refused(tmp_path, lines):
+  """Of the same size, with the same lines in another order."""
+  source = tmp_path / 'train.txt'
+  source.write_bytes(_text(lines))
+  _open(tmp_path)
+  source.write_bytes(_text(lines[::-1]))
+  _later(source)
+  with pytest.raises(ValueError, match='was not made from this train.txt'):
+    _open(tmp_path)
+
+
+def test_a_copy_of_the_same_file_and_none_are_as_good(tmp_path, lines):
+  source = tmp_path / 'train.txt'
+  source.write_bytes(_text(lines))
+  rows = _open(tmp_path)
+  _later(source)
+  np.testing.assert_array_equal(_open(tmp_path), rows)
+  source.unlink()
+  np.testing.assert_array_equal(_open(tmp_path), rows)
+
+
+def _later(path):
+  """Lets a clock that is too coarse for tests see that a file was written."""
+  status = path.stat()
+  os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+
+
+@pytest.mark.parametrize('content', ['', '{"version": 2, "ro', '[]', '{}'])
+def test_a_damaged_description_of_a_store_is_named(tmp_path, lines, content):
+  (tmp_path / 'train.txt').write_bytes(_text(lines))
+  _open(tmp_path)
+  (tmp_path / 's' / 'info.json').write_text(content)
+  with pytest.raises(ValueError, match='info.json is damaged; delete'):
     _open(tmp_path)
 
 
