@@ -505,6 +505,11 @@ def _of_place(scope: str, index: int, pairs: bool) -> str:
   return f'{scope}/{name}{suffix}'.lstrip('/')
 
 
+def first_use(path: str) -> str:
+  """Returns the path of the first use of the same weights: without `#2`."""
+  return re.sub(r'#\d+$', '', path)
+
+
 def join(*parts: str) -> str:
   """Returns the parts of a path joined by slashes; empty ones are left out."""
   return '/'.join(part for part in parts if part)

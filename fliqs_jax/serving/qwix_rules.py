@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from fliqs_jax.numerics import formats
+from fliqs_jax.program import products as products_lib
 from fliqs_jax.serving import stored_layers
 
 # The formats of which Qwix has the same grid. Its float8 types end at 448 and
@@ -19,31 +20,37 @@ _TYPES = {
   'E2M1': 'float4_e2m1fn',
 }
 
+_KEYS, _SIDES = ('weight_qtype', 'act_qtype'), ('weights', 'activations')
+
 
 def rules(
   layers: Mapping[str, stored_layers.Layer],
 ) -> tuple[list[dict[str, Any]], list[str]]:
   """Returns the rules, and a line for each side that they cannot express.
 
+  Paths are those of the modules of a linen or NNX model: of a weight that a
+  module uses twice, and of a table that is also the head, there is one rule.
   BF16 and unquantized sides get no type: there Qwix keeps the model's dtype.
   """
-  expressed, missing = [], []
+  modules: dict[str, list[list[stored_layers.Layer]]] = {}
   for path, iterations in stored_layers.by_product(layers).items():
-    layer, *others = iterations
-    if not layer.shape:
+    modules.setdefault(products_lib.first_use(path), []).append(iterations)
+  expressed, missing = [], []
+  for path, uses in modules.items():
+    layers_of = [layer for use in uses for layer in use]
+    weights = {layer.weights for layer in layers_of}
+    activations = {layer.activations for layer in layers_of}
+    if len(uses) > 1:  # A look-up has no activations; the table's head has.
+      activations = (activations - {None}) or {None}
+    if not all(layer.shape for layer in layers_of):
       missing.append(f'{path}: a product of two activations')
       continue
-    if {(o.weights, o.activations) for o in others} - {
-      (layer.weights, layer.activations)
-    }:
-      missing.append(f'{path}: a scanned layer of several formats')
+    if len(weights) > 1 or len(activations) > 1:
+      missing.append(f'{path}: a layer of several formats')
       continue
     types = {}
-    for key, side in (
-      ('weight_qtype', 'weights'),
-      ('act_qtype', 'activations'),
-    ):
-      numeric_format = getattr(layer, side)
+    (pair,) = zip(weights, activations)
+    for key, side, numeric_format in zip(_KEYS, _SIDES, pair):
       if numeric_format in (None, formats.BF16):
         continue
       if numeric_format.name in _TYPES:
@@ -52,7 +59,7 @@ def rules(
         missing.append(f'{path}: {side} {numeric_format}')
     # Qwix does not quantize activations alone.
     if 'act_qtype' in types and 'weight_qtype' not in types:
-      missing.append(f'{path}: activations {layer.activations} alone')
+      missing.append(f'{path}: activations {pair[1]} alone')
     elif types:
       expressed.append(dict(module_path=re.escape(path), **types))
   return expressed, missing

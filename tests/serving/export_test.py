@@ -3,23 +3,17 @@
 import json
 import pathlib
 import shutil
-import warnings
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
 from fliqs_jax import export
-from fliqs_jax import models
-from fliqs_jax.numerics import formats
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import train
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.serving import export_files
 from fliqs_jax.serving import loader
-from fliqs_jax.serving import qwix_rules
-from fliqs_jax.serving import stored_layers
 from tests import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.optimized]
@@ -237,66 +231,3 @@ def test_other_outputs_are_noticed(exported, tmp_path):
   )
   with pytest.raises(ValueError, match='differ from the reference outputs by'):
     export.verify(tmp_path / 'out')
-
-
-def _layer(weights, activations, shape=(4, 4)):
-  names = (weights, activations)
-  return stored_layers.Layer(*(n and formats.parse(n) for n in names), shape)
-
-
-def test_qwix_rules_say_the_assignment_and_what_they_cannot():
-  layers = {
-    'stage0/conv': _layer('INT4', 'INT8'),
-    'stage0/conv1': _layer('E2M1', 'E4M3'),
-    'head': _layer('BF16', 'BF16'),
-    'odd': _layer(None, 'INT8'),
-  }
-  rules, missing = qwix_rules.rules(layers)
-  assert rules == [
-    dict(module_path='stage0/conv', weight_qtype='int4', act_qtype='int8'),
-    dict(module_path='stage0/conv1', weight_qtype='float4_e2m1fn'),
-  ]
-  assert missing == [
-    'stage0/conv1: activations E4M3',
-    'odd: activations INT8 alone',
-  ]
-
-
-def test_qwix_rules_of_scanned_layers_and_of_attention():
-  rules, missing = qwix_rules.rules(
-    {
-      'up/@0': _layer('INT4', 'INT4'),
-      'up/@1': _layer('INT4', 'INT4'),
-      'down/@0': _layer('INT4', 'INT4'),
-      'down/@1': _layer('INT8', 'INT8'),
-      'qk': _layer('INT8', 'INT8', ()),
-    }
-  )
-  assert rules == [
-    dict(module_path='up', weight_qtype='int4', act_qtype='int4')
-  ]
-  assert missing == [
-    'down: a scanned layer of several formats',
-    'qk: a product of two activations',
-  ]
-
-
-def test_qwix_takes_the_rules():
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # Of flax, for what qwix imports.
-    qwix = pytest.importorskip('qwix')
-    rules, _ = qwix_rules.rules(
-      {'hidden0': _layer('INT4', 'INT8'), 'head': _layer('INT5', 'INT5')}
-    )
-    config = dict(name='mlp', hidden=(16,))
-    model = models.construct(config, 10, dense=nn.Dense)
-    provider = qwix.PtqProvider([qwix.QuantizationRule(**r) for r in rules])
-    model = qwix.quantize_model(model, provider)
-    variables = model.init(
-      jax.random.key(0), np.ones((2, 8, 8, 1), np.float32), train=False
-    )
-  types = {
-    path: layer['kernel'].array.qtype
-    for path, layer in variables['params'].items()
-  }
-  assert types == {'hidden0': 'int4', 'head': 'int5'}
