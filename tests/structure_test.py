@@ -36,7 +36,7 @@ ROOMS = {
   'safetensors': ('serving/export_files.py',),
   'qwix': (),
   'yaml': ('sweep/sweep_file.py',),
-  'aqt': (),
+  'aqt': ('serving/aqt_configs.py',),
   'chex': (),
 }
 

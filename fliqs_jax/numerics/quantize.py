@@ -157,6 +157,22 @@ def _straight_through_bwd(
 _straight_through.defvjp(_straight_through_fwd, _straight_through_bwd)
 
 
+def _bounded(threshold: jax.Array) -> jax.Array:
+  return jnp.clip(lax.stop_gradient(threshold), _MIN_THRESHOLD, _MAX_THRESHOLD)
+
+
+def scale_of(threshold: jax.Array, grid: Grid) -> jax.Array:
+  """Returns the scale of a threshold, float32 of its shape, without gradient.
+
+  Args:
+    threshold: the clipping threshold sigma_t.
+    grid: the grid of one format; if it is not scaled, the scale is 1.
+  """
+  # The scale is a product with a constant, not a quotient: XLA turns a division
+  # into a multiplication in some programs and not in others.
+  return jnp.where(grid.scaled, _bounded(threshold) * grid.inverse_max, 1.0)
+
+
 def quantize(x: jax.Array, grid: Grid, threshold: jax.Array) -> Quantized:
   """Clips to +-threshold and rounds to the grid (Eq. 10, 11).
 
@@ -174,12 +190,8 @@ def quantize(x: jax.Array, grid: Grid, threshold: jax.Array) -> Quantized:
     The values on the grid, float32 [...], and the scale, float32 of the
     threshold's shape.
   """
-  threshold = jnp.clip(
-    lax.stop_gradient(threshold), _MIN_THRESHOLD, _MAX_THRESHOLD
-  )
-  # The scale is a product with a constant, not a quotient: XLA turns a division
-  # into a multiplication in some programs and not in others.
-  scale = jnp.where(grid.scaled, threshold * grid.inverse_max, 1.0)
+  threshold = _bounded(threshold)
+  scale = scale_of(threshold, grid)
   threshold = jnp.where(grid.scaled, threshold, jnp.inf)
   values = _straight_through(
     x.astype(jnp.float32), 1.0 / scale, threshold, grid

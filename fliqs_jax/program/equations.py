@@ -18,6 +18,11 @@ from jax.interpreters import partial_eval
 # Calls that may be replaced by the equations that they call.
 _CALLS = frozenset(('jit', 'pjit', 'closed_call', 'core_call'))
 _REMAT = frozenset(('checkpoint', 'remat', 'remat2'))
+_OWN_DERIVATIVE = 'custom_vjp_call'
+
+# The name of the result of a product whose call has a derivative of its own
+# that a search may replace, as the call of an AQT config has.
+OPEN = 'fliqs open'
 
 
 class Body(NamedTuple):
@@ -66,7 +71,7 @@ def name(eqn: core.JaxprEqn) -> str:
 
 def is_call(eqn: core.JaxprEqn) -> bool:
   """Returns whether an equation runs other equations, once and as they are."""
-  return name(eqn) in _CALLS or is_remat(eqn)
+  return name(eqn) in _CALLS or is_remat(eqn) or _is_open(eqn)
 
 
 def is_remat(eqn: core.JaxprEqn) -> bool:
@@ -81,7 +86,7 @@ def marker(eqn: core.JaxprEqn) -> str:
 
 def body(eqn: core.JaxprEqn) -> Body:
   """Returns the equations of a call."""
-  return _body(eqn.params['jaxpr'])
+  return next(inside(eqn))
 
 
 def rerun(eqn: core.JaxprEqn, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,6 +158,15 @@ def inside(eqn: core.JaxprEqn) -> Iterator[Body]:
       yield _body(value)
 
 
+def has_own_derivative(jaxpr: Any) -> bool:
+  """Returns whether a program holds a `custom_vjp` call, at any depth."""
+  return any(
+    name(eqn) == _OWN_DERIVATIVE
+    or any(has_own_derivative(body.jaxpr) for body in inside(eqn))
+    for eqn in jaxpr.eqns
+  )
+
+
 def bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
   """Returns the results of an equation for other operands."""
   params = eqn.primitive.get_bind_params(eqn.params)
@@ -170,6 +184,12 @@ def context(eqn: core.JaxprEqn) -> Iterator[None]:
     eqn.ctx.manager,
   ):
     yield
+
+
+def _is_open(eqn: core.JaxprEqn) -> bool:
+  return name(eqn) == _OWN_DERIVATIVE and any(
+    marker(inner) == OPEN for inner in body(eqn).jaxpr.eqns
+  )
 
 
 def _is_body(value: Any) -> bool:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.numerics import one_hot as one_hot_lib
+from fliqs_jax.program import equations
 from fliqs_jax.program import models
 from fliqs_jax.program import parts as parts_lib
 from fliqs_jax.program import products as products_lib
@@ -300,24 +301,26 @@ class Searchable:
     variables = jax.eval_shape(init, *arrays)
     try:
       with jax.checking_leaks():
-        parts = self.parts(variables, dict(params=key), *args, **kwargs)
+        traced = self._traced(variables, dict(params=key), *args, **kwargs)
     except Exception as error:
       # The model's own errors come without the check, too. JAX may fail to
       # word the error of a leak, so that its type and text say nothing.
-      self.parts(variables, dict(params=key), *args, **kwargs)
-      raise ValueError(
-        'the model is not pure: a value of the call is kept outside of it, in '
-        'an attribute, a list or a global variable. Return it instead; of an '
-        f'NNX module, keep it in an nnx.Variable. {error}'
-      ) from error
-    return variables, parts
+      traced = self._traced(variables, dict(params=key), *args, **kwargs)
+      # `nn.custom_vjp` keeps the module's variables for its derivative, which
+      # the check takes for a leak.
+      if not equations.has_own_derivative(traced.program.jaxpr):
+        raise ValueError(
+          'the model is not pure: a value of the call is kept outside of it, '
+          'in an attribute, a list or a global variable. Return it instead; of '
+          f'an NNX module, keep it in an nnx.Variable. {error}'
+        ) from error
+    return variables, traced.parts
 
   def parts(
     self, variables: Mapping[str, Any], rngs: Any, *args: Any, **kwargs: Any
   ) -> tuple[parts_lib.Part, ...]:
     """Returns the products of a call whose collections may all change."""
-    names = [name for name in variables if name != 'params']
-    return self.trace(variables, args, kwargs, rngs, names).parts
+    return self._traced(variables, rngs, *args, **kwargs).parts
 
   def trace(
     self,
@@ -361,6 +364,10 @@ class Searchable:
       ),
       jax.tree.structure(shapes),
     )
+
+  def _traced(self, variables: Any, rngs: Any, *args: Any, **kwargs: Any):
+    names = [name for name in variables if name != 'params']
+    return self.trace(variables, args, kwargs, rngs, names)
 
   def _init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     if isinstance(self.model, nn.Module):
