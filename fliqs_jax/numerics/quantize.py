@@ -161,6 +161,12 @@ def _bounded(threshold: jax.Array) -> jax.Array:
   return jnp.clip(lax.stop_gradient(threshold), _MIN_THRESHOLD, _MAX_THRESHOLD)
 
 
+def _scale(bounded: jax.Array, grid: Grid) -> jax.Array:
+  # The scale is a product with a constant, not a quotient: XLA turns a division
+  # into a multiplication in some programs and not in others.
+  return jnp.where(grid.scaled, bounded * grid.inverse_max, 1.0)
+
+
 def scale_of(threshold: jax.Array, grid: Grid) -> jax.Array:
   """Returns the scale of a threshold, float32 of its shape, without gradient.
 
@@ -168,9 +174,7 @@ def scale_of(threshold: jax.Array, grid: Grid) -> jax.Array:
     threshold: the clipping threshold sigma_t.
     grid: the grid of one format; if it is not scaled, the scale is 1.
   """
-  # The scale is a product with a constant, not a quotient: XLA turns a division
-  # into a multiplication in some programs and not in others.
-  return jnp.where(grid.scaled, _bounded(threshold) * grid.inverse_max, 1.0)
+  return _scale(_bounded(threshold), grid)
 
 
 def quantize(x: jax.Array, grid: Grid, threshold: jax.Array) -> Quantized:
@@ -191,7 +195,7 @@ def quantize(x: jax.Array, grid: Grid, threshold: jax.Array) -> Quantized:
     threshold's shape.
   """
   threshold = _bounded(threshold)
-  scale = scale_of(threshold, grid)
+  scale = _scale(threshold, grid)
   threshold = jnp.where(grid.scaled, threshold, jnp.inf)
   values = _straight_through(
     x.astype(jnp.float32), 1.0 / scale, threshold, grid
