@@ -31,7 +31,7 @@ from fliqs_jax.run import loop
 from fliqs_jax.runtime import processes
 from fliqs_jax.runtime import workdir as workdir_lib
 
-_MISTAKE, _PREEMPTED = 2, 75
+_MISTAKE = 2
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
   )
   args, others = parser.parse_known_args(argv)
   _log()
+  stop = processes.Stop()
   try:
     plan = plan_lib.Plan(
       config=args.config,
@@ -68,13 +69,13 @@ def main(argv: Sequence[str]) -> int:
       metric=args.metric,
     )
     plan.check()
-    failed = perform.perform(plan, args.retrain, processes.Stop())
+    failed = perform.perform(plan, args.retrain, stop)
     summary = summary_lib.summarize(plan)
     print(summary.markdown())
     summary.write()
   except loop.PreemptedError as error:
     print(error, file=sys.stderr)
-    return _PREEMPTED
+    return processes.STOPPED
   except (OSError, ValueError) as error:
     print(error, file=sys.stderr)
     return _MISTAKE

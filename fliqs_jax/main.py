@@ -3,8 +3,8 @@
 python -m fliqs_jax.main --config=configs/digits.py:space=int_l --workdir=DIR
 
 Exit status 0: the run finished. 2: the user made a mistake, or training
-diverged. 75: a SIGTERM stopped the run, and its state is saved. Any other: the
-run crashed.
+diverged. 75: SIGTERM or Ctrl-C stopped the run; the same command goes on. Any
+other: the run crashed.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ _DEAD_AFTER = flags.DEFINE_integer(
 )
 flags.mark_flags_as_required(['config', 'workdir'])
 
-_CRASHED, _MISTAKE, _PREEMPTED = 1, 2, 75
+_CRASHED, _MISTAKE = 1, 2
 
 
 def main(argv: Sequence[str]) -> None:
@@ -75,6 +75,7 @@ def main(argv: Sequence[str]) -> None:
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
   log.addHandler(handler)
+  stop = processes.Stop()
   try:
     processes.join(_JOIN_TIMEOUT.value, _DEAD_AFTER.value)
     if processes.count() > 1:
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
     train.train_and_evaluate(
       config,
       _WORKDIR.value,
-      stop=processes.Stop(),
+      stop=stop,
       profile_steps=_PROFILE_STEPS.value,
       retrain=_RETRAIN.value,
     )
@@ -96,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(_MISTAKE)
   except loop.PreemptedError as error:
     log.info('%s', error)
-    sys.exit(_PREEMPTED)
+    sys.exit(processes.STOPPED)
   except jax.errors.JaxRuntimeError as error:
     if processes.count() == 1:
       raise

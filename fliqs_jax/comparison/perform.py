@@ -17,7 +17,6 @@ from fliqs_jax.run import run_log
 from fliqs_jax.run import sensitivity_table
 from fliqs_jax.run import train
 from fliqs_jax.runtime import files
-from fliqs_jax.runtime import locks
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import presets
 from fliqs_jax.search import sensitivity
@@ -45,7 +44,7 @@ def perform(
     ValueError: another comparison is performed in the same directory.
   """
   plan.out.mkdir(parents=True, exist_ok=True)
-  with locks.held(plan.out):
+  with workdir_lib.held(plan.out):
     return _performed(plan, retrain, stop)
 
 

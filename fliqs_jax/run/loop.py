@@ -18,6 +18,7 @@ from fliqs_jax.run import run_log
 from fliqs_jax.runtime import checkpoint
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import monitoring
+from fliqs_jax.runtime import processes
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import calibration
 from fliqs_jax.search import policy as policy_lib
@@ -83,8 +84,14 @@ def run(
     first, result, seen = _start(experiment, devices, checkpoints)
     if first == experiment.phases.steps:
       return result
-    with run_log.RunLog(experiment, workdir, first, seen) as log:
-      for done in _steps(first, result, experiment, devices, log, trace):
+    step, batches = _compiled(first, result, experiment, devices)
+    with (
+      run_log.RunLog(experiment, workdir, first, seen) as log,
+      processes.stepping(),
+    ):
+      for done in _steps(
+        first, step, batches, result, experiment, devices, log, trace
+      ):
         stopping = stop()
         ends = done == experiment.phases.steps
         if done % experiment.config.train.log_every == 0 or ends:
@@ -103,7 +110,7 @@ def run(
             f'asked to stop: saved at step {done} of '
             f'{experiment.phases.steps}; the same command resumes the run'
           )
-    checkpoints.wait()
+      checkpoints.wait()
   return result
 
 
@@ -152,16 +159,29 @@ def _start(experiment, devices, checkpoints):
   return step, Run(state, extra['seconds']), extra['metrics']
 
 
-def _steps(first, result, experiment, devices, log, trace) -> Iterator[int]:
-  """Takes the steps one by one; yields how many are taken after each."""
-  config, phases = experiment.config, experiment.phases
-  streams = experiment.streams
+def _compiled(first, result, experiment, devices):
+  """Returns the compiled step, and the batches from a step on."""
   batches = zip(
-    devices.feed(streams.train(first)), devices.feed(streams.valid(first))
+    devices.feed(experiment.streams.train(first)),
+    devices.feed(experiment.streams.valid(first)),
   )
   batch = next(batches)
-  step_fn = _compile(experiment, devices, result, batch)
-  batches = itertools.chain([batch], batches)
+  step = experiment.search_step()
+  began = time.monotonic()
+  _LOG.info('compiling the step for %d devices ...', devices.mesh.size)
+  compiled = devices.compile(step, result.state, *batch)
+  result.compilations += 1
+  result.compile_seconds = time.monotonic() - began
+  result.step_bytes = devices_lib.step_bytes(compiled)
+  _LOG.info('compiled in %.1f s', result.compile_seconds)
+  return compiled, itertools.chain([batch], batches)
+
+
+def _steps(
+  first, step_fn, batches, result, experiment, devices, log, trace
+) -> Iterator[int]:
+  """Takes the steps one by one; yields how many are taken after each."""
+  config, phases = experiment.config, experiment.phases
   allocate = allocator.Allocator(experiment, devices)
   with trace:
     for step, batch in zip(range(first, phases.steps), batches):
@@ -175,18 +195,6 @@ def _steps(first, result, experiment, devices, log, trace) -> Iterator[int]:
         log.add(metrics)
       trace.after(step, metrics)
       yield step + 1
-
-
-def _compile(experiment, devices, result, batch):
-  step = experiment.search_step()
-  began = time.monotonic()
-  _LOG.info('compiling the step for %d devices ...', devices.mesh.size)
-  compiled = devices.compile(step, result.state, *batch)
-  result.compilations += 1
-  result.compile_seconds = time.monotonic() - began
-  result.step_bytes = devices_lib.step_bytes(compiled)
-  _LOG.info('compiled in %.1f s', result.compile_seconds)
-  return compiled
 
 
 def _profile(experiment, devices, state):

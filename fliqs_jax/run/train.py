@@ -20,7 +20,6 @@ from fliqs_jax.run import loop
 from fliqs_jax.run import results
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import files
-from fliqs_jax.runtime import locks
 from fliqs_jax.runtime import monitoring
 from fliqs_jax.runtime import processes
 from fliqs_jax.runtime import restoring
@@ -145,7 +144,7 @@ def _claimed(
       f'--workdir={workdir} cannot be used: {error}; choose a directory that '
       'can be written'
     ) from None
-  with locks.held(workdir):
+  with workdir_lib.held(workdir):
     saved = restoring.newest_extra(workdir / workdir_lib.CHECKPOINTS)
     config_lib.check_binding(experiment.binding, saved or {}, str(workdir))
     if not path.exists():

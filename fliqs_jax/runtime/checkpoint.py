@@ -38,7 +38,7 @@ class Checkpoints:
       `restore_latest` could not use, once its step is reached again.
     * Steps increase strictly; unusable checkpoints do not count.
 
-  Only one run may use a directory at a time (`locks.held`): it deletes
+  Only one run may use a directory at a time (`workdir_lib.held`): it deletes
   incomplete checkpoints as the remains of a killed run. All processes of a run
   use the directory together and call the methods in the same order. Who only
   reads calls `restoring.restore_latest`.

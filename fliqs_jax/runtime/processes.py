@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import logging
 import os
+import select
 import signal
 import threading
 from typing import Any
@@ -26,6 +27,11 @@ _COUNTS = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
 _TPU = ('TPU_WORKER_HOSTNAMES', 'TPU_PROCESS_ADDRESSES')
 # On a machine without TPU chips, JAX sets this when it is imported.
 _NO_CHIPS = 'TPU_SKIP_MDS_QUERY'
+
+# Exit status of a command that a signal stopped: start me again.
+STOPPED = 75
+_STEPPING = threading.Event()
+_POLL = 0.1  # Seconds.
 
 
 def join(timeout: int, dead_after: int) -> None:
@@ -160,26 +166,78 @@ def together() -> Iterator[None]:
       raise ValueError(f'process {i}: {problem}')
 
 
-class Stop:
-  """A question asked once a step: did a SIGTERM ask the run to stop?
+@contextlib.contextmanager
+def stepping() -> Iterator[None]:
+  """Marks the time in which a run asks `Stop` after each step, and saves."""
+  _STEPPING.set()
+  try:
+    yield
+  finally:
+    _STEPPING.clear()
 
-  All processes get the same answer at the same step, whichever process got the
-  signal.
+
+class Stop:
+  """A question asked once a step: did a signal ask the run to stop?
+
+  Make one in the main thread of a command, before the work begins. SIGTERM and
+  SIGINT (Ctrl-C) then do the same:
+
+  * While the run is `stepping`, the next question is answered with yes, in all
+    processes at the same step, whichever process got the signal.
+  * At any other time, as in a compilation or an evaluation, this process ends
+    at once, with one line of the log and status 75. Nothing is lost then: what
+    is not in the last checkpoint is a function of it.
+  * A second SIGINT ends the process at once.
+
+  Several processes use JAX's coordination service, to which a SIGTERM belongs;
+  so one that arrives at any other time is answered at the next step, if there
+  is one.
   """
 
   def __init__(self):
     self._calls = itertools.count(1)
-    self._signalled = False
-    if not jax.distributed.is_initialized():
-      signal.signal(signal.SIGTERM, self._remember)
+    self._signalled = self._answered = False
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, self._remember)
+    # Python runs handlers in the main thread only, between its instructions. A
+    # compilation is one such instruction, and the pipe does not wait for it.
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    watch = threading.Thread(target=self._watch, args=(reading,), daemon=True)
+    watch.start()
 
   def _remember(self, *_) -> None:
     self._signalled = True
+
+  def _watch(self, pipe: int) -> None:
+    interrupts = 0
+    while True:
+      wait = _POLL if self._signalled else None
+      for number in select.select([pipe], [], [], wait)[0] and os.read(pipe, 1):
+        if number not in (signal.SIGTERM, signal.SIGINT):
+          continue
+        self._signalled = True
+        interrupts += number == signal.SIGINT
+        if interrupts == 1 and jax.distributed.is_initialized():
+          os.kill(os.getpid(), signal.SIGTERM)  # For all processes.
+      if interrupts > 1 or (
+        self._signalled and not self._answered and not _STEPPING.is_set()
+      ):
+        _LOG.info(
+          'asked to stop: the same command goes on from the last checkpoint, '
+          'if there is one'
+        )
+        os._exit(STOPPED)  # Native code may be busy for minutes.
 
   def __call__(self) -> bool:
     """Returns whether to stop after this step."""
     if jax.distributed.is_initialized():
       # JAX needs numbers that only grow within a process. Those of calls do;
       # those of steps begin again if a run of a reference follows.
-      return multihost_utils.reached_preemption_sync_point(next(self._calls))
-    return self._signalled
+      self._answered = multihost_utils.reached_preemption_sync_point(
+        next(self._calls)
+      )
+    else:
+      self._answered = self._signalled
+    return self._answered

@@ -1,7 +1,20 @@
-"""Names of the files and folders in a run's workdir.
+"""A run's workdir: the names of its files and folders, and the lock on it.
 
-A sweep's folder holds the workdirs of its runs and three more files.
+A sweep's folder holds the workdirs of its runs and three more files. A workdir
+has one user at a time. The system keeps the lock and releases it when the
+process ends, also by `kill -9`. The lock's file stays: whoever deleted it could
+lock another file of that name.
 """
+
+from collections.abc import Iterator
+import contextlib
+import fcntl
+import logging
+import os
+import pathlib
+import socket
+import time
+from typing import TextIO
 
 # The config of the run; written before its first step.
 CONFIG = 'config.json'
@@ -38,3 +51,68 @@ COMPARISON_PAGE = 'compare.html'
 COMPARISON_FIGURE = 'compare.png'
 # In the workdir of a run: the architecture that it was given.
 ASSIGNED = 'assigned.json'
+
+_LOG = logging.getLogger(__name__)
+
+# A file server notices that a machine is gone after 90 s (NFSv4's usual lease).
+_LEASE = 120
+
+
+@contextlib.contextmanager
+def held(directory: str | os.PathLike[str]) -> Iterator[None]:
+  """Holds the lock of a directory; only one process of a run may ask for it.
+
+  If a process of another machine holds it, which may have crashed together with
+  that machine, this waits until a file server must have noticed it. On a file
+  system without locks it warns and goes on.
+
+  Args:
+    directory: path of the directory, which exists.
+
+  Raises:
+    ValueError: another process holds the lock, or the directory cannot be
+      written.
+  """
+  path = pathlib.Path(directory, LOCK)
+  try:
+    file = path.open('a+')
+  except OSError as error:
+    raise ValueError(
+      f'{directory} cannot be written: {error}; choose another directory'
+    ) from None
+  with file:
+    began = time.monotonic()
+    while not _locked(file):
+      file.seek(0)
+      user = file.read() or 'another process'
+      is_here = user.endswith(_here())
+      if is_here or time.monotonic() - began > _LEASE:
+        raise ValueError(
+          f'{directory} is in use by {user}: two runs would mix their files. '
+          'Wait for that one, end it, or choose another directory'
+        )
+      _LOG.info('waiting: %s is in use by %s', directory, user)
+      time.sleep(_LEASE / 8)
+    file.truncate(0)
+    file.write(f'process {os.getpid()}{_here()}')
+    file.flush()
+    yield
+
+
+def _here() -> str:
+  return f' on {socket.gethostname()}'
+
+
+def _locked(file: TextIO) -> bool:
+  """Returns whether this process has the lock now."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError as error:  # Such as ENOLCK or ENOTSUP.
+    _LOG.warning(
+      '%s cannot be locked (%s): do not start a second run there',
+      file.name,
+      error.strerror,
+    )
+  return True

@@ -47,11 +47,13 @@ def test_a_step_gets_the_batches_of_its_number(
   step.memory_analysis = lambda: ns(temp_size_in_bytes=7)
   monkeypatch.setattr(loop.allocator, 'Allocator', lambda *args: None)
   result = loop.Run(state=first)
+  devices = ns(feed=iter, mesh=ns(size=1), compile=lambda *args: step)
   done = loop._steps(
     first,
+    *loop._compiled(first, result, experiment, devices),
     result,
     experiment,
-    ns(feed=iter, mesh=ns(size=1), compile=lambda *args: step),
+    devices,
     ns(add=metrics.append),
     monitoring.Trace('', 5, ''),
   )

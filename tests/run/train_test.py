@@ -365,9 +365,11 @@ def test_a_run_killed_at_any_moment_ends_bit_identical(tmp_path):
   # after the last step, while results are written.
   for moment, how, status in (
     ('step 5/60', signal.SIGKILL, -signal.SIGKILL),
+    ('compiling the step', signal.SIGINT, 75),  # Nothing is lost yet.
     ('step 25/60', signal.SIGTERM, 75),  # It saves, wherever it is.
     ('step 40/60', signal.SIGKILL, -signal.SIGKILL),
     ('step 60/60', signal.SIGKILL, -signal.SIGKILL),
+    ('cost target', signal.SIGTERM, 75),  # It evaluates; no step is left.
   ):
     assert _ended_at(_start(broken), moment, how) == status, moment
   process = _start(broken)

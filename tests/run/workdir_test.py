@@ -10,7 +10,7 @@ from fliqs_jax.report import report
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import train
 from fliqs_jax.runtime import array_files
-from fliqs_jax.runtime import locks
+from fliqs_jax.runtime import workdir as workdir_lib
 from tests import helpers
 from tests import tiny
 
@@ -56,7 +56,10 @@ def test_a_run_that_is_not_finished_is_not_evaluated(copy, step):
 
 def test_a_second_run_in_a_workdir_is_refused(copy):
   before = helpers.tree_of(copy / 'checkpoints'), helpers.facts(copy)
-  with locks.held(copy), pytest.raises(ValueError, match='in use by process'):
+  with (
+    workdir_lib.held(copy),
+    pytest.raises(ValueError, match='in use by process'),
+  ):
     train.train_and_evaluate(tiny.get_config(), copy)
   assert before == (helpers.tree_of(copy / 'checkpoints'), helpers.facts(copy))
 

@@ -361,13 +361,55 @@ def test_a_cluster_is_asked_for_the_others_if_there_is_one(
   )
 
 
-def test_one_process_stops_by_a_signal_of_its_own():
-  before = signal.getsignal(signal.SIGTERM)
-  try:
-    stop = processes.Stop()
-    assert not stop()
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stop()
-    assert stop()  # All runs of this process end, one after another.
-  finally:
-    signal.signal(signal.SIGTERM, before)
+_STOPS = """
+import hashlib, logging, sys, time
+from fliqs_jax.runtime import processes
+logging.basicConfig(level=logging.INFO, format='%(message)s')
+stop = processes.Stop()
+if sys.argv[1] == 'compiles':  # Native code, which no handler of Python ends.
+  print('ready', flush=True)
+  hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)
+with processes.stepping():
+  assert not stop()
+  print('ready', flush=True)
+  while not stop():
+    time.sleep(0.01)
+  assert stop()  # All runs of this process end, one after another.
+time.sleep(0.5)  # It saves.
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize('how', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  ('what', 'status', 'line'),
+  [('steps', 7, ''), ('compiles', 75, 'asked to stop: the same command goes')],
+)
+def test_a_signal_is_answered_after_a_step_or_at_once(what, how, status, line):
+  with subprocess.Popen(
+    [sys.executable, '-c', _STOPS, what],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as process:
+    assert process.stdout.readline() == 'ready\n'
+    process.send_signal(how)
+    began = time.monotonic()
+    _, log = process.communicate()
+  assert process.returncode == status
+  assert time.monotonic() - began < 5
+  assert log.count('\n') == (1 if line else 0)
+  assert log.startswith(line)
+
+
+def test_a_second_interrupt_does_not_wait_for_a_step():
+  waits = _STOPS.replace('while not stop()', 'while True')
+  with subprocess.Popen(
+    [sys.executable, '-c', waits, 'steps'], stdout=subprocess.PIPE, text=True
+  ) as process:
+    assert process.stdout.readline() == 'ready\n'
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)  # Signals that are pending together are one.
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+  assert process.returncode == 75

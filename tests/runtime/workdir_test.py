@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from fliqs_jax.runtime import locks
+from fliqs_jax.runtime import workdir as workdir_lib
 
 _HOLDS = """
 import sys, time
-from fliqs_jax.runtime import locks
-with locks.held(sys.argv[1]):
+from fliqs_jax.runtime import workdir as workdir_lib
+with workdir_lib.held(sys.argv[1]):
   print('held', flush=True)
   time.sleep(600)
 """
@@ -27,20 +27,20 @@ def test_a_directory_has_one_user_until_that_is_killed(tmp_path):
     user = f'process {other.pid} on {socket.gethostname()}'
     with (
       pytest.raises(ValueError, match=f'in use by {user}: .*choose another'),
-      locks.held(tmp_path),
+      workdir_lib.held(tmp_path),
     ):
       pass
     other.send_signal(signal.SIGKILL)
-  with locks.held(tmp_path):
+  with workdir_lib.held(tmp_path):
     assert f'process {os.getpid()} on' in (tmp_path / '.lock').read_text()
-  with locks.held(tmp_path):  # And once more, by the same process.
+  with workdir_lib.held(tmp_path):  # And once more, by the same process.
     pass
 
 
 def test_a_lock_ends_with_an_error(tmp_path):
-  with pytest.raises(KeyError), locks.held(tmp_path):
+  with pytest.raises(KeyError), workdir_lib.held(tmp_path):
     raise KeyError
-  with locks.held(tmp_path):
+  with workdir_lib.held(tmp_path):
     pass
 
 
@@ -58,17 +58,17 @@ def test_a_user_on_another_machine_may_be_gone(
 
   (tmp_path / '.lock').write_text('process 1 on some-other-machine')
   monkeypatch.setattr(fcntl, 'flock', lock)
-  monkeypatch.setattr(locks.time, 'monotonic', lambda: clock[0])
+  monkeypatch.setattr(workdir_lib.time, 'monotonic', lambda: clock[0])
   monkeypatch.setattr(
-    locks.time, 'sleep', lambda s: clock.__setitem__(0, clock[0] + s)
+    workdir_lib.time, 'sleep', lambda s: clock.__setitem__(0, clock[0] + s)
   )
   if comes_back:
     with pytest.raises(ValueError, match='in use by process 1 on some-other'):
-      locks.held(tmp_path).__enter__()
+      workdir_lib.held(tmp_path).__enter__()
     # NFSv4 grants it after 90 s.
     assert tries[-1] > 120
   else:
-    with locks.held(tmp_path):
+    with workdir_lib.held(tmp_path):
       assert 90 <= tries[-1] <= 120
 
 
@@ -79,7 +79,7 @@ def test_a_file_system_without_locks_is_warned_of(
     raise OSError(errno.ENOLCK, 'No locks available')
 
   monkeypatch.setattr(fcntl, 'flock', no_locks)
-  with locks.held(tmp_path):
+  with workdir_lib.held(tmp_path):
     pass
   assert 'No locks available' in caplog.text
 
@@ -87,6 +87,6 @@ def test_a_file_system_without_locks_is_warned_of(
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):
   with (
     pytest.raises(ValueError, match='none cannot be written'),
-    locks.held(tmp_path / 'none'),
+    workdir_lib.held(tmp_path / 'none'),
   ):
     pass
