@@ -73,7 +73,8 @@ def _unet() -> Model:
     attention_head_dim=2,
     cross_attention_dim=16,
   )
-  inputs = _normal(2, 4, 8, 8), np.array([1, 5]), _normal(2, 8, 16)
+  # Diffusers takes an array of NumPy for one number.
+  inputs = _normal(2, 4, 8, 8), jnp.array([1, 5]), _normal(2, 8, 16)
   params = model.init_weights(jax.random.key(0))
   return model, dict(params=params), inputs
 

@@ -84,6 +84,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     groups=(),
     weight_clip='absmax',
     act_clip=4.0,
+    act_threshold='deviation' if arg.preset == 'paper' else 'magnitude',
     act_start=0.15,
     arch=arg.arch,
   )

@@ -124,6 +124,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     groups=(),
     weight_clip='absmax',
     act_clip='laplacian',
+    act_threshold='deviation' if arg.preset == 'paper' else 'magnitude',
     act_start=0.15,
     arch=arg.arch,
   )

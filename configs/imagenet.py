@@ -157,6 +157,7 @@ def recipe(
     groups=(),
     weight_clip='absmax',
     act_clip=4.0,
+    act_threshold='deviation' if arg.preset == 'paper' else 'magnitude',
     act_start=start,
     arch=arg.arch,
   )

@@ -54,8 +54,9 @@ def weights(
     if any(math.isfinite(m) for m in multiples):
       multiple = one_hot_lib.pick(one_hot, jnp.asarray(multiples))
       where = None if active is None else jnp.broadcast_to(active, w.shape)
-      std = jnp.std(w, axis=contracted, keepdims=True, where=where)
-      threshold = jnp.minimum(peak, multiple * std)
+      over = dict(axis=contracted, keepdims=True, where=where)
+      mean, std = jnp.mean(w, **over), jnp.std(w, **over)
+      threshold = _threshold(multiple, mean, std, peak)
     return quantize.quantize(w, quantize.select(menu, one_hot), threshold)
 
   return on_grid
@@ -69,13 +70,15 @@ def first_statistics(menu: Menu, clip: str | float) -> dict[str, np.ndarray]:
     clip: the rule of their threshold, `QuantSpec.first_act_clip`.
 
   Returns:
-    `mean`, `mean_square` [] float32, running moments; `count` [] int32, batches
-    seen; `active` [] bool, whether activations are quantized yet; `clip` [K]
-    float32, threshold of each format as a multiple of the standard deviation.
+    `mean`, `variance`, `largest` [] float32, running means over batches of the
+    mean, of the variance about it, and of the largest magnitude; `count` []
+    int32, batches seen; `active` [] bool, whether activations are quantized
+    yet; `clip` [K] float32, the multiple of each format.
   """
   return dict(
     mean=np.zeros((), np.float32),
-    mean_square=np.zeros((), np.float32),
+    variance=np.zeros((), np.float32),
+    largest=np.zeros((), np.float32),
     count=np.zeros((), np.int32),
     active=np.ones((), np.bool_),
     clip=np.asarray(clipping.multiples(clip, menu), np.float32),
@@ -83,30 +86,51 @@ def first_statistics(menu: Menu, clip: str | float) -> dict[str, np.ndarray]:
 
 
 def observed(
-  statistics: Statistics, x: jax.Array, dense: Any = 1.0
+  statistics: Statistics, x: jax.Array, active: jax.Array | None = None
 ) -> dict[str, Any]:
   """Returns the statistics after a batch; `clip` and `active` do not change.
+
+  A batch that is empty or holds a number that is not finite, or of which the
+  square is not, changes nothing.
 
   Args:
     statistics: those before the batch.
     x: [...] float32 activations.
-    dense: number of values over the number of active ones, whose mean counts.
+    active: bool [C], which of the last axis are active; the others are zero and
+      do not count. None: all.
   """
-  count = statistics['count'] + 1
-  weight = jnp.maximum(1.0 / count, 1.0 - _STATS_DECAY)
+  if not x.size:
+    return dict(statistics)
+  before = statistics['count']
   seen = lax.stop_gradient(x)
-  first, second = jnp.mean(seen) * dense, jnp.mean(seen * seen) * dense
-  mean, mean_square = statistics['mean'], statistics['mean_square']
+  # Moments about the mean so far: those about zero cancel where the offset is
+  # large. Before the first batch, any value of it is near its mean.
+  shift = jnp.where(before > 0, statistics['mean'], seen[(0,) * x.ndim])
+  centred, dense = seen - shift, 1.0
+  if active is not None:
+    centred = jnp.where(active, centred, 0.0)
+    dense = active.size / jnp.sum(active)
+  first = jnp.mean(centred) * dense
+  second = jnp.mean(centred * centred) * dense
+  weight = jnp.maximum(1.0 / (before + 1), 1.0 - _STATS_DECAY)
+  variance, largest = statistics['variance'], statistics['largest']
+  after = dict(
+    mean=shift + weight * first,
+    # That of the mixture of what was before and this batch.
+    variance=(1.0 - weight) * variance
+    + weight * jnp.maximum(second - weight * first * first, 0.0),
+    largest=largest + weight * (jnp.max(jnp.abs(seen)) - largest),
+    count=before + 1,
+  )
+  usable = jnp.isfinite(second)
   return {
     **statistics,
-    'mean': mean + weight * (first - mean),
-    'mean_square': mean_square + weight * (second - mean_square),
-    'count': count,
+    **{k: jnp.where(usable, new, statistics[k]) for k, new in after.items()},
   }
 
 
 def activations(
-  x: jax.Array, menu: Menu, statistics: Statistics
+  x: jax.Array, menu: Menu, statistics: Statistics, rule: str
 ) -> mixture.OnGrid:
   """Returns activations as a function of their format.
 
@@ -114,14 +138,19 @@ def activations(
     x: [...] float32 activations.
     menu: [K] formats.
     statistics: their statistics, this batch included.
+    rule: how their threshold is made of them, `QuantSpec.act_threshold`.
   """
-  square = statistics['mean_square']
-  std = jnp.sqrt(jnp.maximum(square - statistics['mean'] ** 2, 0.0))
+  mean, largest = statistics['mean'], statistics['largest']
+  std = jnp.sqrt(statistics['variance'])
   # Before the first batch there is no threshold: nothing is quantized.
   on = statistics['active'] & (statistics['count'] > 0)
 
   def on_grid(one_hot: jax.Array) -> quantize.Quantized:
-    threshold = one_hot_lib.pick(one_hot, statistics['clip']) * std
+    multiple = one_hot_lib.pick(one_hot, statistics['clip'])
+    if rule == 'magnitude':
+      threshold = _threshold(multiple, mean, std, largest)
+    else:
+      threshold = jnp.where(jnp.isfinite(multiple), multiple * std, largest)
     quantized = quantize.quantize(x, quantize.select(menu, one_hot), threshold)
     return quantize.Quantized(
       jnp.where(on, quantized.values, x),
@@ -129,3 +158,14 @@ def activations(
     )
 
   return on_grid
+
+
+def _threshold(multiple: Any, mean: Any, std: Any, largest: Any) -> jax.Array:
+  """Returns |mean| + multiple x std, at most the largest magnitude.
+
+  A grid is symmetric about zero, so it must reach as far as the values, not as
+  they spread. For a mean of zero this is the paper's multiple of the standard
+  deviation (A.2), without the part of the grid that no value reaches.
+  """
+  spread = jnp.where(jnp.isfinite(multiple), multiple * std, jnp.inf)
+  return jnp.minimum(jnp.abs(mean) + spread, largest)

@@ -314,15 +314,14 @@ class Operands:
     self.module.sow('act_inputs', 'x', x)  # Stored only while calibrating.
     statistics = {name: variable.value for name, variable in stats.items()}
     if self.module.is_mutable_collection('quant_stats'):
-      dense = 1.0
+      active = None
       if channels := self._several(sizes.INPUT_CHANNELS):
-        # Inactive channels are zero, but the means divide by all channels.
         leaf = self.leaves[sizes.INPUT_CHANNELS]
-        dense = x.shape[-1] / channel_masks.active_count(leaf, channels)
-      statistics = grids.observed(statistics, x, dense)
-      for name in ('mean', 'mean_square', 'count'):
-        stats[name].value = statistics[name]
-    return grids.activations(x, menu, statistics)
+        active = channel_masks.is_active(leaf, channels)
+      statistics = grids.observed(statistics, x, active)
+      for name, value in statistics.items():
+        stats[name].value = value
+    return grids.activations(x, menu, statistics, self.spec.act_threshold)
 
   def _compute_dtype(self, q: quantize.Quantized) -> quantize.Quantized:
     # Grid values are exact in bfloat16, so this rounds only unquantized values.

@@ -12,9 +12,10 @@ Collections, per layer:
   arch: `format` [K] one-hot, or `weights` and `activations` [K]; probabilities
     instead if `QuantSpec.mix` makes the layer a relaxed one. If sizes are open,
     `input_channels`, `output_channels` and `kernel` [K].
-  quant_stats: `mean`, `mean_square` [], running moments of the input; `count`
-    [], batches seen; `active` [], whether activations are quantized yet; `clip`
-    [K], threshold of each format as a multiple of the standard deviation.
+  quant_stats: `mean`, `variance`, `largest` [], running statistics of the
+    input; `count` [], batches seen; `active` [], whether activations are
+    quantized yet; `clip` [K], the multiple of the standard deviation for each
+    format.
   cost: `ops`, a static `ops.OpShape` per call.
 """
 

@@ -20,9 +20,10 @@ best at 3 (68.02) and loses 0.8 points at 5. It does not name the format, but
 accuracies follow the INT4 error of Gaussian tensors at the three rates we keep
 (correlation -0.99), not that at all five (-0.79), nor an INT8 error at any. So
 we read "3 to 4 std" as a 4-bit number. More bits can afford to cover the
-outliers, and the table does: 12 std and more at INT8. That costs a tensor
+outliers, and the table does: 12 std and more at INT8. That would cost a tensor
 without outliers, whose best INT5 and INT8 are 2.9 and 3.9 std, a threefold and
-an eightfold error: profile such tensors, or use the paper's constant 4.
+an eightfold error. So no threshold lies beyond the largest magnitude
+(`layers.grids`).
 """
 
 from collections.abc import Sequence

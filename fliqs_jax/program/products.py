@@ -27,6 +27,17 @@ WEIGHTS = 'fliqs weights'
 
 # Last parts of a variable's path that say nothing about the layer.
 _USUAL = ('kernel', 'embedding', 'weight', 'w')
+# Primitives that move numbers, mask them or drop some of them out.
+_SAME_NUMBERS = (
+  'broadcast_in_dim',
+  'convert_element_type',
+  'copy',
+  'mul',
+  'reshape',
+  'select_n',
+  'squeeze',
+  'transpose',
+)
 # What transforms and calls add to the name of a place.
 _TRANSFORMS = re.compile(r'\w+\(([^()]*)\)')
 _NAMELESS = ('checkpoint', 'remat', 'while', 'body', 'cond', 'scan')
@@ -42,6 +53,8 @@ class Origin:
     scans: places of the scans of which it is the slice of one iteration.
     marked: whether it is marked as weights.
     selected: whether an input selects it from the variables.
+    softmax: `exp` of a value that depends on inputs, `div` by a sum of such, or
+      a product with, or selection from, either; else empty.
   """
 
   leaves: frozenset[str] = frozenset()
@@ -49,6 +62,7 @@ class Origin:
   scans: frozenset[Place] = frozenset()
   marked: bool = False
   selected: bool = False
+  softmax: str = ''
 
   @property
   def is_weight(self) -> bool:
@@ -78,6 +92,7 @@ class Product:
     scans: (place, length) of the scans of which each iteration has weights of
       its own; of two activations, those with any weights of an iteration.
     slices: lengths of the batch axes of the weights.
+    softmax: numbers of those operands that are results of a softmax.
     calls: number of calls of each iteration.
     has_integer_form: whether it could run on integers.
     reason: why it cannot be quantized; empty if it can.
@@ -95,6 +110,7 @@ class Product:
   channels: int
   scans: tuple[tuple[Place, int], ...]
   slices: tuple[int, ...]
+  softmax: frozenset[int]
   calls: int
   has_integer_form: bool
   reason: str
@@ -225,7 +241,10 @@ class _Finder:
   def _equation(
     self, eqn: core.JaxprEqn, origins: list[Origin], here: _Here
   ) -> list[Origin]:
-    name, joined = equations.name(eqn), _join(origins)
+    name = equations.name(eqn)
+    joined = dataclasses.replace(
+      _join(origins), softmax=_part_of_softmax(name, origins)
+    )
     results = [joined] * len(eqn.outvars)
     if contraction := contractions.of(eqn):
       self._product(eqn, contraction, origins, here)
@@ -360,6 +379,9 @@ class _Finder:
       channels=channels,
       scans=scans,
       slices=slices,
+      softmax=frozenset(
+        i for i, origin in enumerate(pair) if origin.softmax == 'div'
+      ),
       has_integer_form=side is not None and contraction.has_integer_form,
       reason=reason,
     )
@@ -378,6 +400,7 @@ class _Finder:
       channels=table.shape[0],
       scans=origins[0].scans,
       slices=(),
+      softmax=frozenset(),
       has_integer_form=False,
       reason='',
     )
@@ -434,6 +457,17 @@ def _join(origins: Sequence[Origin]) -> Origin:
     marked=any(origin.marked for origin in origins),
     selected=bool(varying) and all(origin.selected for origin in varying),
   )
+
+
+def _part_of_softmax(name: str, origins: Sequence[Origin]) -> str:
+  """Returns `Origin.softmax` of the result of an equation."""
+  if name in ('exp', 'exp2') and origins[0].varies:
+    return 'exp'
+  if name == 'div' and origins[0].softmax:
+    return 'div'
+  if name in _SAME_NUMBERS:
+    return next((o.softmax for o in origins if o.softmax), '')
+  return ''
 
 
 def _short(leaf: str) -> str:

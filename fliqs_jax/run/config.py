@@ -114,6 +114,7 @@ SCHEMA: dict[str, Any] = {
     'groups': _LIST,
     'weight_clip': _of_type(str, float, int),
     'act_clip': _of_type(str, float, int),
+    'act_threshold': _of_type(str),
     'act_start': _number(0, 1),
     'arch': _of_type(str),
   },
@@ -176,6 +177,7 @@ SCHEMA: dict[str, Any] = {
 _ADDED = {
   'cost': {'bound': 'near'},
   'search': {'scores': '', 'scorings': 0},
+  'quant': {'act_threshold': 'deviation'},
   'train': {'dtype': 'float32'},
 }
 

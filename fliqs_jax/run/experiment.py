@@ -361,6 +361,7 @@ def _spec(
     groups=tuple(quant.groups),
     weight_clip=quant.weight_clip,
     act_clip=quant.act_clip,
+    act_threshold=quant.act_threshold,
     assignment=assigned,
   )
 

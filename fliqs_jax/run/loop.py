@@ -213,6 +213,7 @@ def _profile(experiment, devices, state):
     experiment.space,
     variables,
     map(data.model_inputs, devices.feed(batches)),
+    experiment.spec.act_threshold,
     devices.everywhere,
   )
   stats = jax.device_put(stats, devices.everywhere)

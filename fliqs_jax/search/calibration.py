@@ -2,10 +2,11 @@
 
 They are the alternative to the pre-computed table ("Switchable Clipping",
 section 3): for each format of a layer, the multiple of the standard deviation
-that quantizes the layer's own activations best.
+with which the threshold quantizes the layer's own activations best.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+import logging
 from typing import Any
 
 from flax import traverse_util
@@ -14,7 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.numerics import clipping
+from fliqs_jax.numerics import formats
 from fliqs_jax.space import search_space
+
+_LOG = logging.getLogger(__name__)
 
 # A sample of this size determines a multiple to about 1 %.
 _VALUES = 100_000
@@ -25,9 +29,12 @@ def profiled_clips(
   space: search_space.SearchSpace,
   variables: Mapping[str, Any],
   images: Iterable[Any],
+  rule: str,
   everywhere: jax.sharding.Sharding | None = None,
 ) -> dict[str, Any]:
   """Returns `quant_stats` with every `clip` [K] replaced by a profiled one.
+
+  A layer whose activations were all zero keeps its multiples, with a warning.
 
   Args:
     apply: the model's `apply`.
@@ -35,11 +42,12 @@ def profiled_clips(
     variables: params, arch and the other collections; `quant_stats` must hold
       statistics of at least one batch.
     images: batches [N, H, W, C]; ten are enough (Table 10c).
+    rule: how thresholds are made of statistics, `QuantSpec.act_threshold`.
     everywhere: the sharding of an array that all processes can read, needed if
       the batches are split over devices of several processes.
 
   Raises:
-    ValueError: a layer's activations are all zero or not finite.
+    ValueError: a layer's activations are not finite.
   """
 
   def sampled(variables: Mapping[str, Any], images: Any) -> Any:
@@ -61,17 +69,41 @@ def profiled_clips(
   menus = {op.path: op.shape.act_menu or () for op in space.ops}
   for layer, parts in seen.items():
     prefix = f'{layer}/' if layer else ''
-    values = np.concatenate(parts)
-    mean, square = stats[f'{prefix}mean'], stats[f'{prefix}mean_square']
-    std = float(np.sqrt(max(square - mean**2, 0)))
+    values = _some(np.concatenate(parts))
+    mean = abs(float(stats[f'{prefix}mean'])) if rule == 'magnitude' else 0.0
+    std = float(np.sqrt(stats[f'{prefix}variance']))
+    if not values.any() or not mean + std:
+      _LOG.warning(
+        'quant.act_clip=profiled: the activations of layer %s are all %s: it '
+        'keeps the clipping of the table',
+        layer,
+        'equal' if values.any() else 'zero',
+      )
+      continue
     try:
-      multiples = clipping.profiled_multiples(_some(values), std, menus[layer])
+      clip = _multiples(values, mean, std, menus[layer])
     except ValueError as error:
       raise ValueError(
         f'quant.act_clip=profiled: layer {layer}: {error}'
       ) from None
-    stats[f'{prefix}clip'] = jnp.asarray(multiples, jnp.float32)
+    stats[f'{prefix}clip'] = jnp.asarray(clip, jnp.float32)
   return traverse_util.unflatten_dict(stats, sep='/')
+
+
+def _multiples(
+  values: np.ndarray,
+  mean: float,
+  std: float,
+  menu: Sequence[formats.NumericFormat],
+) -> np.ndarray:
+  """Returns the [K] multiples of `std` that, added to `mean`, fit values best.
+
+  Where all values are equal, the mean alone is their threshold.
+  """
+  unit = float(np.hypot(mean, std))
+  thresholds = unit * clipping.profiled_multiples(values, unit, menu)
+  beyond = np.maximum(thresholds - mean, 0)
+  return np.divide(beyond, std) if std else np.where(beyond < np.inf, 0, beyond)
 
 
 def _some(values: Any) -> Any:

@@ -10,6 +10,7 @@ from fliqs_jax.numerics import formats
 
 MODES = ('tied', 'weights', 'activations', 'separate')
 MIXES = ('sampled', 'composite', 'branched')
+ACT_THRESHOLDS = ('magnitude', 'deviation')
 
 Menu = tuple[formats.NumericFormat, ...]
 
@@ -52,10 +53,14 @@ class QuantSpec:
     weight_clip: threshold of the weights, one per output channel: `absmax`, or
       a multiple of their standard deviation: `gaussian`, `laplacian` (tables of
       one multiple per format, A.8) or a positive number.
-    act_clip: threshold of the activations, one per tensor, a multiple of their
-      running standard deviation: `gaussian`, `laplacian`, a positive number
-      (Table 4: 4), or `profiled`, a multiple per layer and format that
-      `calibration.profiled_clips` measures.
+    act_clip: multiple of the running standard deviation in the threshold of the
+      activations, one per tensor: `gaussian`, `laplacian`, a positive number
+      (Table 4: 4), `profiled`, a multiple per layer and format that
+      `calibration.profiled_clips` measures, or `absmax`, the running mean of
+      the largest magnitudes.
+    act_threshold: `magnitude`, the running mean's magnitude plus the multiple,
+      at most the running mean of the largest magnitudes; or `deviation`, the
+      multiple alone (A.2), for activations whose mean is near zero.
     assignment: {layer path: (weights, activations)}, names of formats or None
       for an unquantized side, as in arch.json. It fixes every layer; None: no
       layer is fixed by it.
@@ -68,6 +73,7 @@ class QuantSpec:
   groups: tuple[tuple[str, str], ...] = ()
   weight_clip: str | float = 'absmax'
   act_clip: str | float = 'laplacian'
+  act_threshold: str = 'magnitude'
   assignment: Any = None
   mix: str = 'sampled'
 
@@ -79,6 +85,11 @@ class QuantSpec:
     if self.mix not in MIXES:
       raise ValueError(
         f'mix={self.mix!r} is unknown; allowed: {", ".join(MIXES)}'
+      )
+    if self.act_threshold not in ACT_THRESHOLDS:
+      raise ValueError(
+        f'quant.act_threshold={self.act_threshold!r} is unknown; allowed: '
+        f'{", ".join(ACT_THRESHOLDS)}'
       )
 
     # The fields of a linen layer must be hashable, so lists become tuples.
@@ -99,11 +110,6 @@ class QuantSpec:
     return 'laplacian' if self.act_clip == 'profiled' else self.act_clip
 
   def _check_clips(self) -> None:
-    if self.act_clip == 'absmax':
-      raise ValueError(
-        "quant.act_clip='absmax': of activations only the standard deviation "
-        'is profiled; use gaussian, laplacian, profiled or a positive number'
-      )
     menus = [self.formats, *(menu for _, menu in self.menus)]
     for _, sides in self.assignment or ():
       menus += [menu for menu in sides if menu]

@@ -117,7 +117,8 @@ def statistics(mode):
   return dict(
     quant_stats=dict(
       mean=np.float32(0.4),
-      mean_square=np.float32(0.9),
+      variance=np.float32(0.74),
+      largest=np.float32(1e3),
       count=np.int32(3),
       active=np.bool_(True),
       clip=np.asarray([2, 3], np.float32),  # Some values are clipped.

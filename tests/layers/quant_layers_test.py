@@ -395,26 +395,42 @@ def test_running_moments_are_those_of_the_batches():
         moments['mean'], _averages(seen.mean(axis=1)), rtol=1e-4, atol=1e-5
       )
       np.testing.assert_allclose(
-        moments['mean_square'], _averages((seen**2).mean(axis=1)), rtol=1e-5
+        moments['variance'],
+        _averages((seen**2).mean(axis=1)) - _averages(seen.mean(axis=1)) ** 2,
+        rtol=1e-5,
+      )
+      np.testing.assert_allclose(
+        moments['largest'], _averages(np.abs(seen).max(axis=1)), rtol=1e-5
       )
 
 
-def test_the_threshold_is_a_multiple_of_the_running_deviation():
-  layer = quant_layers.QuantDense(
-    8, use_bias=False, spec=quant_spec.QuantSpec('int4')
-  )
+@pytest.mark.parametrize(
+  ('rule', 'largest', 'threshold'),
+  [
+    # 3 and 2.5 deviations of 2; no more than the largest magnitude.
+    ('magnitude', 20, 3 + 2.5 * 2),
+    ('magnitude', 7, 7),
+    ('deviation', 20, 2.5 * 2),
+    ('deviation', 4, 2.5 * 2),
+  ],
+)
+def test_the_threshold_follows_its_rule(rule, largest, threshold):
+  spec = quant_spec.QuantSpec('int4', act_clip=2.5, act_threshold=rule)
+  layer = quant_layers.QuantDense(8, use_bias=False, spec=spec)
   menu = formats.menu('int4')
   variables = dict(
     params={'kernel': 7 * np.eye(8, dtype=np.float32)},
     arch={'format': np.ones(1, np.float32)},
-    # A variance of 13 - 3**2 = 2**2.
     quant_stats=cases.stats(
-      mean=np.float32(3), mean_square=np.float32(13), menu=menu
+      std=2.0,
+      menu=menu,
+      mean=np.float32(-3),
+      largest=np.float32(largest),
+      clip=np.float32([2.5]),
     ),
   )
   y = jax.jit(layer.apply)(variables, np.full((1, 8), 1e3, np.float32))
   # A weight of 7 is exact in INT4; the input saturates at the threshold.
-  threshold = clipping.multiples('laplacian', menu)[0] * 2
   np.testing.assert_allclose(y, np.full((1, 8), 7 * threshold), rtol=1e-6)
 
 
@@ -426,8 +442,7 @@ def test_activations_ignore_the_clip_of_weights(weight_clip):
   layer = quant_layers.QuantDense(8, use_bias=False, spec=spec)
   x = np.full((1, 8), 1e3, np.float32)
   variables = helpers.init(layer, x)
-  seen = dict(mean_square=np.float32(4), count=np.int32(1))  # A deviation of 2.
-  variables['quant_stats'] |= seen
+  variables['quant_stats'] |= cases.stats(std=2.0, clip=np.float32([3.0]))
   variables['params'] = {'kernel': np.eye(8, dtype=np.float32)}
   # The input saturates at 3 deviations.
   np.testing.assert_allclose(
@@ -493,7 +508,7 @@ def test_the_switch_reaches_every_layer_and_may_be_traced():
     switched = switch(nested, active)
     assert switched['a']['active'] == switched['b']['c']['active'] == active
     unchanged = jax.tree.map(np.array_equal, switched, nested)
-    assert sum(jax.tree.leaves(unchanged)) == 8 + 2 * active
+    assert sum(jax.tree.leaves(unchanged)) == 10 + 2 * active
 
 
 def test_constant_activations_give_no_nan():
@@ -503,7 +518,8 @@ def test_constant_activations_give_no_nan():
   params = cases.random_params(cases.CASES['dense'], seed=0)
   for name in ('INT4', 'BF16'):
     variables = cases.with_formats(params, name, name)
-    variables['quant_stats']['mean_square'] = np.float32(0)
+    variables['quant_stats'] |= dict(variance=np.float32(0))
+    variables['quant_stats'] |= dict(largest=np.float32(0))
     y, (dparams, dx) = forward_and_backward(layer)(
       variables, x, np.ones((2, 3, 5), np.float32)
     )
@@ -548,8 +564,9 @@ def test_a_gaussian_weight_clip_clips_and_masks_the_gradient():
     )
     multiple = clipping.multiples('gaussian', formats.menu([name]))[0]
     # The product with the identity shows the quantized weights.
-    deviation = kernel.astype(np.float64).std(axis=0)
-    threshold = np.minimum(multiple * deviation, np.abs(kernel).max(axis=0))
+    moments = kernel.astype(np.float64)
+    reach = np.abs(moments.mean(axis=0)) + multiple * moments.std(axis=0)
+    threshold = np.minimum(reach, np.abs(kernel).max(axis=0))
     np.testing.assert_allclose(
       np.abs(y).max(axis=0), threshold, rtol=1e-2 if name == 'BF16' else 1e-5
     )
@@ -644,9 +661,7 @@ def test_a_shared_layer_costs_twice_and_has_one_decision():
   dense = variables['params']['dense']
   hidden = np.tanh(x @ np.asarray(dense['kernel']) + np.asarray(dense['bias']))
   # Quantized to 4 bits before the tanh, hence not closer than that.
-  np.testing.assert_allclose(
-    moments['mean_square'], np.mean([x**2, hidden**2]), rtol=0.1
-  )
+  np.testing.assert_allclose(moments['variance'], np.var([x, hidden]), rtol=0.1)
 
 
 @cases.CASE

@@ -88,7 +88,7 @@ def random_variables(model, name):
       continue
     value = rng.normal(size=like.shape)
     if collection == 'quant_stats':
-      known = dict(mean=0.1, mean_square=0.1, count=7, active=True)
+      known = dict(mean=0.1, variance=0.09, count=7, active=True)
       value = np.full(like.shape, known.get(leaf, 3.0))
     elif leaf in ('scale', 'var'):
       value = rng.uniform(0.2, 0.6, like.shape) ** (1 if leaf == 'var' else 0.5)

@@ -137,6 +137,42 @@ def language_model():
   return linen(LanguageModel(), TOKENS, macs)
 
 
+class EncoderDecoder(nn.Module):
+  """As T5: attention by relative positions, one table, a tied head."""
+
+  @nn.compact
+  def __call__(self, source, target):
+    embed = nn.Embed(11, WIDTH, name='embed')
+    places = np.arange(TIME)
+    distances = places[None] - places[:, None] + TIME
+    bias = nn.Embed(2 * TIME, 2, name='bias')(distances).transpose(2, 0, 1)
+
+    def attend(name, x, memory, bias):
+      def heads(side, x):
+        layer = nn.DenseGeneral((2, 4), use_bias=False, name=f'{name}_{side}')
+        return layer(nn.RMSNorm(name=f'{name}_{side}_norm')(x))
+
+      q, k, v = heads('q', x), heads('k', memory), heads('v', memory)
+      y = nn.dot_product_attention(q, k, v, bias=bias)
+      out = nn.DenseGeneral(WIDTH, (-2, -1), use_bias=False, name=f'{name}_out')
+      return x + out(y)
+
+    x = embed(source)
+    x = attend('encoder', x, x, bias[None])
+    causal = jnp.where(distances <= TIME, 0.0, -1e9)
+    y = embed(target)
+    y = attend('decoder', y, y, bias[None] + causal[None, None])
+    y = attend('cross', y, x, None)
+    return embed.attend(y / np.float32(np.sqrt(WIDTH)))
+
+
+def encoder_decoder():
+  module, inputs = EncoderDecoder(), (TOKENS, TOKENS[:, ::-1])
+  macs = 3 * (PROJECTIONS + ATTENDED) + BATCH * TIME * WIDTH * 11
+  native = jax.jit(lambda variables, *x: module.apply(variables, *x))
+  return Foreign(module, inputs, macs, native)
+
+
 class GatedDecoder(nn.Module):
   """It multiplies by itself; one head of keys for two of queries."""
 
@@ -383,6 +419,7 @@ SLOW = pytest.mark.slow
 MODELS = [
   pytest.param(standardised_resnet, marks=SLOW),
   pytest.param(language_model, marks=SLOW),
+  pytest.param(encoder_decoder, marks=SLOW),
   gated_decoder,
   nnx_cnn,
   pytest.param(nnx_transformer, marks=SLOW),

@@ -78,7 +78,7 @@ def test_an_unknown_and_a_missing_key_are_both_named():
     ('quant', dict(formats=()), 'menu of formats is empty'),
     ('quant', dict(mode='both'), "quant.mode='both'"),
     ('quant', dict(exclude=('hiden*',)), "'hiden\\*' matches no layer"),
-    ('quant', dict(act_clip='absmax'), "quant.act_clip='absmax'"),
+    ('quant', dict(act_threshold='rms'), "quant.act_threshold='rms'"),
     ('quant', dict(act_clip='profiled', act_start=0.0), 'before they'),
     ('quant', dict(act_start=0.5), 'search.start=0.25 comes before'),
     ('quant', dict(act_start=2), r'quant.act_start=2(.0)? must be'),

@@ -121,7 +121,7 @@ def test_the_test_loss_is_that_of_a_loop_by_hand(finished):
     stats = settle(variables, images)[1]['quant_stats']
     seen.append(stats)
   for layer in stats:
-    for name in ('mean', 'mean_square'):
+    for name in ('mean', 'variance', 'largest'):
       stats[layer][name] = (seen[1][layer][name] + seen[2][layer][name]) / 2
   losses, hits = [], []
   variables = {'params': state.average, 'arch': arch, 'quant_stats': stats}

@@ -206,9 +206,9 @@ def test_an_unknown_mode_is_an_error():
     quant_spec.QuantSpec(mode='both')
 
 
-def test_activations_cannot_be_clipped_at_their_maximum():
-  with pytest.raises(ValueError, match="quant.act_clip='absmax'"):
-    quant_spec.QuantSpec(act_clip='absmax')
+def test_an_unknown_rule_of_thresholds_is_refused():
+  with pytest.raises(ValueError, match="quant.act_threshold='rms' is unknown"):
+    quant_spec.QuantSpec(act_threshold='rms')
 
 
 @pytest.mark.parametrize('key', ['weight_clip', 'act_clip'])
