@@ -31,6 +31,7 @@ from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import results
 from fliqs_jax.run import sensitivity_table
+from fliqs_jax.runtime import commands
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import sensitivity
@@ -102,6 +103,7 @@ def front(
   )
 
 
+@commands.reported
 def main(argv: Sequence[str]) -> int:
   """Prints the result; a user's mistake gives one line and status 2."""
   parser = argparse.ArgumentParser(prog='python -m fliqs_jax.assign')
@@ -116,30 +118,26 @@ def main(argv: Sequence[str]) -> int:
   args = parser.parse_args(argv)
   if (args.target is None) == (args.front is None):
     parser.error('give --target or --front')
-  try:
-    run = evaluation.restore(args.workdir)
-    table = args.table or str(
-      pathlib.Path(args.workdir) / workdir_lib.SENSITIVITY
-    )
-    raw = sensitivity_table.raw_scores(sensitivity_table.read(table, run))
-    _, negative = sensitivity.regular(run.experiment.space, raw)
-    # A front has targets of its own; any will do.
-    target = 1.0 if args.target is None else args.target
-    experiment = sensitivity_table.at_target(
-      run.experiment, target, args.relative_to, args.kind
-    )
-    if args.front is None:
-      solved = allocate(experiment, raw, args.method, args.out)
-      print(json.dumps(dict(solved, negative_scores=negative)))
-    else:
-      print(front(experiment, raw, args.front, args.method, args.out))
-      if negative:
-        print(f'{negative} scores below zero count as zero', file=sys.stderr)
-  except ValueError as error:
-    print(error, file=sys.stderr)
-    return 2
+  run = evaluation.restore(args.workdir)
+  table = args.table or str(
+    pathlib.Path(args.workdir) / workdir_lib.SENSITIVITY
+  )
+  raw = sensitivity_table.raw_scores(sensitivity_table.read(table, run))
+  _, negative = sensitivity.regular(run.experiment.space, raw)
+  # A front has targets of its own; any will do.
+  target = 1.0 if args.target is None else args.target
+  experiment = sensitivity_table.at_target(
+    run.experiment, target, args.relative_to, args.kind
+  )
+  if args.front is None:
+    solved = allocate(experiment, raw, args.method, args.out)
+    print(json.dumps(dict(solved, negative_scores=negative)))
+  else:
+    print(front(experiment, raw, args.front, args.method, args.out))
+    if negative:
+      print(f'{negative} scores below zero count as zero', file=sys.stderr)
   return 0
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  commands.run(main)

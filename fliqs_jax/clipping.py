@@ -36,7 +36,8 @@ def main() -> None:
       fmt.name: float(multiple) for fmt, multiple in zip(menu, columns[0])
     }
   if write:
-    clipping.TABLE_PATH.write_text(json.dumps(table, indent=2) + '\n')
+    text = json.dumps(table, indent=2) + '\n'
+    clipping.TABLE_PATH.write_text(text, 'utf-8')
 
 
 if __name__ == '__main__':

@@ -28,12 +28,12 @@ from fliqs_jax.comparison import perform
 from fliqs_jax.comparison import plan as plan_lib
 from fliqs_jax.comparison import summary as summary_lib
 from fliqs_jax.run import loop
+from fliqs_jax.runtime import commands
 from fliqs_jax.runtime import processes
 from fliqs_jax.runtime import workdir as workdir_lib
 
-_MISTAKE = 2
 
-
+@commands.reported
 def main(argv: Sequence[str]) -> int:
   """Compares; a user's mistake gives one line and status 2."""
   parser = argparse.ArgumentParser(
@@ -75,16 +75,13 @@ def main(argv: Sequence[str]) -> int:
     summary.write()
   except loop.PreemptedError as error:
     print(error, file=sys.stderr)
-    return processes.STOPPED
-  except (OSError, ValueError) as error:
-    print(error, file=sys.stderr)
-    return _MISTAKE
+    return commands.STOPPED
   page = os.path.join(args.out, workdir_lib.COMPARISON_PAGE)
   print(
     f'\nwritten: {page}, {workdir_lib.COMPARISON_FIGURE}, '
     f'{workdir_lib.COMPARISON_RESULT}'
   )
-  return _MISTAKE if failed else 0
+  return commands.MISTAKE if failed else 0
 
 
 def _texts(text: str) -> tuple[str, ...]:

@@ -11,12 +11,12 @@ params and layers. No parameter is allocated.
 import argparse
 from collections.abc import Sequence
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
 
 from fliqs_jax import models
+from fliqs_jax.runtime import commands
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
@@ -112,6 +112,7 @@ def table(space: search_space.SearchSpace) -> str:
   return '\n'.join(lines)
 
 
+@commands.reported
 def main(argv: Sequence[str]) -> int:
   """Prints the table; a user's mistake gives one line and status 2."""
   parser = argparse.ArgumentParser(prog='python -m fliqs_jax.cost')
@@ -122,13 +123,9 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument('--classes', type=int, default=1000)
   parser.add_argument('--json', action='store_true')
   args = parser.parse_args(argv)
-  try:
-    space = space_of(
-      args.model, args.format, args.width, args.image_size, args.classes
-    )
-  except ValueError as error:
-    print(error, file=sys.stderr)
-    return 2
+  space = space_of(
+    args.model, args.format, args.width, args.image_size, args.classes
+  )
   print(table(space))
   if args.json:
     print(json.dumps(totals(space)))
@@ -136,4 +133,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  commands.run(main)

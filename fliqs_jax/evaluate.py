@@ -11,11 +11,12 @@ Nothing in WORKDIR changes.
 import argparse
 from collections.abc import Sequence
 import json
-import sys
 
 from fliqs_jax.run import evaluation
+from fliqs_jax.runtime import commands
 
 
+@commands.reported
 def main(argv: Sequence[str]) -> int:
   """Prints the metrics; a user's mistake gives one line and status 2."""
   parser = argparse.ArgumentParser(prog='python -m fliqs_jax.evaluate')
@@ -23,13 +24,9 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument('--arch', default='')
   parser.add_argument('--format', default='')
   args = parser.parse_args(argv)
-  try:
-    print(json.dumps(evaluation.evaluate(args.workdir, args.arch, args.format)))
-  except ValueError as error:
-    print(error, file=sys.stderr)
-    return 2
+  print(json.dumps(evaluation.evaluate(args.workdir, args.arch, args.format)))
   return 0
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  commands.run(main)

@@ -30,6 +30,7 @@ from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import results
 from fliqs_jax.run import slicing
+from fliqs_jax.runtime import commands
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.serving import export_files
 from fliqs_jax.serving import export_model as model_export
@@ -148,6 +149,7 @@ def _check_target(target: str, assignment: stored_products.Assignment) -> None:
       )
 
 
+@commands.reported
 def main(argv: Sequence[str]) -> int:
   """Exports or verifies; a user's mistake gives one line and status 2."""
   parser = argparse.ArgumentParser(prog='python -m fliqs_jax.export')
@@ -161,21 +163,17 @@ def main(argv: Sequence[str]) -> int:
   args = parser.parse_args(argv)
   if args.verify is None and not (args.workdir and args.out):
     parser.error('give WORKDIR and --out=DIR, or --verify DIR')
-  try:
-    if args.verify is not None:
-      print(json.dumps(verify(args.verify)))
-      return 0
-    manifest = export(
-      args.workdir,
-      args.out,
-      arch=args.arch,
-      numeric_format=args.format,
-      target=args.target,
-      examples=args.examples,
-    )
-  except ValueError as error:
-    print(' '.join(str(error).split()), file=sys.stderr)
-    return 2
+  if args.verify is not None:
+    print(json.dumps(verify(args.verify)))
+    return 0
+  manifest = export(
+    args.workdir,
+    args.out,
+    arch=args.arch,
+    numeric_format=args.format,
+    target=args.target,
+    examples=args.examples,
+  )
   print(json.dumps({k: manifest[k] for k in ('bytes', 'reference')}))
   for line in manifest['qwix_cannot_express']:
     print(f'qwix.json cannot express {line}', file=sys.stderr)
@@ -183,4 +181,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  commands.run(main)

@@ -2,9 +2,9 @@
 
 python -m fliqs_jax.main --config=configs/digits.py:space=int_l --workdir=DIR
 
-Exit status 0: the run finished. 2: the user made a mistake, or training
-diverged. 75: SIGTERM or Ctrl-C stopped the run; the same command goes on. Any
-other: the run crashed.
+Exit status 0: the run finished. 2: the user made a mistake, the disk is full,
+or training diverged. 75: SIGTERM or Ctrl-C stopped the run; the same command
+goes on. Any other: the run crashed.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,8 @@ from ml_collections import config_flags
 from fliqs_jax.run import loop
 from fliqs_jax.run import run_log
 from fliqs_jax.run import train
+from fliqs_jax.runtime import checkpoint
+from fliqs_jax.runtime import commands
 from fliqs_jax.runtime import processes
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -55,8 +57,6 @@ _DEAD_AFTER = flags.DEFINE_integer(
   1,
 )
 flags.mark_flags_as_required(['config', 'workdir'])
-
-_CRASHED, _MISTAKE = 1, 2
 
 
 def main(argv: Sequence[str]) -> None:
@@ -92,12 +92,15 @@ def main(argv: Sequence[str]) -> None:
       profile_steps=_PROFILE_STEPS.value,
       retrain=_RETRAIN.value,
     )
-  except (ValueError, run_log.DivergedError) as error:
+  except run_log.DivergedError as error:
     log.error('%s', error)
-    sys.exit(_MISTAKE)
+    sys.exit(commands.MISTAKE)
+  except (ValueError, OSError, checkpoint.SaveError) as error:
+    log.error('%s', commands.line(error))
+    sys.exit(commands.status(error))
   except loop.PreemptedError as error:
     log.info('%s', error)
-    sys.exit(processes.STOPPED)
+    sys.exit(commands.STOPPED)
   except jax.errors.JaxRuntimeError as error:
     if processes.count() == 1:
       raise
@@ -106,7 +109,9 @@ def main(argv: Sequence[str]) -> None:
       'command resumes the run: %s',
       ' '.join(str(error).split())[-300:],
     )
-    os._exit(_CRASHED)  # A normal exit would wait for the other processes.
+    os._exit(
+      commands.CRASHED
+    )  # A normal exit would wait for the other processes.
 
 
 if __name__ == '__main__':

@@ -22,6 +22,7 @@ from fliqs_jax.report import number_text
 from fliqs_jax.report import sensitivity_figure
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import sensitivity_table
+from fliqs_jax.runtime import commands
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 
@@ -76,6 +77,7 @@ def markdown(decisions: Mapping[str, Mapping[str, Any]]) -> str:
   return '\n\n'.join(tables)
 
 
+@commands.reported
 def main(argv: Sequence[str]) -> int:
   """Prints the table; a user's mistake gives one line and status 2."""
   parser = argparse.ArgumentParser(prog='python -m fliqs_jax.sensitivity')
@@ -84,11 +86,7 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument('--batches', type=int, default=8)
   parser.add_argument('--out', default='')
   args = parser.parse_args(argv)
-  try:
-    content = write(args.workdir, args.scores, args.batches, args.out)
-  except ValueError as error:
-    print(error, file=sys.stderr)
-    return 2
+  content = write(args.workdir, args.scores, args.batches, args.out)
   print(markdown(content['decisions']))
   if content['negative']:
     print(
@@ -100,4 +98,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  commands.run(main)

@@ -12,24 +12,21 @@ the test metrics of the sliced network.
 import argparse
 from collections.abc import Sequence
 import json
-import sys
 
 from fliqs_jax.run import slicing
+from fliqs_jax.runtime import commands
 
 
+@commands.reported
 def main(argv: Sequence[str]) -> int:
   """Prints the metrics; a user's mistake gives one line and status 2."""
   parser = argparse.ArgumentParser(prog='python -m fliqs_jax.slicing')
   parser.add_argument('workdir')
   parser.add_argument('--out', required=True)
   args = parser.parse_args(argv)
-  try:
-    print(json.dumps(slicing.slice_run(args.workdir, args.out)))
-  except ValueError as error:
-    print(error, file=sys.stderr)
-    return 2
+  print(json.dumps(slicing.slice_run(args.workdir, args.out)))
   return 0
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  commands.run(main)

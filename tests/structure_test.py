@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -112,3 +113,9 @@ def test_importing_stays_light(module):
     [sys.executable, '-c', code], capture_output=True, text=True, check=True
   )
   assert done.stdout.strip() == '[]'
+
+
+def test_files_have_the_same_text_in_every_locale():
+  for path in _PACKAGE.rglob('*.py'):
+    for call in re.findall(r'(?:read|write)_text\([^\n]*', path.read_text()):
+      assert 'utf-8' in call, f'{path}: {call}'

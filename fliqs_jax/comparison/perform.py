@@ -6,7 +6,6 @@ others.
 """
 
 from collections.abc import Callable
-import json
 import logging
 
 from fliqs_jax.comparison import methods as methods_lib
@@ -77,7 +76,7 @@ def _is_finished(
   workdir = plan.workdir(run)
   if collect.look(run, workdir)['state'] not in ('finished', 'failed'):
     return False
-  result = json.loads((workdir / workdir_lib.RESULT).read_text())
+  result = files.read_json(workdir / workdir_lib.RESULT)
   return not retrained or bool(result.get('retrained'))
 
 
@@ -120,4 +119,4 @@ def _scores(
     restored = evaluation.restore(str(plan.workdir(run)))
     table = sensitivity_table.measure(restored, plan.metric)
     files.write_json(path, table)
-  return sensitivity_table.raw_scores(json.loads(path.read_text()))
+  return sensitivity_table.raw_scores(files.read_json(path))

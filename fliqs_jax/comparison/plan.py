@@ -15,6 +15,7 @@ from fliqs_jax.comparison import methods as methods_lib
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import sensitivity_table
+from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import presets
 from fliqs_jax.space import cost_model
@@ -207,7 +208,7 @@ class Plan:
     path = self.out / workdir_lib.COMPARISON_PLAN
     if path.exists():
       differences = config_lib.differences(
-        json.loads(path.read_text()), json.loads(json.dumps(self.claim))
+        files.read_json(path), json.loads(json.dumps(self.claim))
       )
       if differences:
         raise ValueError(

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
-import json
 import pathlib
 import statistics
 from typing import Any
@@ -373,12 +372,12 @@ def _compute(
   workdir: pathlib.Path,
 ) -> tuple[dict[str, Any], float, passes.Passes]:
   """Returns result.json, the seconds of training, and the passes of a run."""
-  config = json.loads((workdir / workdir_lib.CONFIG).read_text())
-  result = json.loads((workdir / workdir_lib.RESULT).read_text())
+  config = files.read_json(workdir / workdir_lib.CONFIG)
+  result = files.read_json(workdir / workdir_lib.RESULT)
   seconds = result['wall_seconds'] - result['compile_seconds']
   if result.get('retrained'):
     path = workdir / workdir_lib.RETRAINED / workdir_lib.RESULT
-    seconds -= json.loads(path.read_text())['wall_seconds']
+    seconds -= files.read_json(path)['wall_seconds']
   return result, max(seconds, 0.0), passes.of_run(config, result)
 
 

@@ -15,12 +15,12 @@ import json
 import logging
 import pathlib
 import shutil
-import sys
 
 from array_record.python import array_record_module
 
 from fliqs_jax.data import build_once
 from fliqs_jax.data import tfds_records
+from fliqs_jax.runtime import commands
 from fliqs_jax.runtime import files
 
 _LOG = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def convert(source: pathlib.Path, target: pathlib.Path) -> None:
 def _read_info(source: pathlib.Path) -> dict:
   path = source / tfds_records.INFO
   try:
-    info = json.loads(path.read_text())
+    info = json.loads(path.read_text('utf-8'))
   except OSError as error:
     raise ValueError(
       f'{source} is no prepared TFDS data set: {path.name} cannot be read '
@@ -147,6 +147,7 @@ def _records(path: pathlib.Path) -> Iterator[bytes]:
     ) from error
 
 
+@commands.reported
 def main(argv: Sequence[str]) -> int:
   """Converts; a user's mistake gives one line and status 2."""
   parser = argparse.ArgumentParser(prog='python -m fliqs_jax.data.convert')
@@ -154,17 +155,13 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument('target', metavar='TARGET_DIR')
   args = parser.parse_args(argv)
   logging.basicConfig(level=logging.INFO, format='%(message)s')
-  try:
-    for place in args.source, args.target:
-      if '://' in place:
-        raise ValueError(f'{place} must be a local directory; copy it')
-    convert(pathlib.Path(args.source), pathlib.Path(args.target))
-  except (ValueError, OSError) as error:
-    print(error, file=sys.stderr)
-    return 2
+  for place in args.source, args.target:
+    if '://' in place:
+      raise ValueError(f'{place} must be a local directory; copy it')
+  convert(pathlib.Path(args.source), pathlib.Path(args.target))
   print(f'converted to {args.target}')
   return 0
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  commands.run(main)

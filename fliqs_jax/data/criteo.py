@@ -6,7 +6,6 @@ lines, and so the rows, are in the order of seven days: the examples of
 """
 
 import functools
-import pathlib
 
 import numpy as np
 
@@ -139,7 +138,7 @@ def dataset(
       f'config.data.data_dir={data_dir!r} must be a local directory with '
       f"Criteo's {_SOURCE}"
     )
-  root = pathlib.Path(data_dir).expanduser()
+  root = dataset_lib.local_path(data_dir)
   try:
     rows = criteo_store.open_rows(root / _SOURCE, root / _STORE, max_bad_lines)
   except OSError as error:

@@ -104,7 +104,7 @@ def open_rows(
 
 def _read_info(store: pathlib.Path) -> dict[str, typing.Any]:
   try:
-    info = json.loads((store / _INFO).read_text())
+    info = json.loads((store / _INFO).read_text('utf-8'))
     info['version'], info['source_bytes'], info['rows'], info['malformed']
     return info
   except (ValueError, KeyError, TypeError):

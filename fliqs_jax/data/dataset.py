@@ -2,11 +2,27 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import pathlib
 from typing import Any, Protocol
 
 import numpy as np
 
 Columns = Mapping[str, np.ndarray]
+
+
+def local_path(data_dir: str) -> pathlib.Path:
+  """Returns the path of a local directory, of which `~` is the user's home.
+
+  Raises:
+    ValueError: the user has no home directory.
+  """
+  try:
+    return pathlib.Path(data_dir).expanduser()
+  except RuntimeError as error:
+    raise ValueError(
+      f'{data_dir!r}: {error} Set config.data.data_dir to the whole path of a '
+      'directory'
+    ) from None
 
 
 class Examples(Protocol):

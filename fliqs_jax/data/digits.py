@@ -88,10 +88,12 @@ def prepare(data_dir: str) -> pathlib.Path:
       "'digits'; name one, or '' for the user's cache"
     )
   if data_dir:
-    root = pathlib.Path(data_dir).expanduser()
+    root = dataset_lib.local_path(data_dir)
   else:
-    cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-    root = pathlib.Path(cache) / 'fliqs_jax' / 'data'
+    cache = dataset_lib.local_path(
+      os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+    )
+    root = cache / 'fliqs_jax' / 'data'
   directory = root / Digits.name / str(Digits.VERSION)
   try:
     if directory.exists():
@@ -112,10 +114,10 @@ def prepare(data_dir: str) -> pathlib.Path:
       except OSError:
         if not directory.exists():  # Otherwise another process was faster.
           raise
-  except OSError as error:
+  except (OSError, RuntimeError) as error:  # The second is ArrayRecord's.
     raise ValueError(
       f'config.data.data_dir={data_dir!r}: cannot prepare the data set in '
-      f'{root} ({error}); name a directory that can be written to'
+      f'{root} ({error}); name a directory that can be written to and has space'
     ) from error
   return directory
 

@@ -101,7 +101,7 @@ def dataset(data_dir: str, augment: str = 'crop_flip') -> dataset_lib.Dataset:
       directory.
   """
   augmented = images.augmentation(augment)
-  directory = pathlib.Path(data_dir).expanduser()
+  directory = dataset_lib.local_path(data_dir)
   if not data_dir or not directory.is_dir():
     raise ValueError(
       f'config.data.data_dir={data_dir!r} must be a local directory with the '

@@ -5,7 +5,8 @@ features.json and the shards of each split. A directory in a bucket (gs://,
 needs gcsfs) is read by the same code; tests cover local ones only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
 import json
 import os
@@ -51,7 +52,8 @@ def find(name: str, data_dir: str, how_to_prepare: str) -> Prepared:
   place = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
   key = f'config.data.data_dir={data_dir!r}'
   try:
-    root = epath.Path(place).expanduser()
+    local = '://' not in place
+    root = epath.Path(dataset_lib.local_path(place) if local else place)
     versions = {}
     if (root / name).is_dir():
       for path in (root / name).iterdir():
@@ -66,7 +68,7 @@ def find(name: str, data_dir: str, how_to_prepare: str) -> Prepared:
         f'{how_to_prepare.format(data_dir=root)}'
       )
     directory = versions[max(versions)]
-    info = json.loads((directory / INFO).read_text())
+    info = json.loads((directory / INFO).read_text('utf-8'))
     sizes = {
       split['name']: sum(map(int, split.get('shardLengths', ())))
       for split in info['splits']
@@ -114,29 +116,48 @@ def _check_format(
   )
 
 
+@contextlib.contextmanager
+def _damage(directory: os.PathLike[str]) -> Iterator[None]:
+  """Names the data set of which a file is damaged.
+
+  TFDS and ArrayRecord have no common class of their errors.
+  """
+  try:
+    yield
+  except Exception as error:
+    raise ValueError(
+      f'{directory} cannot be read, so a file of it is damaged or missing: '
+      f'{" ".join(str(error).split())[:300]}; delete it and prepare the data '
+      'set again'
+    ) from error
+
+
 class _Records:
   """The examples of one split: a column per feature, encoded as stored."""
 
   def __init__(self, directory: os.PathLike[str], split: str):
     import tensorflow_datasets as tfds  # The import takes a second.
 
-    builder = tfds.builder_from_directory(directory)
-    images = [
-      name
-      for name, feature in builder.info.features.items()
-      if isinstance(feature, tfds.features.Image)
-    ]
-    self._records = builder.as_data_source(
-      split=split,
-      # TFDS decodes with OpenCV or PIL, whichever is there, and warns of PIL.
-      decoders=dict.fromkeys(images, tfds.decode.SkipDecoding()),
-    )
+    self._directory = directory
+    with _damage(directory):
+      builder = tfds.builder_from_directory(directory)
+      images = [
+        name
+        for name, feature in builder.info.features.items()
+        if isinstance(feature, tfds.features.Image)
+      ]
+      self._records = builder.as_data_source(
+        split=split,
+        # TFDS decodes with OpenCV or PIL, whichever is there, and warns of PIL.
+        decoders=dict.fromkeys(images, tfds.decode.SkipDecoding()),
+      )
 
   def __len__(self) -> int:
     return len(self._records)
 
   def __getitem__(self, numbers: np.ndarray) -> dataset_lib.Columns:
-    records = self._records.__getitems__(numbers.tolist())
+    with _damage(self._directory):
+      records = self._records.__getitems__(numbers.tolist())
     columns = {}
     for name in records[0]:
       column = np.empty(len(records), object)

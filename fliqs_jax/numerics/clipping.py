@@ -243,7 +243,7 @@ def table_formats() -> tuple[formats.NumericFormat, ...]:
 
 @functools.cache
 def _table() -> dict[str, dict[str, float]]:
-  return json.loads(TABLE_PATH.read_text())
+  return json.loads(TABLE_PATH.read_text('utf-8'))
 
 
 def _magnitudes(fmt: formats.NumericFormat) -> np.ndarray:

@@ -36,7 +36,7 @@ _Pads = tuple[tuple[int, int], ...]  # (low, high) per spatial dimension.
 def prefers_unsigned() -> bool:
   """Returns whether this process's CPU multiplies uint8 by int8 (VNNI)."""
   try:
-    information = pathlib.Path('/proc/cpuinfo').read_text()
+    information = pathlib.Path('/proc/cpuinfo').read_text('utf-8')
   except OSError:
     return False
   return jax.default_backend() == 'cpu' and 'vnni' in information

@@ -5,11 +5,12 @@ import json
 import math
 import numbers
 import os
-import pathlib
 import types
 from typing import Any
 
 import ml_collections
+
+from fliqs_jax.runtime import files
 
 _TRUE, _FALSE = ('true', '1', 'yes'), ('false', '0', 'no')
 
@@ -204,16 +205,16 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     ValueError: it is damaged.
   """
   try:
-    content = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
-    if isinstance(content, dict):
-      return content
-    problem = f'it holds {type(content).__name__}, not an object'
+    content = files.read_json(path)
+    if not isinstance(content, dict):
+      kind = type(content).__name__
+      raise ValueError(f'{path} is damaged: it holds {kind}, not an object')
+    return content
   except ValueError as error:
-    problem = str(error)
-  raise ValueError(
-    f'{path} is damaged: {problem}. Delete it and start the run with its own '
-    'command again, which writes it anew and trains nothing twice'
-  )
+    raise ValueError(
+      f'{error}. Delete it and start the run with its own command again, which '
+      'writes it anew and trains nothing twice'
+    ) from None
 
 
 def check(config: ml_collections.ConfigDict) -> None:

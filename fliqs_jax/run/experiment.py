@@ -280,7 +280,7 @@ def read_arch(path: str | pathlib.Path) -> dict[str, Any]:
     ValueError: the file cannot be read, or is no arch.json.
   """
   try:
-    content = json.loads(pathlib.Path(path).read_text())
+    content = json.loads(pathlib.Path(path).read_text('utf-8'))
     layers, mode = content['layers'], content['mode']
     for sides in layers.values():
       sides['weights'], sides['activations']

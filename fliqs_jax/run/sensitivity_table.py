@@ -141,7 +141,7 @@ def read(
       or with other weights.
   """
   try:
-    content = json.loads(pathlib.Path(path).read_text())
+    content = json.loads(pathlib.Path(path).read_text('utf-8'))
     stored = {name: content['hashes'][name] for name in _HASHED}
     raw = raw_scores(content)
   except OSError as error:

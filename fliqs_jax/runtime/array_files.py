@@ -148,7 +148,7 @@ def check_path(directory: str | os.PathLike[str]) -> None:
   path = os.fspath(directory)
   bad = sorted(set(path) & set('*?[\\'))
   if not path.isprintable():  # Bytes that are no text, for example.
-    bad.append('a character that cannot be printed')
+    bad.append('a character that this locale lacks (not LC_ALL=C.UTF-8)')
   if any(part.endswith(':') for part in pathlib.Path(path).parts):
     bad.append('a name that ends with a colon, such as gs:')
   if bad:

@@ -7,6 +7,7 @@ older checkpoint is deleted only when a newer one would survive a power cut.
 """
 
 from collections.abc import Mapping
+import errno
 import json
 import logging
 import os
@@ -23,6 +24,13 @@ from fliqs_jax.runtime import processes
 from fliqs_jax.runtime import restoring
 
 _LOG = logging.getLogger(__name__)
+
+# Space in bytes for what a checkpoint holds beside its arrays.
+_SLACK = 1 << 20
+
+
+class SaveError(RuntimeError):
+  """A checkpoint could not be written; earlier ones are unharmed."""
 
 
 class Checkpoints:
@@ -76,7 +84,7 @@ class Checkpoints:
 
     Raises:
       ValueError: an argument is not as described.
-      RuntimeError: this save or the previous one failed.
+      SaveError: this save or the previous one failed.
     """
     self.wait()
     self._check_step(step)
@@ -93,6 +101,7 @@ class Checkpoints:
       }
       self._saving = step
       try:
+        self._check_space(leaves)
         for damaged in sorted(self._unusable):
           if damaged <= step:
             self._delete(damaged)
@@ -110,7 +119,7 @@ class Checkpoints:
     """Returns when a save in progress, if any, is complete.
 
     Raises:
-      RuntimeError: the save failed; earlier checkpoints are unchanged.
+      SaveError: the save failed; earlier checkpoints are unchanged.
     """
     if self._saving is None:
       return
@@ -142,7 +151,7 @@ class Checkpoints:
     """Waits for a save in progress and releases Orbax's threads.
 
     Raises:
-      RuntimeError: that save failed.
+      SaveError: that save failed.
     """
     try:
       self.wait()
@@ -155,7 +164,7 @@ class Checkpoints:
   def __exit__(self, exception_type, *_) -> None:
     try:
       self.close()
-    except RuntimeError as error:
+    except SaveError as error:
       if exception_type is None:
         raise
       # The exception that ended the run matters more.
@@ -184,9 +193,20 @@ class Checkpoints:
         'another directory'
       )
 
-  def _failed(self, error: Exception) -> RuntimeError:
+  def _check_space(self, leaves: Mapping[str, jax.Array]) -> None:
+    # Orbax would find it out in the middle, with a page of messages.
+    needed = sum(leaf.nbytes for leaf in leaves.values()) + _SLACK
+    free = shutil.disk_usage(self._directory).free
+    if free < needed:
+      raise OSError(
+        errno.ENOSPC,
+        f'{os.strerror(errno.ENOSPC)}: {needed / 1e6:.0f} MB are needed and '
+        f'{free / 1e6:.0f} are free',
+      )
+
+  def _failed(self, error: Exception) -> SaveError:
     step, self._saving = self._saving, None
-    return RuntimeError(
+    return SaveError(
       f'the checkpoint of step {step} could not be written to '
       f'{self._directory}: {array_files.one_line(error)}. Earlier checkpoints '
       'are unharmed.'

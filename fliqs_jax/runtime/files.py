@@ -16,13 +16,30 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
   """Replaces the file at `path`; its directory must exist."""
   final = pathlib.Path(path)
   temporary = final.with_name(f'.{final.name}.tmp')
-  with temporary.open('wb') as file:
-    file.write(data)
-    file.flush()
-    # Else a power cut could keep the new name but lose the new bytes.
-    os.fsync(file.fileno())
-  temporary.replace(final)
-  sync(final.parent)
+  try:
+    with temporary.open('wb') as file:
+      file.write(data)
+      file.flush()
+      # Else a power cut could keep the new name but lose the new bytes.
+      os.fsync(file.fileno())
+    temporary.replace(final)
+    sync(final.parent)
+  except OSError as error:
+    error.filename = str(final)  # Not that of the temporary one, or none.
+    raise
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+  """Returns the content of a JSON file.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is no JSON, so the file is damaged; the message names it.
+  """
+  try:
+    return json.loads(pathlib.Path(path).read_text('utf-8'))
+  except ValueError as error:  # Of JSON, or of bytes that are no UTF-8.
+    raise ValueError(f'{path} is damaged: {error}') from None
 
 
 def sync(path: str | os.PathLike[str]) -> None:

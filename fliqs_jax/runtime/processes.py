@@ -18,6 +18,8 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from fliqs_jax.runtime import commands
+
 _LOG = logging.getLogger(__name__)
 
 # Variables that `launch.local` sets; JAX does not read them by itself.
@@ -28,8 +30,6 @@ _TPU = ('TPU_WORKER_HOSTNAMES', 'TPU_PROCESS_ADDRESSES')
 # On a machine without TPU chips, JAX sets this when it is imported.
 _NO_CHIPS = 'TPU_SKIP_MDS_QUERY'
 
-# Exit status of a command that a signal stopped: start me again.
-STOPPED = 75
 _STEPPING = threading.Event()
 _POLL = 0.1  # Seconds.
 
@@ -63,7 +63,9 @@ def join(timeout: int, dead_after: int) -> None:
       where,
       timeout,
     )
-    os._exit(1)  # Native code waits, where an exception has no effect.
+    os._exit(
+      commands.CRASHED
+    )  # Native code waits, where an exception has no effect.
 
   waiting = threading.Timer(timeout, give_up)
   waiting.daemon = True
@@ -228,7 +230,7 @@ class Stop:
           'asked to stop: the same command goes on from the last checkpoint, '
           'if there is one'
         )
-        os._exit(STOPPED)  # Native code may be busy for minutes.
+        os._exit(commands.STOPPED)  # Native code may be busy for minutes.
 
   def __call__(self) -> bool:
     """Returns whether to stop after this step."""

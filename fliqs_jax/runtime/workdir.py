@@ -75,7 +75,7 @@ def held(directory: str | os.PathLike[str]) -> Iterator[None]:
   """
   path = pathlib.Path(directory, LOCK)
   try:
-    file = path.open('a+')
+    file = path.open('a+', encoding='utf-8')
   except OSError as error:
     raise ValueError(
       f'{directory} cannot be written: {error}; choose another directory'
@@ -93,9 +93,10 @@ def held(directory: str | os.PathLike[str]) -> Iterator[None]:
         )
       _LOG.info('waiting: %s is in use by %s', directory, user)
       time.sleep(_LEASE / 8)
-    file.truncate(0)
-    file.write(f'process {os.getpid()}{_here()}')
-    file.flush()
+    # The text is for a message, which a full disk may do without.
+    with contextlib.suppress(OSError):
+      os.ftruncate(file.fileno(), 0)
+      os.write(file.fileno(), f'process {os.getpid()}{_here()}'.encode())
     yield
 
 

@@ -11,13 +11,14 @@ is listed with the number of steps that it has taken.
 import argparse
 from collections.abc import Sequence
 import os
-import sys
 
+from fliqs_jax.runtime import commands
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.sweep import collect
 from fliqs_jax.sweep import sweep_file
 
 
+@commands.reported
 def main(argv: Sequence[str]) -> int:
   """Prints the table; a user's mistake gives one line and status 2."""
   parser = argparse.ArgumentParser(
@@ -29,20 +30,16 @@ def main(argv: Sequence[str]) -> int:
     '--cost', choices=collect.COSTS, default='cost', help='cost of the table'
   )
   args = parser.parse_args(argv)
-  try:
-    sweep = sweep_file.read(args.file)
-    out = sweep.out if args.out is None else args.out
-    if out.startswith('gs://'):
-      raise ValueError(
-        f'--out={out} is a bucket; fetch it first: gcloud storage rsync '
-        f"--recursive --exclude='.*/checkpoints/.*' {out} DIR"
-      )
-    summary = collect.collect(sweep, out, args.cost)
-    print(collect.markdown(summary))
-    collect.write(summary, out)
-  except (OSError, ValueError) as error:
-    print(error, file=sys.stderr)
-    return 2
+  sweep = sweep_file.read(args.file)
+  out = sweep.out if args.out is None else args.out
+  if out.startswith('gs://'):
+    raise ValueError(
+      f'--out={out} is a bucket; fetch it first: gcloud storage rsync '
+      f"--recursive --exclude='.*/checkpoints/.*' {out} DIR"
+    )
+  summary = collect.collect(sweep, out, args.cost)
+  print(collect.markdown(summary))
+  collect.write(summary, out)
   page = os.path.join(out, workdir_lib.SWEEP_PAGE)
   print(
     f'\nwritten: {page}, {workdir_lib.SWEEP_FIGURE}, {workdir_lib.SWEEP_RESULT}'
@@ -51,4 +48,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  commands.run(main)

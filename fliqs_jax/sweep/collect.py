@@ -154,7 +154,7 @@ def look(
   if not (workdir / workdir_lib.CONFIG).exists():
     return is_('not started', f'{workdir} holds no run')
   try:
-    claimed = json.loads((workdir / workdir_lib.CONFIG).read_text())
+    claimed = files.read_json(workdir / workdir_lib.CONFIG)
     planned = json.loads(json.dumps(sweep_file.config(run)))
     different = [
       text
@@ -167,7 +167,7 @@ def look(
     if not (workdir / workdir_lib.RESULT).exists():
       step, steps = _last_step(workdir), claimed['train']['steps']
       return is_('unfinished', f'logged up to step {step} of {steps}')
-    result = json.loads((workdir / workdir_lib.RESULT).read_text())
+    result = files.read_json(workdir / workdir_lib.RESULT)
     metric, found = result['metric'], result['found']
     value, spent = found[metric], found[cost]
     if not (math.isfinite(value) and math.isfinite(spent)):
@@ -186,7 +186,7 @@ def look(
 
 def _last_step(workdir: pathlib.Path) -> int:
   try:
-    lines = (workdir / workdir_lib.HISTORY).read_text().splitlines()
+    lines = (workdir / workdir_lib.HISTORY).read_text('utf-8').splitlines()
     # The last line of a killed run may be incomplete.
     rows = [line for line in lines if line.endswith('}')]
     return json.loads(rows[-1])['step'] if rows else 0

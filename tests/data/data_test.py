@@ -2,7 +2,9 @@
 
 import dataclasses
 import itertools
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -132,6 +134,45 @@ def test_digits_are_those_of_scikit_learn(digits_dir):
     for image, label in zip(original.images, original.target)
   )
   assert prepared == expected
+
+
+@pytest.mark.parametrize(
+  ('name', 'words'),
+  [
+    ('dataset_info.json', 'JSON'),
+    ('features.json', 'line 1'),
+    ('digits-train.array_record-00000-of-00001', 'hash mismatch'),
+  ],
+)
+def test_a_damaged_file_is_noticed(digits_dir, tmp_path, name, words):
+  shutil.copytree(digits_dir, tmp_path, dirs_exist_ok=True)
+  path = tmp_path / 'digits' / '1.0.0' / name
+  data = bytearray(path.read_bytes())
+  data[min(40_000, len(data) // 2)] ^= 1
+  data[0] ^= name.endswith('json')
+  path.write_bytes(data)
+  with pytest.raises(
+    ValueError, match=f'1.0.0 cannot be read, .*{words}.*; delete it and prep'
+  ):
+    _columns(digits.dataset(str(tmp_path)), 'train')
+
+
+@pytest.mark.parametrize('data_dir', ['', '~/digits'])
+def test_a_user_without_a_home_is_told(monkeypatch, data_dir):
+  monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+  # It returns the path as it is if neither HOME nor the system knows the user.
+  monkeypatch.setattr(os.path, 'expanduser', lambda path: path)
+  with pytest.raises(ValueError, match='home directory. Set config.data.data_'):
+    digits.prepare(data_dir)
+
+
+def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch):
+  def full(*_, **__):
+    raise RuntimeError('write() failed: No space left on device')
+
+  monkeypatch.setattr(digits.Digits, 'download_and_prepare', full)
+  with pytest.raises(ValueError, match='No space left on device.*has space'):
+    digits.prepare(str(tmp_path))
 
 
 def test_a_fifth_of_every_digit_is_test(digits_dir):

@@ -249,8 +249,19 @@ def test_all_formats_of_a_space_have_colours_of_their_own():
 
 
 def test_the_command_prints_the_page(tmp_path, capsys):
-  report_command.main([finished.write(tmp_path, finished.files())])
+  assert report_command.main([finished.write(tmp_path, finished.files())]) == 0
   assert capsys.readouterr().out.strip() == str(tmp_path / 'report.html')
+
+
+@pytest.mark.parametrize('name', ['arch.json', 'result.json'])
+@pytest.mark.parametrize('content', ['{}', '{"layers": [], "decisions": 1}'])
+def test_a_file_without_its_keys_is_named(tmp_path, capsys, name, content):
+  workdir = finished.write(tmp_path, finished.files())
+  (tmp_path / name).write_text(content)
+  assert report_command.main([workdir]) == 2
+  line = capsys.readouterr().err
+  assert line.startswith(f'{workdir}: arch.json or result.json lacks ')
+  assert line.count('\n') == 1
 
 
 def test_the_command_fails_with_one_line_that_names_the_file(tmp_path):
@@ -260,7 +271,7 @@ def test_the_command_fails_with_one_line_that_names_the_file(tmp_path):
     text=True,
     check=False,
   )
-  assert done.returncode != 0
+  assert done.returncode == 2
   assert 'config.json is missing' in done.stderr
   assert len(done.stderr.strip().splitlines()) == 1
 

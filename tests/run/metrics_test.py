@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -229,6 +230,28 @@ def test_a_file_that_is_replaced_survives_a_power_cut(tmp_path, synced):
   file = (tmp_path / 'arch.json').stat()
   # The bytes before the name: otherwise the name of an empty file could stay.
   assert synced == [(file.st_ino, file.st_size), (tmp_path.stat().st_ino, None)]
+
+
+def test_a_full_disk_names_the_file_and_keeps_the_old_one(
+  tmp_path, monkeypatch
+):
+  def full(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  path = tmp_path / 'arch.json'
+  files.write_json(path, ['INT4'])
+  monkeypatch.setattr(os, 'fsync', full)
+  with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+    files.write_json(path, ['INT8'])
+  assert files.read_json(path) == ['INT4']
+
+
+@pytest.mark.parametrize('content', [b'', b'{"a": ', b'\xff', b'\x00'])
+def test_a_damaged_file_is_named(tmp_path, content):
+  path = tmp_path / 'result.json'
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=f'{path} is damaged: '):
+    files.read_json(path)
 
 
 def test_the_workdir_is_made_with_its_parents(tmp_path):

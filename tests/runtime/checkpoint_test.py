@@ -25,6 +25,8 @@ from fliqs_jax.runtime import digests
 from fliqs_jax.runtime import restoring
 from tests import helpers
 
+SaveError = checkpoint.SaveError
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -423,6 +425,28 @@ def one_leaf():
   return {'x': jax.random.normal(jax.random.key(0), (1 << 20,))}
 
 
+def test_a_disk_without_room_is_noticed_before_it_is_full(
+  tmp_path, monkeypatch
+):
+  usage = shutil.disk_usage(tmp_path)
+  state = {'x': jnp.zeros((1 << 20,))}  # 4.2 MB, and one more for the rest.
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    for free, fits in ((5_200_000, False), (5_300_000, True)):
+      with monkeypatch.context() as patched:
+        patched.setattr(
+          shutil, 'disk_usage', lambda _, free=free: usage._replace(free=free)
+        )
+        if fits:
+          checkpoints.save(2, state, {})
+        else:
+          with pytest.raises(SaveError, match='5 MB are needed'):
+            checkpoints.save(2, state, {})
+          assert not list(tmp_path.glob('2*'))
+  assert steps_in(tmp_path) == [1, 2]
+
+
 @pytest.mark.parametrize('call', ['wait', 'save', 'restore_latest'])
 def test_a_failed_save_is_reported_at_the_next_call(tmp_path, call):
   state = one_leaf()
@@ -432,7 +456,9 @@ def test_a_failed_save_is_reported_at_the_next_call(tmp_path, call):
     arguments = {'save': (3, state, {}), 'restore_latest': (state,)}
     with full_disk():
       checkpoints.save(2, state, {})
-      with pytest.raises(RuntimeError, match='step 2 could not be written'):
+      with pytest.raises(
+        checkpoint.SaveError, match='step 2 could not be written'
+      ):
         getattr(checkpoints, call)(*arguments.get(call, ()))
     # The one before is unharmed, and saving goes on when there is room.
     assert checkpoints.restore_latest(abstract(state)).step == 1
@@ -444,7 +470,7 @@ def test_a_failed_save_is_reported_at_the_next_call(tmp_path, call):
 def test_a_failed_save_is_reported_at_the_end(tmp_path):
   with (
     full_disk(),
-    pytest.raises(RuntimeError, match='step 1 could not be written'),
+    pytest.raises(SaveError, match='step 1 could not be written'),
     checkpoint.Checkpoints(tmp_path) as checkpoints,
   ):
     checkpoints.save(1, one_leaf(), {})
@@ -609,7 +635,9 @@ def test_a_disk_that_fails_at_the_last_moment_deletes_nothing(
   with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
     checkpoints.save(2, make_state(2), {})
     monkeypatch.setattr(os, 'fsync', fail)
-    with pytest.raises(RuntimeError, match='step 2 could .*output error'):
+    with pytest.raises(
+      checkpoint.SaveError, match='step 2 could .*output error'
+    ):
       checkpoints.wait()
   assert steps_in(tmp_path) == [1, 2]
 

@@ -1,0 +1,85 @@
+"""Ends of a command: one line and an exit status, not a traceback."""
+
+from collections.abc import Callable, Sequence
+import errno
+import functools
+import io
+import os
+import signal
+import sys
+
+# To start the same command again would change nothing; what a signal stopped
+# goes on; what crashed may work the next time.
+MISTAKE, STOPPED, CRASHED = 2, 75, 1
+
+_PERMISSION = 'choose a place that can be read and written'
+# What the same command cannot mend by itself, and what a user does about it.
+_REMEDIES = {
+  errno.ENOSPC: 'free some space and start the same command again',
+  errno.EDQUOT: 'free some of your quota and start the same command again',
+  errno.EFBIG: 'allow larger files and start the same command again',
+  errno.EROFS: _PERMISSION,
+  errno.EACCES: _PERMISSION,
+  errno.EPERM: _PERMISSION,
+  errno.ENOENT: 'check the path',
+  errno.ENOTDIR: 'check the path',
+  errno.EISDIR: 'check the path',
+  errno.EEXIST: 'check the path',
+  errno.ENAMETOOLONG: 'choose a shorter path',
+}
+
+
+def line(error: BaseException) -> str:
+  """Returns an error in one line, with the remedy if the system reported it."""
+  text = ' '.join(str(error).split()) or type(error).__name__
+  remedy = _remedy(error)
+  return f'{text.rstrip(".")}; {remedy}' if remedy else text
+
+
+def status(error: BaseException) -> int:
+  """Returns `MISTAKE` where the same command would fail again."""
+  lasts = isinstance(error, (ValueError, FileNotFoundError)) or _remedy(error)
+  return MISTAKE if lasts else CRASHED
+
+
+def _remedy(error: BaseException) -> str:
+  if isinstance(error, OSError):
+    return _REMEDIES.get(error.errno or 0, '')
+  if isinstance(error, ValueError):
+    return ''
+  # TensorStore reports errors of the system in words.
+  found = (r for n, r in _REMEDIES.items() if os.strerror(n) in str(error))
+  return next(found, '')
+
+
+def reported(
+  main: Callable[[Sequence[str]], int],
+) -> Callable[[Sequence[str]], int]:
+  """Lets a command end with a line and a status where it raises an error.
+
+  Args:
+    main: `arguments -> status`. Its ValueErrors are mistakes of a user.
+  """
+
+  @functools.wraps(main)
+  def wrapped(argv: Sequence[str]) -> int:
+    try:
+      return main(argv)
+    except (ValueError, OSError) as error:
+      print(line(error), file=sys.stderr)
+      return status(error)
+
+  return wrapped
+
+
+def run(main: Callable[[Sequence[str]], int]) -> None:
+  """Runs a command that keeps nothing for a next start, and ends the process.
+
+  Ctrl-C ends it at once and silently. Files are replaced as a whole, so none is
+  left half.
+  """
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    # A terminal that knows ASCII only still shows the rest.
+    sys.stdout.reconfigure(errors='backslashreplace')
+  sys.exit(main(sys.argv[1:]))
