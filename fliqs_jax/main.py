@@ -114,5 +114,26 @@ def main(argv: Sequence[str]) -> None:
     )  # A normal exit would wait for the other processes.
 
 
+def _parsed(argv: Sequence[str]) -> list[str]:
+  """Returns the arguments that are no flags; a mistake gives one line.
+
+  absl ends with status 1, for which launchers start the command again.
+  """
+  try:
+    others = flags.FLAGS(argv)
+    _CONFIG.value.to_dict()  # Raises if the file could not be loaded.
+    return others
+  except Exception as error:  # Loading a file as Python raises any.
+    # absl's text may hold a whole traceback; its last line says why.
+    first, *_, last = (str(error).strip() or repr(error)).splitlines() * 2
+    text = first if first == last else f'{first} {last.strip()}'
+    if isinstance(error, (AttributeError, KeyError)):
+      text = f'a flag --config.KEY names a key that the config lacks: {text}'
+    elif not isinstance(error, flags.Error):
+      text = f'--config cannot be loaded: {type(error).__name__}: {text}'
+    print(text, file=sys.stderr)
+    sys.exit(commands.MISTAKE)
+
+
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=_parsed)

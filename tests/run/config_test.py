@@ -2,12 +2,17 @@
 
 import ast
 import pathlib
+import re
+import sys
 
+from absl import flags
+from ml_collections import config_flags
 import pytest
 
 from configs import digits
 from configs import recommender_criteo
 from fliqs_jax import cost
+from fliqs_jax import main
 from fliqs_jax import models
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
@@ -302,3 +307,30 @@ def test_the_cost_command_refuses_in_one_line(argv, message, capsys):
   error = capsys.readouterr().err
   assert re.search(message, error)
   assert error.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+  ('argument', 'words'),
+  [
+    ('--config=configs/none.py', r'cannot be loaded: .*No such file'),
+    ('--config=README.md', r'cannot be loaded: SyntaxError: '),
+    ('--config=tests/tiny.py:none=1', 'parsing config file: .*allowed: steps'),
+    ('--config.train.none=3', "lacks: .*'none'"),
+    ('--config.train.steps=abc', 'steps=abc: invalid literal'),
+    ('--none=1', "Unknown command line flag 'none'"),
+  ],
+)
+@pytest.mark.filterwarnings('ignore:the load_module')  # Of ml_collections.
+def test_nonsense_among_the_flags_is_a_line_and_a_mistake(
+  monkeypatch, capsys, argument, words
+):
+  values = flags.FlagValues()
+  monkeypatch.setattr(main.flags, 'FLAGS', values)
+  config = config_flags.DEFINE_config_file('config', flag_values=values)
+  monkeypatch.setattr(main, '_CONFIG', config)
+  monkeypatch.setattr(sys, 'argv', ['main', '--config=tests/tiny.py', argument])
+  with pytest.raises(SystemExit, match='^2$'):
+    main._parsed(sys.argv)
+  out, line = capsys.readouterr()
+  assert (out, line.count('\n')) == ('', 1)
+  assert re.search(words, line)
