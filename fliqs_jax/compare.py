@@ -55,7 +55,10 @@ def main(argv: Sequence[str]) -> int:
     default=True,
     help='also train each searched network from the beginning',
   )
-  args, others = parser.parse_known_args(argv)
+  # argparse would take one with a space in its value for something else.
+  overrides = [text for text in argv if text.startswith('--config.')]
+  others = [text for text in argv if text not in overrides]
+  args, unknown = parser.parse_known_args(others)
   _log()
   stop = processes.Stop()
   try:
@@ -65,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
       methods=_texts(args.methods),
       targets=_texts(args.targets),
       seeds=args.seeds,
-      overrides=_overrides(others),
+      overrides=_overrides([*overrides, *unknown]),
       metric=args.metric,
     )
     plan.check()

@@ -23,6 +23,7 @@ PREEMPTED = (
 # Actions that start something; the others need only a name.
 _STARTING = ('up', 'resume', 'install', 'run')
 _NAMELESS = ('build',)
+_BUCKET = '[a-z0-9][a-z0-9._-]+[a-z0-9]'
 _LONGEST_NAME = 40  # Kubernetes allows 63 for a pod, `NAME-slice-0-12-abcde`.
 
 
@@ -90,10 +91,12 @@ def parse(
   Raises:
     ValueError: a flag is unknown, or its value is not allowed.
   """
-  args, others = parser.parse_known_args(argv)
+  # argparse would take one with a space in its value for an action.
+  others = [text for text in argv if text.startswith('--config.')]
+  args, unknown = parser.parse_known_args([a for a in argv if a not in others])
+  if unknown:
+    raise ValueError(f'unknown argument {unknown[0]!r}; --help lists all flags')
   for other in others:
-    if not other.startswith('--config.'):
-      raise ValueError(f'unknown argument {other!r}; --help lists all flags')
     if '=' not in other:
       raise ValueError(f'write {other}=VALUE, with an equals sign')
   if args.restarts < 0:
@@ -210,14 +213,18 @@ def on_bucket(plan: Plan) -> tuple[Plan, list[str]]:
   buckets: dict[str, None] = {}
 
   def mounted(text):
-    buckets.update(dict.fromkeys(re.findall('gs://([^/,]+)', text)))
-    return re.sub('gs://([^/,]+)', r'/gcs/\1', text)
+    for bucket in re.findall('gs://([^/,]*)', text):
+      if not re.fullmatch(_BUCKET, bucket):
+        raise ValueError(
+          f'gs://{bucket} in {text!r} names no bucket: its name must be of '
+          'a-z, 0-9, dots, dashes and underscores'
+        )
+      buckets[bucket] = None
+    return text.replace('gs://', '/gcs/')
 
   jobs = []
   for job in plan.jobs:
-    if not re.fullmatch(
-      'gs://[a-z0-9][a-z0-9._-]+[a-z0-9]/.*[^/]', job.workdir
-    ):
+    if not re.fullmatch(f'gs://{_BUCKET}/.*[^/]', job.workdir):
       raise ValueError(
         f'{job.workdir} must be in a bucket, gs://BUCKET/DIR: a disk in the '
         'cloud is deleted with its machine, and the hosts of a slice share none'
@@ -251,6 +258,8 @@ def script(*parts: str) -> str:
 def heredoc(command: str, text: str) -> str:
   """Returns a command with `text`, unchanged, as its standard input."""
   end = 'END_OF_FILE'
+  while end in text.splitlines():  # A value of a config is data.
+    end += '_'
   return f"{command} <<'{end}'\n{text.rstrip()}\n{end}"
 
 

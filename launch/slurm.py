@@ -115,6 +115,9 @@ def _batch(args, name: str, place: str, jobs) -> str:
     'signal': f'TERM@{_WARNING}',
     'open-mode': 'append',
   }
+  for key, value in options.items():
+    if not str(value).isprintable():  # The next line would be a command.
+      raise ValueError(f'{key}={value!r} must be one line of text')
   lines = ['#!/usr/bin/env bash']
   lines += [
     f'#SBATCH --{key}={common.quote([str(value)])}'

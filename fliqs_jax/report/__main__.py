@@ -18,7 +18,15 @@ def main(argv: Sequence[str]) -> int:
     description='Writes report.html and its pictures for a finished run.',
   )
   parser.add_argument('workdir', help='directory of a finished run')
-  print(report.write_report(parser.parse_args(argv).workdir))
+  workdir = parser.parse_args(argv).workdir
+  try:
+    print(report.write_report(workdir))
+  except (AttributeError, KeyError, TypeError) as error:
+    raise ValueError(
+      f'{workdir}: a file lacks something, or has something else in its place, '
+      f'so it is damaged, or another version of fliqs_jax has written it '
+      f'({type(error).__name__}: {error})'
+    ) from error
   return 0
 
 

@@ -198,22 +198,6 @@ def read(
   history = [
     row | {name: _number(row.get(name)) for name in _CURVES} for row in rows
   ]
-  try:
-    return _joined(workdir, config, arch, result, history)
-  except (AttributeError, KeyError, TypeError) as error:
-    raise ValueError(
-      f'{workdir}: {workdir_lib.ARCH} or {workdir_lib.RESULT} lacks {error}, '
-      'so it is damaged, or another version of fliqs_jax has written it'
-    ) from error
-
-
-def _joined(
-  workdir: str | os.PathLike[str],
-  config: dict[str, Any],
-  arch: dict[str, Any],
-  result: dict[str, Any],
-  history: list[dict[str, Any]],
-) -> FinishedRun:
   for name, decision in result['decisions'].items():
     if not {'kind', 'options'} <= set(decision):
       raise ValueError(

@@ -201,7 +201,7 @@ def _tiles(run: finished_run.FinishedRun) -> str:
   )
   tiles = [
     (
-      f'Test {run.metric}',
+      f'Test {html.escape(run.metric)}',
       number_text.percent(found[run.metric]),
       f'{found["examples"]:,} examples, loss {loss}',
     ),

@@ -62,7 +62,7 @@ def references(run: finished_run.FinishedRun) -> str:
       + ''.join(f'<td>{cell}</td>' for cell in cells)
       + '</tr>'
     )
-  head = ['format', f'test {run.metric}', 'points']
+  head = ['format', f'test {html.escape(run.metric)}', 'points']
   head += [f'cost, {html.escape(found["unit"])}', 'of found']
   head += ['average bits', 'size, kB']
   return table(head, rows, left=[0])
@@ -132,9 +132,9 @@ def _channels(sizes: Mapping[str, finished_run.Size]) -> str:
   inputs, outputs = (sizes.get(f'{x}_channels') for x in ('input', 'output'))
   if not inputs and not outputs:
     return ''
-  text = f'{inputs.count} → ' if inputs else ''
+  text = f'{html.escape(str(inputs.count))} → ' if inputs else ''
   if outputs:
-    text += str(outputs.count)
+    text += html.escape(str(outputs.count))
   # The input channels are output channels of an earlier layer.
   return text.rstrip() + _chance(outputs or inputs)
 
@@ -143,7 +143,8 @@ def _kernel(sizes: Mapping[str, finished_run.Size]) -> str:
   kernel = sizes.get('kernel')
   if not kernel:
     return ''
-  return f'{kernel.count}×{kernel.count}' + _chance(kernel)
+  count = html.escape(str(kernel.count))
+  return f'{count}×{count}' + _chance(kernel)
 
 
 def _chance(size: finished_run.Size) -> str:

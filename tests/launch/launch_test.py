@@ -504,3 +504,73 @@ def test_a_sweep_runs_here_and_what_is_finished_is_not_run_again(
   assert '| INT4 | 1 |' in capfd.readouterr().out
   for name in ('sweep.html', 'pareto.png', 'sweep.json'):
     assert (out / name).stat().st_size > 0
+
+
+# What would be commands if a value became shell.
+_HOSTILE = (
+  'it\'s "$(touch owned)" `touch owned` $HOME; touch owned #',
+  'x\nEND_OF_FILE\ntouch owned\nEND_OF_FILE_\ntouch owned',
+)
+
+
+def _program(folder, name, text):
+  path = folder / name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(f'#!/usr/bin/env bash\n{text}\n')
+  path.chmod(0o755)
+
+
+def _received(text, folder):
+  """Runs a script among imitations of its tools; returns a flag's value."""
+  subprocess.run(
+    ['bash', '-c', text],
+    cwd=folder,
+    env=dict(PATH=f'{folder}:/usr/bin:/bin', HOME=str(folder), USER='me'),
+    check=True,
+    capture_output=True,
+  )
+  assert not list(folder.rglob('owned'))
+  flags = (folder / 'flags').read_text().split('\0')
+  (value,) = [f for f in flags if f.startswith('--config.data.data_dir=')]
+  return value.partition('=')[2]
+
+
+@pytest.mark.parametrize('value', _HOSTILE)
+def test_a_value_cannot_become_shell_on_slurm(capsys, tmp_path, value):
+  script = _dry(
+    capsys, 'slurm', *_DISK, *_GPU, f'--config.data.data_dir={value}'
+  )
+  script = script.replace('/scratch', str(tmp_path))
+  script = re.sub('#SBATCH --chdir=.*|module load cuda', '', script)
+  # The batch script is what sbatch reads; srun runs the command.
+  _program(tmp_path, 'sbatch', 'bash')
+  _program(tmp_path, 'srun', f'printf \'%s\\0\' "$@" > {tmp_path}/flags')
+  assert _received(script, tmp_path) == value
+
+
+@pytest.mark.parametrize('value', _HOSTILE)
+def test_a_value_cannot_become_shell_on_a_tpu_vm(capsys, tmp_path, value):
+  more = f'--config.data.data_dir={value}'
+  script = _dry(capsys, 'tpu_vm', 'run', *_RUN, *_TPU, more)
+  # scp sends run.sh, which starts the command on the worker.
+  _program(tmp_path, 'gcloud', f'cp -f "${{@:5:1}}" {tmp_path}/run.sh || true')
+  python = f'printf \'%s\\0\' "$@" > {tmp_path}/flags'
+  _program(tmp_path, 'venv/bin/python', python)
+  (tmp_path / 'fliqs_jax').mkdir()
+  assert _received(script + f'bash {tmp_path}/run.sh\n', tmp_path) == value
+
+
+@pytest.mark.parametrize('bucket', ['b;touch owned', '$(touch owned)', 'B', ''])
+def test_a_bucket_cannot_become_shell(capsys, bucket):
+  more = f'--config.data.data_dir=gs://{bucket}/data'
+  for platform in (['tpu_vm', *_RUN, *_TPU], ['gke', *_RUN, *_GKE]):
+    assert launch.main([*platform, more, '--dry_run']) == 2
+    out, line = capsys.readouterr()
+    assert (out, line.count('\n')) == ('', 1)
+    assert 'names no bucket' in line
+
+
+def test_a_directory_cannot_become_shell(capsys):
+  argv = ['slurm', *_GPU, '--config=configs/digits.py', '--dry_run']
+  assert launch.main([*argv, '--workdir=/scratch/a\ntouch owned']) == 2
+  assert 'must be one line of text' in capsys.readouterr().err

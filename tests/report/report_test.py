@@ -1,7 +1,9 @@
 """The report of a finished run: whole, in order, safe, and clear on errors."""
 
 import base64
+import collections
 import html
+import json
 import math
 import re
 import subprocess
@@ -253,6 +255,48 @@ def test_the_command_prints_the_page(tmp_path, capsys):
   assert capsys.readouterr().out.strip() == str(tmp_path / 'report.html')
 
 
+def _replaced(tree, text):
+  """Yields the tree with one key or value replaced by a text, at each place."""
+  for key in list(tree) if isinstance(tree, dict) else range(len(tree)):
+    value = tree[key]
+    if isinstance(value, (dict, list)):
+      yield from (_with(tree, key, new) for new in _replaced(value, text))
+    else:
+      yield _with(tree, key, text)
+    if isinstance(tree, dict):
+      yield {text if k == key else k: v for k, v in tree.items()}
+
+
+def _with(tree, key, value):
+  changed = tree.copy()
+  changed[key] = value
+  return changed
+
+
+def test_no_text_of_a_file_becomes_html(tmp_path):
+  files = json.loads(json.dumps(finished.sized_files()))
+  files['result.json']['warnings'] = ['a warning']
+  text, pages = '<script>', 0
+  history = files.pop('history.jsonl')
+  images = collections.defaultdict(lambda: (bytes(24), bytes(24)), policy=None)
+  images['policy'] = images['']
+  for changed in _replaced(files, text):
+    if text in changed:
+      continue  # The name of a file.
+    finished.write(tmp_path, {**changed, 'history.jsonl': history})
+    try:
+      run = finished_run.read(tmp_path)
+      names = [
+        layer[side] for layer in run.layers for side in finished_run.SIDES
+      ]
+      page = report.page.render(run, images, dict.fromkeys(names, '#000000'))
+    except (AttributeError, KeyError, TypeError, ValueError):
+      continue  # Refused.
+    assert text not in page, changed
+    pages += 1
+  assert pages > 100
+
+
 @pytest.mark.parametrize('name', ['arch.json', 'result.json'])
 @pytest.mark.parametrize('content', ['{}', '{"layers": [], "decisions": 1}'])
 def test_a_file_without_its_keys_is_named(tmp_path, capsys, name, content):
@@ -260,7 +304,7 @@ def test_a_file_without_its_keys_is_named(tmp_path, capsys, name, content):
   (tmp_path / name).write_text(content)
   assert report_command.main([workdir]) == 2
   line = capsys.readouterr().err
-  assert line.startswith(f'{workdir}: arch.json or result.json lacks ')
+  assert line.startswith(f'{workdir}: a file lacks something')
   assert line.count('\n') == 1
 
 
