@@ -239,7 +239,7 @@ def _text(workdir: str | os.PathLike[str], name: str) -> str:
 def _parse(text: str, where: str) -> dict[str, Any]:
   try:
     value = json.loads(text)
-  except json.JSONDecodeError as error:
+  except (json.JSONDecodeError, RecursionError) as error:
     raise ValueError(
       f'{where} is not JSON, so the file is damaged: {error}'
     ) from None

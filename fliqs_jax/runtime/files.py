@@ -38,7 +38,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
   """
   try:
     return json.loads(pathlib.Path(path).read_text('utf-8'))
-  except ValueError as error:  # Of JSON, or of bytes that are no UTF-8.
+  except (ValueError, RecursionError) as error:  # No UTF-8, no JSON, too deep.
     raise ValueError(f'{path} is damaged: {error}') from None
 
 

@@ -13,7 +13,8 @@ Invariants:
   * A checksum covers every byte of every file, also of the manifest.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import hashlib
 import json
 import os
@@ -206,6 +207,32 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
   return manifest
 
 
+@contextlib.contextmanager
+def refused(directory: str | os.PathLike[str]) -> Iterator[None]:
+  """Refuses a manifest that lacks what is asked of it in the block.
+
+  Its checksum is no signature: whoever edits it can write another.
+
+  Raises:
+    ValueError: a lookup in the manifest failed, or what was found there is
+      something else.
+  """
+  try:
+    yield
+  except (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    StopIteration,
+    TypeError,
+  ) as error:
+    raise ValueError(
+      f'{pathlib.Path(directory) / MANIFEST} lacks something, or has something '
+      f'else in its place ({type(error).__name__}: {error}); export again'
+    ) from error
+
+
 def read(directory: str | os.PathLike[str]) -> Content:
   """Returns the content of an export; checks everything but the outputs.
 
@@ -214,21 +241,22 @@ def read(directory: str | os.PathLike[str]) -> Content:
       the manifest; the message names it.
   """
   manifest = read_manifest(directory)
-  for name in manifest['files']:
-    read_file(directory, manifest, name)
-  tensors = read_tensors(directory, manifest, WEIGHTS)
-  layers = {
-    path: stored_layers.Layer(
-      *(entry[side] and formats.parse(entry[side]) for side in _SIDES),
-      tuple(entry['shape']),
-      entry['largest_sum'],
-      entry['tensor'],
-    )
-    for path, entry in manifest['layers'].items()
-  }
-  _check_tensors(directory, manifest, tensors)
-  _check_layers(directory, manifest, layers, tensors)
-  return Content(manifest, layers, tensors)
+  with refused(directory):
+    for name in manifest['files']:
+      read_file(directory, manifest, name)
+    tensors = read_tensors(directory, manifest, WEIGHTS)
+    layers = {
+      path: stored_layers.Layer(
+        *(entry[side] and formats.parse(entry[side]) for side in _SIDES),
+        tuple(entry['shape']),
+        entry['largest_sum'],
+        entry['tensor'],
+      )
+      for path, entry in manifest['layers'].items()
+    }
+    _check_tensors(directory, manifest, tensors)
+    _check_layers(directory, manifest, layers, tensors)
+    return Content(manifest, layers, tensors)
 
 
 _SIDES = ('weights', 'activations')
@@ -243,6 +271,8 @@ def read_file(
     ValueError: the file is missing, truncated or damaged.
   """
   path = pathlib.Path(directory) / name
+  if path.name != name:
+    raise ValueError(f'{directory}: {name!r} is no name of a file of an export')
   if name not in manifest['files']:
     raise ValueError(f'{directory} was exported without {name}; export again')
   expected = manifest['files'][name]

@@ -339,9 +339,11 @@ def verify(directory: str | os.PathLike[str]) -> dict[str, Any]:
       first such thing.
   """
   manifest = export_files.read_manifest(directory)
-  args, rngs, expected = loader.reference(directory, manifest)
-  outputs = loader.load(directory)(*args, rngs=rngs)
-  found = difference(jax.tree.leaves((args, rngs)), _outputs(outputs), expected)
+  with export_files.refused(directory):
+    args, rngs, expected = loader.reference(directory, manifest)
+    outputs = loader.load(directory)(*args, rngs=rngs)
+    inputs = jax.tree.leaves((args, rngs))
+    found = difference(inputs, _outputs(outputs), expected)
   if not is_close(found):
     raise ValueError(
       f'{directory}: the outputs differ from the reference outputs by '

@@ -151,12 +151,14 @@ def load(
   unpack, model = (
     export_files.read_file(directory, content.manifest, name) for name in names
   )
-  batch = content.manifest['program']['batch']
-  is_network = 'task' in content.manifest  # Its outputs have the batch's axis.
-  on_cpu = jax.default_backend() == 'cpu'
-  if at_once is None and is_network and (on_cpu or batch != 'any'):
-    at_once = _AT_ONCE if batch == 'any' else batch
-  return Served(content, unpack, model, at_once)
+  with export_files.refused(directory):
+    batch = content.manifest['program']['batch']
+    # The outputs of a network have the batch's axis.
+    is_network = 'task' in content.manifest
+    on_cpu = jax.default_backend() == 'cpu'
+    if at_once is None and is_network and (on_cpu or batch != 'any'):
+      at_once = _AT_ONCE if batch == 'any' else batch
+    return Served(content, unpack, model, at_once)
 
 
 def reference(

@@ -87,8 +87,17 @@ def serialize_for_batches(
 
 
 def deserialize(data: bytes) -> jax.export.Exported:
-  """Returns a program; `call` is its function."""
-  return jax.export.deserialize(bytearray(data))
+  """Returns a program; `call` is its function.
+
+  Raises:
+    ValueError: the bytes are no program.
+  """
+  try:
+    return jax.export.deserialize(bytearray(data))
+  except Exception as error:  # Of flatbuffers, struct or JAX.
+    raise ValueError(
+      f'a program of the export cannot be read: {error}; export again'
+    ) from error
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:

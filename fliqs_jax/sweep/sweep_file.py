@@ -88,6 +88,8 @@ def read(path: str | os.PathLike[str]) -> Sweep:
   try:
     content = yaml.load(file.read_text(encoding='utf-8'), Loader=_Loader)
     runs = tuple(_runs(content))
+  except RecursionError:
+    raise ValueError(f'sweep {path}: it is nested too deeply') from None
   except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
     message = ' '.join(str(error).split())
     raise ValueError(f'sweep {path}: {message}') from None

@@ -246,7 +246,9 @@ def test_a_full_disk_names_the_file_and_keeps_the_old_one(
   assert files.read_json(path) == ['INT4']
 
 
-@pytest.mark.parametrize('content', [b'', b'{"a": ', b'\xff', b'\x00'])
+@pytest.mark.parametrize(
+  'content', [b'', b'{"a": ', b'\xff', b'\x00', b'[' * 9999]
+)
 def test_a_damaged_file_is_named(tmp_path, content):
   path = tmp_path / 'result.json'
   path.write_bytes(content)

@@ -1,5 +1,6 @@
 """A finished run as files: small, served bit for bit, damage always named."""
 
+import hashlib
 import json
 import pathlib
 import shutil
@@ -206,6 +207,87 @@ def test_an_edited_manifest_is_noticed(copy):
   manifest['checksum'] = export_files.checksum(manifest)
   (copy / 'manifest.json').write_text(json.dumps(manifest))
   with pytest.raises(ValueError, match='layer head contradicts its formats'):
+    export.verify(copy)
+
+
+_GONE = object()
+
+
+def _forged(manifest, value):
+  """Yields the manifest with a value at each place, and the new checksum."""
+  for changed in _changed(manifest, value):
+    yield changed | dict(checksum=export_files.checksum(changed))
+
+
+def _changed(tree, value):
+  for key in list(tree) if isinstance(tree, dict) else range(len(tree)):
+    copy = tree.copy()
+    if value is _GONE:
+      copy.pop(key)
+    else:
+      copy[key] = value
+    yield copy
+    if isinstance(tree[key], (dict, list)):
+      for inner in _changed(tree[key], value):
+        copy = tree.copy()
+        copy[key] = inner
+        yield copy
+
+
+def _refusals(directory, forged, check):
+  """Returns the messages of what is refused; the rest makes no difference."""
+  messages = []
+  for manifest in forged:
+    (directory / 'manifest.json').write_text(json.dumps(manifest))
+    try:
+      check(directory)
+    except ValueError as error:
+      messages.append(str(error).strip())
+  return messages
+
+
+@pytest.mark.parametrize('value', [_GONE, None, 'x', 3, -1, [], {}, [[]]])
+def test_a_forged_manifest_is_read_or_refused(copy, value):
+  """Its checksum is no signature, so nothing of it is trusted."""
+  forged = _forged(export_files.read_manifest(copy), value)
+  messages = _refusals(copy, forged, export_files.read)
+  assert len(messages) > 30
+  assert all('\n' not in message for message in messages)
+
+
+@pytest.mark.parametrize('key', ['program', 'keys', 'inputs', 'outputs'])
+@pytest.mark.parametrize('value', [_GONE, 'x'])
+def test_a_forged_description_is_used_or_refused(copy, key, value):
+  manifest = export_files.read_manifest(copy)
+  parts = _changed({key: manifest.pop(key)}, value)
+  forged = (
+    dict(f, checksum=export_files.checksum(f))
+    for f in (manifest | part for part in parts)
+  )
+  assert _refusals(copy, forged, export.verify)
+
+
+def test_a_file_beside_an_export_is_none_of_it(copy):
+  manifest = export_files.read_manifest(copy)
+  (copy.parent / 'beside').write_bytes(b'')
+  digest = hashlib.sha256(b'').hexdigest()
+  manifest['files']['../beside'] = dict(bytes=0, sha256=digest)
+  manifest['checksum'] = export_files.checksum(manifest)
+  (copy / 'manifest.json').write_text(json.dumps(manifest))
+  with pytest.raises(ValueError, match="'../beside' is no name of a file"):
+    export_files.read(copy)
+
+
+def test_a_program_that_is_none_is_refused(copy):
+  manifest = export_files.read_manifest(copy)
+  for name in manifest['files']:
+    if name.endswith('.stablehlo'):
+      (copy / name).write_bytes(b'no program')
+      digest = hashlib.sha256(b'no program').hexdigest()
+      manifest['files'][name] = dict(bytes=10, sha256=digest)
+  manifest['checksum'] = export_files.checksum(manifest)
+  (copy / 'manifest.json').write_text(json.dumps(manifest))
+  with pytest.raises(ValueError, match='a program of the export cannot be'):
     export.verify(copy)
 
 

@@ -85,6 +85,8 @@ _DIGITS = 'config: configs/digits.py\n'
   ('text', 'message'),
   [
     ('a: [', 'while parsing'),
+    ('a: ' + 9999 * '[' + 9999 * ']', 'it is nested too deeply'),
+    (9999 * '{', 'it is nested too deeply'),
     ('- 1', 'must be a mapping with `config: FILE`'),
     ('config: no.py', "there is no config file 'no.py'"),
     (_DIGITS + 'argument: {}', "unknown key 'argument' of a sweep; allowed: "),
