@@ -21,7 +21,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class DivergedError(RuntimeError):
-  """The loss is no longer finite, or it exceeds `train.max_loss`."""
+  """A loss or a policy is no longer finite, or `train.max_loss` is exceeded."""
 
 
 class RunLog:
@@ -68,8 +68,8 @@ class RunLog:
       state: training state after these steps.
 
     Raises:
-      DivergedError: a loss or a gradient is not finite, or the loss exceeds
-        `train.max_loss`.
+      DivergedError: a loss, a gradient or the policy is not finite, or the loss
+        exceeds `train.max_loss`.
     """
     assert self._sums is not None
     scalars = metrics_lib.compute(self._sums)
@@ -101,7 +101,7 @@ class RunLog:
       step: number of steps taken.
 
     Raises:
-      DivergedError: a loss or a gradient is not finite.
+      DivergedError: a loss, a gradient or the policy is not finite.
     """
     if self._sums is None:
       return {}
@@ -120,6 +120,14 @@ def _check_finite(scalars, step, workdir) -> None:
   for name in ('loss', 'grad_norm'):
     if not math.isfinite(scalars[name]):
       raise _diverged(name, scalars[name], step, workdir)
+  # Of the policy and its controller, which learn apart from the weights.
+  for name in ('entropy', 'cost', 'reward'):
+    if not math.isfinite(scalars.get(name, 0.0)):
+      raise DivergedError(
+        f'the search diverged: mean {name} is {scalars[name]} at step {step}; '
+        f'{_last_good(workdir)}. Lower search.learning_rate, search.gamma or '
+        'search.entropy_beta'
+      )
 
 
 def _diverged(
@@ -127,10 +135,14 @@ def _diverged(
 ) -> DivergedError:
   return DivergedError(
     f'training diverged: mean {name} is {value} at step {step} (allowed: '
-    'finite, loss up to train.max_loss); the last good checkpoint is in '
-    f'{pathlib.Path(workdir) / workdir_lib.CHECKPOINTS}. Lower '
+    f'finite, loss up to train.max_loss); {_last_good(workdir)}. Lower '
     'optimizer.learning_rate or lengthen optimizer.warmup'
   )
+
+
+def _last_good(workdir: str | os.PathLike[str]) -> str:
+  path = pathlib.Path(workdir) / workdir_lib.CHECKPOINTS
+  return f'the last good checkpoint is in {path}'
 
 
 def _progress(
@@ -150,6 +162,8 @@ def _progress(
       f'{experiment.target:.4g} {experiment.cost.unit}'
       f'  entropy {scalars["entropy"]:.2f}'
     )
+  if scalars.get('dropped'):
+    line += f'  not finite, dropped: {scalars["dropped"]:.2g} judgements a step'
   if speed := timing.get('steps_per_second'):
     left = round((steps - step) / speed)
     line += f'  {speed:.1f} steps/s  {left // 60}:{left % 60:02d} left'

@@ -57,6 +57,10 @@ class SearchState:
   count: jax.Array
 
 
+# A quality of order one is below the last bit of float32 beside it.
+_LARGEST_GAMMA = 1e6
+
+
 def reward(quality: Any, cost_error: Any, gamma: Any) -> Any:
   """Returns r = Q + gamma |C / C_T - 1| (Eq. 1).
 
@@ -108,10 +112,11 @@ def check_gamma(gamma: float) -> None:
   """Checks the weight of the cost.
 
   Raises:
-    ValueError: gamma is not negative.
+    ValueError: gamma is not negative, or so large that the quality is lost.
   """
-  if gamma >= 0:
+  if not -_LARGEST_GAMMA <= gamma < 0:
     raise ValueError(
-      f'search.gamma={gamma} must be negative: Eq. 1 adds it to the quality, '
-      'so a positive weight would reward cost'
+      f'search.gamma={gamma} must be negative and at least '
+      f'-{_LARGEST_GAMMA:g}: Eq. 1 adds it to the quality, so a positive '
+      'weight would reward cost'
     )

@@ -5,6 +5,9 @@ inside the reward. `default` judges four architectures on the same images and
 takes the gradient of the expected cost in closed form; WORKSPACE.md has the
 effect of each part.
 
+A quality that is not finite is dropped: it has the advantage 0, changes no
+running mean, and is counted in the metric `dropped`.
+
 Signs: the paper writes ascent with r_bar - r; here a loss is descended,
 `-(r - baseline) log pi(arch) + beta_H H`, and gamma in Eq. 1 is negative.
 """
@@ -82,6 +85,7 @@ def paper(
     reward = controller_lib.reward(
       qualities[0], controller_lib.absolute_error(cost), gamma
     )
+    reward = jnp.where(jnp.isfinite(reward), reward, _baseline(state))
     average, count, baseline = _running_mean(
       state, replicas.mean(reward), _BASELINE_DECAY
     )
@@ -152,6 +156,9 @@ def default(
   ) -> _Updated:
     p = phases.search_progress(step)
     searching = phases.searching(step)
+    finite = jnp.isfinite(qualities)
+    mean = jnp.mean(qualities, where=finite)
+    qualities = jnp.where(finite, qualities, jnp.where(finite.any(), mean, 0.0))
     advantages = (qualities - qualities.mean()) * _SAMPLES / (_SAMPLES - 1)
     average, count, square = _running_mean(
       state, replicas.mean(jnp.mean(advantages**2)), _SQUARES_DECAY
@@ -243,8 +250,11 @@ def _controller(
   ) -> _Updated:
     updated, metrics = update(state, archs, qualities, step)
     pi = policy_lib.probabilities(updated.policy)
+    finite = jnp.isfinite(qualities)
+    judged = jnp.where(finite.any(), jnp.mean(qualities, where=finite), 0.0)
     return updated, metrics | dict(
-      quality=jnp.mean(qualities),
+      quality=judged,
+      dropped=jnp.sum(~finite).astype(jnp.float32),
       cost=relative_cost(pi),
       entropy=policy_lib.entropy(updated.policy),
     )
@@ -259,6 +269,12 @@ def _running_mean(
   average = decay * state.average + (1 - decay) * value
   count = state.count + 1
   return average, count, average / (1 - decay ** count.astype(jnp.float32))
+
+
+def _baseline(state: controller_lib.SearchState) -> jax.Array:
+  """Returns the unbiased mean of the rewards so far; 0 before the first."""
+  debias = 1 - _BASELINE_DECAY ** state.count.astype(jnp.float32)
+  return jnp.where(state.count > 0, state.average / debias, 0.0)
 
 
 def _learn_if(

@@ -136,9 +136,15 @@ def likeliest(
     budgets: limits of costs; none: the argmax of the policy.
 
   Raises:
-    ValueError: no architecture is within the budgets.
+    ValueError: no architecture is within the budgets, or a logit is not finite.
   """
   logits = {name: np.asarray(values) for name, values in policy.items()}
+  for name, values in logits.items():
+    if not np.isfinite(values).all():
+      raise ValueError(
+        f'the policy of {name} is not finite, so it selects nothing: '
+        f'{values.tolist()}; the run has diverged'
+      )
   best = space.at(
     {name: int(values.argmax()) for name, values in logits.items()}
   )

@@ -54,6 +54,16 @@ def test_the_speed_is_that_since_the_row_before(tmp_path, monkeypatch):
   assert timings == [{}, dict(steps_per_second=2.5), dict(steps_per_second=8)]
 
 
+def test_a_policy_that_is_not_finite_ends_the_run(tmp_path):
+  with run_log.RunLog(EXPERIMENT, tmp_path, 0, {}) as log:
+    log.add(_step(1.0) | dict(entropy=jnp.float32(math.nan)))
+    with pytest.raises(
+      run_log.DivergedError, match='mean entropy is nan at step 5; .*search'
+    ):
+      log.write(5, STATE)
+  assert not _rows(tmp_path)
+
+
 @pytest.mark.parametrize(
   ('loss', 'grad_norm', 'named'),
   [

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -114,12 +115,11 @@ def test_the_reward_is_quality_less_the_weighted_cost_error():
   np.testing.assert_allclose(rewards, 0.68, rtol=1e-6)
 
 
-@pytest.mark.parametrize('gamma', [0.0, 0.1])
+@pytest.mark.parametrize('gamma', [0.0, 0.1, -1e308, -math.inf, math.nan])
 @pytest.mark.parametrize('preset', PRESETS)
 def test_a_gamma_that_would_reward_cost_is_refused(preset, gamma):
-  with pytest.raises(
-    ValueError, match=f'search.gamma={gamma} must be negative'
-  ):
+  message = f'search.gamma={gamma} must be negative'
+  with pytest.raises(ValueError, match=re.escape(message)):
     _make(preset, gamma=gamma)
 
 
@@ -417,6 +417,34 @@ def test_outside_the_search_nothing_is_learnt(preset, step):
 
 
 @pytest.mark.parametrize('preset', PRESETS)
+@pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize('seen', [0, 3])
+def test_a_quality_that_is_not_finite_teaches_nothing(preset, bad, seen):
+  controller = _jitted(preset)
+  archs = _archs(a=[0, 1, 2, 0][: controller.samples], b=[0, 1, 1, 0])
+  archs = {k: v[: controller.samples] for k, v in archs.items()}
+  qualities = jnp.linspace(-1.0, -0.4, controller.samples)
+  state, step = controller.init(_policy()), jnp.int32(3)
+  for _ in range(seen):
+    state, _ = controller.update(state, archs, qualities, step)
+  all_bad, metrics = controller.update(state, archs, 0 * qualities + bad, step)
+  assert metrics['dropped'] == controller.samples
+  if preset == 'paper' and seen:
+    # The mean of the rewards stays where it was.
+    unbiased = (s.average / (1 - 0.95**s.count) for s in (state, all_bad))
+    np.testing.assert_allclose(*unbiased, rtol=1e-5)
+  one_bad, metrics = controller.update(
+    all_bad, archs, qualities.at[0].set(bad), step
+  )
+  assert metrics['dropped'] == 1
+  for leaf in jax.tree.leaves((one_bad, metrics)):
+    assert np.isfinite(leaf).all()
+  # Of four, the others still teach.
+  same = np.array_equal(one_bad.policy['b'], all_bad.policy['b'])
+  assert preset == 'paper' or not same
+
+
+@pytest.mark.parametrize('preset', PRESETS)
 def test_at_the_first_search_step_something_is_learnt(preset):
   controller = _jitted(preset)
   before = controller.init(_policy())
@@ -559,6 +587,7 @@ def test_metrics_are_those_of_the_samples_and_of_the_new_policy(preset):
     reward=0.25 + GAMMA * np.abs(costs - 1).mean(),
     cost=_relative_cost(pi),
     entropy=policy_lib.entropy(state.policy),
+    dropped=0.0,
   )
   assert metrics.keys() == expected.keys()
   for name, value in expected.items():

@@ -191,3 +191,13 @@ def test_scores_that_do_not_fit_are_named():
       allocation.check_scores(space, good | bad)
   with pytest.raises(ValueError, match='no scores for QuantDense_0'):
     allocation.check_scores(space, {'QuantDense_1': [1.0, 0.0]})
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_nothing_is_selected_from_a_policy_that_is_not_finite(bad):
+  net = _Net(fliqs.QuantSpec('int_s'), (3,))
+  space = fliqs.find_decisions(net, np.zeros((1, 2), np.float32))
+  (decision,) = space.decisions
+  policy = {decision.name: np.array([0.0, bad, 1.0])}
+  with pytest.raises(ValueError, match='the policy of .* is not finite'):
+    allocation.likeliest(space, policy)
