@@ -7,6 +7,7 @@ from fliqs_jax.data import images
 from fliqs_jax.data import tfds_records
 
 NAME = 'cifar10'
+_SHAPE = (32, 32, 3)
 
 # Mean and standard deviation of each channel of the training images.
 _MEAN = tuple(255 * mean for mean in (0.4914, 0.4822, 0.4465))
@@ -24,7 +25,9 @@ def _open(prepared: tfds_records.Prepared, split: str) -> dataset_lib.Arrays:
   records = prepared.open(split)
   columns = records[np.arange(len(records))]
   return dataset_lib.Arrays(
-    image=np.stack([images.decode(png) for png in columns['image']]),
+    image=images.decode_all(
+      columns['image'], _SHAPE, f'{split} in {prepared.directory}'
+    ),
     label=columns['label'],
   )
 
@@ -48,7 +51,7 @@ def dataset(data_dir: str, augment: str = 'crop_flip') -> dataset_lib.Dataset:
   return dataset_lib.Dataset(
     name=NAME,
     num_classes=10,
-    inputs={'image': dataset_lib.Spec((32, 32, 3))},
+    inputs={'image': dataset_lib.Spec(_SHAPE)},
     split_sizes=prepared.split_sizes,
     open=lambda split: _open(prepared, split),
     train_inputs=lambda columns, bits: dict(

@@ -9,7 +9,6 @@ install, and does not antialias.
 
 from collections.abc import Callable
 import concurrent.futures
-import io
 import math
 import os
 
@@ -167,14 +166,10 @@ class _Crops:
 
     def fill(first: int) -> None:
       for row in range(first, min(first + _CHUNK, count)):
-        try:
-          image = Image.open(io.BytesIO(columns['image'][row]))
+        name = f'{columns["file_name"][row].decode()} of {NAME!r}'
+        with images.decoding(name):
+          image = images.opened(columns['image'][row])
           result[row] = self._normalise(pixels(image, row))
-        except (OSError, SyntaxError) as error:  # PIL's, for damaged data.
-          raise ValueError(
-            f'{columns["file_name"][row].decode()} of {NAME!r} cannot be '
-            f'decoded: {error}; prepare the data set again'
-          ) from error
 
     # The list raises an error of `fill`.
     list(self._pool.map(fill, range(0, count, _CHUNK)))

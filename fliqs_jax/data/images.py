@@ -1,16 +1,89 @@
 """Functions that image data sets share: pixels to inputs, augmentation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import io
+import struct
 
 import numpy as np
 from PIL import Image
 
+# What Pillow raises for damaged data, and for more pixels than it trusts.
+_UNDECODABLE = (
+  OSError,
+  SyntaxError,
+  ValueError,
+  EOFError,
+  struct.error,
+  Image.DecompressionBombError,
+)
+
+
+def opened(encoded: bytes) -> Image.Image:
+  """Opens a PNG or JPEG, of which the pixels are decoded when they are used.
+
+  An image of 16 bits becomes one of 8: Pillow would clip it at 255.
+  """
+  image = Image.open(io.BytesIO(encoded))
+  if image.mode.startswith('I'):
+    deep = np.asarray(image, np.float64)
+    return Image.fromarray(np.round(deep / 257).clip(0, 255).astype(np.uint8))
+  return image
+
+
+@contextlib.contextmanager
+def decoding(name: str) -> Iterator[None]:
+  """Names the image that is decoded inside, if that fails.
+
+  Args:
+    name: what the image is called.
+
+  Raises:
+    ValueError: the image is damaged or too large.
+  """
+  try:
+    yield
+  except _UNDECODABLE as error:
+    raise ValueError(
+      f'{name} cannot be decoded: {error}; prepare the data set again'
+    ) from error
+
 
 def decode(encoded: bytes) -> np.ndarray:
-  """Returns uint8 [H, W, C] of a PNG or JPEG."""
-  pixels = np.asarray(Image.open(io.BytesIO(encoded)))
+  """Returns uint8 [H, W, C] of a PNG or JPEG, grey (C = 1) or RGB (C = 3)."""
+  image = opened(encoded)
+  if image.mode not in ('L', 'RGB'):
+    image = image.convert('L' if image.mode in ('1', 'LA') else 'RGB')
+  pixels = np.asarray(image)
   return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def decode_all(
+  encoded: Sequence[bytes], shape: tuple[int, int, int], source: str
+) -> np.ndarray:
+  """Returns uint8 [N, H, W, C] of N images of one shape.
+
+  Args:
+    encoded: PNGs or JPEGs.
+    shape: H, W and C.
+    source: name of the split, for messages.
+
+  Raises:
+    ValueError: an image cannot be decoded or has another shape; the message
+      names it.
+  """
+  result = np.empty((len(encoded), *shape), np.uint8)
+  for i, one in enumerate(encoded):
+    name = f'image {i} of {source}'
+    with decoding(name):
+      pixels = decode(one)
+    if pixels.shape != shape:
+      raise ValueError(
+        f'{name} has the shape {pixels.shape}, not {shape}; prepare the data '
+        'set again'
+      )
+    result[i] = pixels
+  return result
 
 
 def normaliser(
