@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 import dataclasses
+import math
+import numbers
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -148,6 +150,9 @@ def construct(
       f'{", ".join(config)}; give exactly the former'
     )
   fields = network.module.__dataclass_fields__
+  for key, value in keys.items():
+    if problem := _problem(value, fields[key].type):
+      raise ValueError(f'model.{key}={value!r} {problem}')
   if sizes != AS_PUBLISHED and 'sizes' not in fields:
     raise ValueError(
       f'model {name} has no sizes to search; set sizes.widths and '
@@ -160,7 +165,23 @@ def construct(
   return network.module(**keys, **network.fixed, **given)
 
 
+def _problem(value: Any, kind: Any) -> str:
+  """Returns why a field of a network cannot have a value; '' if it can."""
+  is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+  if kind is int:
+    return '' if is_whole and value > 0 else 'must be a whole number above 0'
+  if kind is float:
+    if is_whole or isinstance(value, float):
+      return '' if 0 <= value < math.inf else 'must be finite and not negative'
+    return 'must be a number'
+  items = value if isinstance(value, (tuple, list)) else [None]
+  wrong = any(_problem(item, int) for item in items)
+  return 'must be a list of whole numbers above 0' if wrong else ''
+
+
 def _network(name: str | None) -> Network:
-  if name not in MODELS:
-    raise ValueError(f'model {name!r} is unknown; allowed: {", ".join(MODELS)}')
+  if not isinstance(name, str) or name not in MODELS:
+    raise ValueError(
+      f'model.name={name!r} is unknown; allowed: {", ".join(MODELS)}'
+    )
   return MODELS[name]

@@ -68,17 +68,21 @@ def _number(
 ) -> Callable:
   noun = 'a whole number' if kind is numbers.Integral else 'a number'
   ends = f'>= {least}' if most == math.inf else f'from {least} to {most}'
+  ends = 'that is finite' if least == -math.inf else ends
 
   def problem(value):
     if isinstance(value, bool) or not isinstance(value, kind):
       return f'must be {noun} {ends}'
-    return None if least <= value <= most else f'must be {noun} {ends}'
+    # Neither NaN nor infinity.
+    if least <= value <= most and abs(value) < math.inf:
+      return None
+    return f'must be {noun} {ends}'
 
   return problem
 
 
-def _count(least: int) -> Callable:
-  return _number(least, kind=numbers.Integral)
+def _count(least: int, most: float = math.inf) -> Callable:
+  return _number(least, most, kind=numbers.Integral)
 
 
 def _of_type(*kinds: type) -> Callable:
@@ -90,7 +94,42 @@ def _of_type(*kinds: type) -> Callable:
   return problem
 
 
-_LIST = _of_type(tuple, list)
+def _section(value: Any) -> str | None:
+  return None if isinstance(value, Mapping) else 'must be a section of keys'
+
+
+def _list_of(what: str, item: Callable) -> Callable:
+  def problem(value):
+    is_list = isinstance(value, (tuple, list))
+    if is_list and all(item(one) is None for one in value):
+      return None
+    return f'must be a list of {what}'
+
+  return problem
+
+
+def _pair(first: Callable, second: Callable) -> Callable:
+  def problem(value):
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+      return first(value[0]) or second(value[1])
+    return 'must be a pair'
+
+  return problem
+
+
+def _either(one: Callable, other: Callable) -> Callable:
+  def problem(value):
+    problems = one(value), other(value)
+    if None in problems:
+      return None
+    return ' or '.join(problems).replace(' or must', ' or')
+
+  return problem
+
+
+_FINITE = _number(-math.inf)
+_TEXT = _of_type(str)
+_FORMATS = _either(_TEXT, _list_of('names of formats', _TEXT))
 
 
 def _one_of(*allowed: str) -> Callable:
@@ -103,49 +142,50 @@ def _one_of(*allowed: str) -> Callable:
 # Every key of a config. The keys of `model` are the fields of its network, and
 # those of `data` depend on the data set: both are checked where they are used.
 SCHEMA: dict[str, Any] = {
-  'seed': _count(0),
-  'task': _of_type(str),
-  'model': None,
-  'data': None,
+  # More bits would be dropped, and two seeds be one.
+  'seed': _count(0, 2**32 - 1),
+  'task': _TEXT,
+  'model': _section,
+  'data': _section,
   'quant': {
-    'formats': _of_type(str, tuple, list),
-    'mode': _of_type(str),
-    'exclude': _LIST,
-    'menus': _LIST,
-    'groups': _LIST,
-    'weight_clip': _of_type(str, float, int),
-    'act_clip': _of_type(str, float, int),
-    'act_threshold': _of_type(str),
+    'formats': _FORMATS,
+    'mode': _TEXT,
+    'exclude': _list_of('patterns of layers', _TEXT),
+    'menus': _list_of('pairs (pattern, formats)', _pair(_TEXT, _FORMATS)),
+    'groups': _list_of('pairs (name, pattern)', _pair(_TEXT, _TEXT)),
+    'weight_clip': _either(_TEXT, _FINITE),
+    'act_clip': _either(_TEXT, _FINITE),
+    'act_threshold': _TEXT,
     'act_start': _number(0, 1),
-    'arch': _of_type(str),
+    'arch': _TEXT,
   },
   'sizes': {
-    'widths': _LIST,
-    'kernels': _LIST,
-    'kernel_weights': _of_type(str),
+    'widths': _list_of('finite numbers', _FINITE),
+    'kernels': _list_of('whole numbers', _count(1)),
+    'kernel_weights': _TEXT,
   },
   'cost': {
-    'kind': _of_type(str),
+    'kind': _TEXT,
     'target': _number(0),
-    'relative_to': _of_type(str),
-    'bound': _of_type(str),
+    'relative_to': _TEXT,
+    'bound': _TEXT,
   },
   'search': {
-    'preset': _of_type(str),
+    'preset': _TEXT,
     'start': _number(0, 1),
     'freeze': _number(0, 1),
-    'gamma': _of_type(float, int),
-    'quality': _of_type(str),
+    'gamma': _FINITE,
+    'quality': _TEXT,
     'learning_rate': _number(0),
-    'entropy_schedule': _of_type(str),
-    'entropy_beta': _of_type(float, int),
-    'scores': _of_type(str),
+    'entropy_schedule': _TEXT,
+    'entropy_beta': _FINITE,
+    'scores': _TEXT,
     'scorings': _count(0),
   },
   'optimizer': {
-    'name': _of_type(str),
+    'name': _TEXT,
     'learning_rate': _number(0),
-    'schedule': _of_type(str),
+    'schedule': _TEXT,
     'warmup': _number(0, 1),
     'momentum': _number(0, 1),
     'weight_decay': _number(0),
@@ -164,13 +204,13 @@ SCHEMA: dict[str, Any] = {
     'settle_batches': _count(0),
   },
   'parallel': {
-    'mode': _of_type(str),
+    'mode': _TEXT,
     'shard_params': _of_type(bool),
     'accumulate': _count(1),
     'leave_one_out': _of_type(bool),
   },
-  'references': _LIST,
-  'init_from': _of_type(str),
+  'references': _list_of('names of formats', _TEXT),
+  'init_from': _TEXT,
 }
 
 
@@ -182,9 +222,17 @@ _ADDED = {
   'train': {'dtype': 'float32'},
 }
 
-# Keys that say where files are. The same files may be elsewhere on another
-# machine; of the one that `quant.arch` names, the formats are compared.
-_PLACES = ('data.data_dir:', 'quant.arch:', 'init_from:')
+# Keys on which the training of the network does not depend.
+_FREE = {
+  'data.data_dir',
+  'references',
+  'train.checkpoint_every',
+  'train.checkpoints_kept',
+  'train.max_loss',
+}
+# Keys that say where other files are, on another machine perhaps elsewhere. Of
+# the one that `quant.arch` names, the formats are compared.
+_PLACES = ('quant.arch:', 'init_from:')
 
 
 def completed(content: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -252,7 +300,7 @@ def _problems(config: Mapping, schema: Mapping, prefix: str) -> list[str]:
         problems += _problems(config[key], expected, f'{name}.')
       else:
         problems.append(f'{name} must be a section of keys')
-    elif expected is not None and (problem := expected(config[key])):
+    elif problem := expected(config[key]):
       problems.append(f'{name}={config[key]!r} {problem}')
   return problems
 
@@ -267,6 +315,13 @@ def differences(old: Mapping, new: Mapping, prefix: str = '') -> list[str]:
     elif a != b:
       lines.append(f'{name}: {a!r} -> {b!r}')
   return lines
+
+
+def differences_in_training(old: Mapping, new: Mapping) -> list[str]:
+  """Returns the `differences` of which a trained network depends on the key."""
+  return [
+    line for line in differences(old, new) if line.split(':')[0] not in _FREE
+  ]
 
 
 def binding(
@@ -304,7 +359,7 @@ def check_binding(
   saved = binding(completed(saved['config']), saved['assigned'])
   lines = [
     line
-    for line in differences(saved['config'], own['config'])
+    for line in differences_in_training(saved['config'], own['config'])
     if not line.startswith(_PLACES)
   ]
   lines += differences(saved['assigned'], own['assigned'])

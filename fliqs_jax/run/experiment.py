@@ -1,6 +1,6 @@
 """Parts of a run, built from a config; refuses a config that cannot work."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -18,6 +18,7 @@ import optax
 from fliqs_jax import data
 from fliqs_jax import models
 from fliqs_jax import tasks
+from fliqs_jax.numerics import formats
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.search import controller as controller_lib
@@ -221,6 +222,7 @@ def build(
   task = _task(config)
   if arch is None and config.quant.arch:
     arch = read_arch(config.quant.arch)
+  _check_formats(config)
   spec = _spec(config.quant, arch)
   streams = data.make_streams(
     config.data,
@@ -366,6 +368,26 @@ def _spec(
   )
 
 
+@contextlib.contextmanager
+def _named(key: str, value: Any) -> Iterator[None]:
+  """Names the key in an error of what it holds."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f'{key}={value!r}: {error}') from None
+
+
+def _check_formats(config) -> None:
+  with _named('quant.formats', config.quant.formats):
+    formats.menu(config.quant.formats)
+  with _named('quant.menus', config.quant.menus):
+    for _, menu in config.quant.menus:
+      formats.menu(menu)
+  with _named('references', config.references):
+    for name in config.references:
+      formats.parse(name)
+
+
 def _check_search(keys: ml_collections.ConfigDict, steps: int) -> None:
   presets.check_keys(keys, steps)
   if keys.scorings and keys.scores not in sensitivity.METRICS:
@@ -386,7 +408,8 @@ def _target(
     )
   target = keys.target
   if keys.relative_to:
-    target *= cost_model.uniform(cost, keys.relative_to)
+    with _named('cost.relative_to', keys.relative_to):
+      target *= cost_model.uniform(cost, keys.relative_to)
   least, most = cost_model.bounds(cost)
   slack = _TOLERANCE * most
   if not space.is_fixed and not least - slack <= target <= most + slack:

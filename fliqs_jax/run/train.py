@@ -1,6 +1,6 @@
 """Complete run: trains and searches, evaluates, and writes the results."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import json
 import logging
@@ -86,17 +86,20 @@ def train_and_evaluate(
     search_state = jax.device_get(run.state.search_state)
     policy = search_state.policy
     choices = experiment.selected(policy)
-    references = {
-      name: _reference(config, name, path, stop) for name in config.references
-    }
     with processes.together():
       if processes.index() == 0:
         arch = results.arch(experiment, choices)
         files.write_json(path / workdir_lib.ARCH, arch)
+    # Before other networks train, which may take as long again.
+    found = evaluation.test_metrics(experiment, run.state, choices, devices)
+    _log_found(experiment.task.METRIC, found)
+    references = {
+      name: _reference(config, name, path, stop) for name in config.references
+    }
     retrained = _retrained(config, path, stop) if retrain else None
     result = dict(
       metric=experiment.task.METRIC,
-      found=evaluation.test_metrics(experiment, run.state, choices, devices),
+      found=found,
       references=references,
       retrained=retrained,
       layers=results.layers(experiment, choices),
@@ -134,7 +137,7 @@ def _check_same(config: ml_collections.ConfigDict, workdir) -> None:
 def _claimed(
   experiment: experiment_lib.Experiment, workdir: pathlib.Path
 ) -> Iterator[None]:
-  """Holds the workdir; writes the config, or checks that it is the same one."""
+  """Holds the workdir, which must be of the same config, and writes it."""
   content = json.loads(json.dumps(experiment.config.to_dict()))
   path = workdir / workdir_lib.CONFIG
   try:
@@ -147,15 +150,15 @@ def _claimed(
   with workdir_lib.held(workdir):
     saved = restoring.newest_extra(workdir / workdir_lib.CHECKPOINTS)
     config_lib.check_binding(experiment.binding, saved or {}, str(workdir))
-    if not path.exists():
-      files.write_json(path, content)
-    claimed = config_lib.read(path)
-    if lines := config_lib.differences(claimed, content):
+    claimed = config_lib.read(path) if path.exists() else content
+    if lines := config_lib.differences_in_training(claimed, content):
       raise ValueError(
         f'--workdir={workdir} belongs to a run of another config, which '
         f'differs in {"; ".join(lines)}; choose another workdir or the same '
         'config'
       )
+    if claimed != content or not path.exists():
+      files.write_json(path, content)
     yield
 
 
@@ -210,19 +213,22 @@ def _describe(experiment) -> None:
   )
 
 
-def _summarize(result) -> None:
-  found = result['found']
+def _log_found(metric: str, found: Mapping[str, Any]) -> None:
   _LOG.info(
     'test %s %.2f %% of %d examples at %.4g %s (target %.4g), '
     '%.2f bits a weight',
-    result['metric'],
-    100 * found[result['metric']],
+    metric,
+    100 * found[metric],
     found['examples'],
     found['cost'],
     found['unit'],
     found['cost_target'],
     found['average_bits'],
   )
+
+
+def _summarize(result) -> None:
+  found = result['found']
   if retrained := result['retrained']:
     _LOG.info(
       'retrained from the beginning: test %s %.2f %%; served minus retrained '

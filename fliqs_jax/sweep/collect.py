@@ -156,13 +156,7 @@ def look(
   try:
     claimed = files.read_json(workdir / workdir_lib.CONFIG)
     planned = json.loads(json.dumps(sweep_file.config(run)))
-    different = [
-      text
-      for text in config_lib.differences(claimed, planned)
-      # On a cluster the same data may be in another directory.
-      if not text.startswith('data.data_dir:')
-    ]
-    if different:
+    if different := config_lib.differences_in_training(claimed, planned):
       return is_('of another config', '; '.join(different))
     if not (workdir / workdir_lib.RESULT).exists():
       step, steps = _last_step(workdir), claimed['train']['steps']

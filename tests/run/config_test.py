@@ -1,6 +1,7 @@
 """Configs: arguments, keys and values that cannot work are refused by name."""
 
 import ast
+import math
 import pathlib
 import re
 import sys
@@ -81,6 +82,37 @@ def test_an_unknown_and_a_missing_key_are_both_named():
   [
     ('quant', dict(formats='INT9'), "unknown format 'INT9'"),
     ('quant', dict(formats=()), 'menu of formats is empty'),
+    ('quant', dict(formats=(4, 8)), r'quant.formats=\(4, 8\) must be'),
+    (
+      'quant',
+      dict(exclude=(1,)),
+      r'quant.exclude=\(1,\) must be a list of p',
+    ),
+    ('quant', dict(menus=('head',)), r'quant.menus=.* of pairs \(pattern, for'),
+    ('quant', dict(menus=(('head', 4),)), 'quant.menus=.* must be a list of p'),
+    (
+      'quant',
+      dict(groups=(('a', 'b', 'c'),)),
+      'quant.groups=.* be a list of p',
+    ),
+    (
+      'quant',
+      dict(act_clip=math.nan),
+      'quant.act_clip=nan must be of type ',
+    ),
+    ('sizes', dict(widths=(1.0, math.inf)), 'sizes.widths=.* finite numbers'),
+    ('sizes', dict(kernels=('3',)), 'sizes.kernels=.* must be a list of whole'),
+    ('search', dict(gamma=math.nan), 'search.gamma=nan must be a number that'),
+    (
+      'search',
+      dict(entropy_beta=math.inf),
+      'entropy_beta=inf must be a num',
+    ),
+    ('optimizer', dict(learning_rate=math.nan), 'learning_rate=nan must be'),
+    ('optimizer', dict(learning_rate=math.inf), 'learning_rate=inf must be'),
+    ('model', dict(hidden=16), 'model.hidden=16 must be a list of whole numb'),
+    ('model', dict(hidden=(16, 0)), 'model.hidden=.* whole numbers above 0'),
+    ('model', dict(name=None), 'model.name=None is unknown; allowed: mlp'),
     ('quant', dict(mode='both'), "quant.mode='both'"),
     ('quant', dict(exclude=('hiden*',)), "'hiden\\*' matches no layer"),
     ('quant', dict(act_threshold='rms'), "quant.act_threshold='rms'"),
@@ -130,12 +162,38 @@ def test_what_cannot_work_is_refused_with_its_key(section, values, message):
     experiment_lib.build(_changed(section, **values))
 
 
-def test_a_section_must_be_a_section():
+@pytest.mark.parametrize('name', ['quant', 'model', 'data'])
+def test_a_section_must_be_a_section(name):
   config = tiny.get_config()
   with config.unlocked(), config.ignore_type():
-    config.quant = 'INT4'
-  with pytest.raises(ValueError, match='quant must be a section of keys'):
+    config[name] = 'INT4'
+  with pytest.raises(ValueError, match=f'{name}.* must be a section of keys'):
     config_lib.check(config)
+
+
+@pytest.mark.parametrize('seed', [-1, 2**32, 2**63, 2**70, 1.5, True])
+def test_a_seed_has_the_bits_that_are_used(seed):
+  config = tiny.get_config()
+  with config.unlocked(), config.ignore_type():
+    config.seed = seed
+  with pytest.raises(ValueError, match='seed=.* from 0 to 4294967295'):
+    experiment_lib.build(config)
+
+
+@pytest.mark.parametrize(
+  ('names', 'message'),
+  [
+    (('INT4', 'INT44'), r"references=.*'INT44'"),
+    (('int_s',), "references=.*unknown format 'int_s'"),
+    ((4,), r'references=\(4,\) must be a list of names of formats'),
+  ],
+)
+def test_a_reference_is_checked_before_the_search(names, message):
+  config = tiny.get_config()
+  with config.unlocked():
+    config.references = names
+  with pytest.raises(ValueError, match=message):
+    experiment_lib.build(config)
 
 
 @pytest.mark.parametrize(

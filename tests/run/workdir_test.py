@@ -145,3 +145,36 @@ def test_a_run_is_finished_only_with_its_report(copy, monkeypatch):
   train.train_and_evaluate(tiny.get_config(), copy)
   assert (copy / 'report.html').exists()
   assert helpers.facts(copy) == expected
+
+
+def test_what_does_not_change_training_may_change(copy):
+  config = tiny.get_config()
+  with config.unlocked(), config.ignore_type():
+    config.train.checkpoints_kept = 5
+    config.train.max_loss = 99.0
+  expected = helpers.facts(copy)[0]
+  train.train_and_evaluate(config, copy)
+  assert helpers.facts(copy)[0] == expected
+  written = json.loads((copy / 'config.json').read_text())
+  assert written['train']['checkpoints_kept'] == 5
+  assert evaluation.evaluate(str(copy)) == expected['found']
+
+
+def test_what_was_found_is_written_before_references_train(copy, monkeypatch):
+  config = tiny.get_config()
+  with config.unlocked():
+    config.references = ('INT4',)
+  for name in ('arch.json', 'result.json'):
+    (copy / name).unlink()
+
+  def killed(*_, **__):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(train, '_reference', killed)
+    with pytest.raises(KeyboardInterrupt):
+      train.train_and_evaluate(config, copy)
+  assert (copy / 'arch.json').exists()
+  # The reference may be left out after all.
+  train.train_and_evaluate(tiny.get_config(), copy)
+  assert (copy / 'result.json').exists()
