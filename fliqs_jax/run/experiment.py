@@ -242,6 +242,7 @@ def build(
   model = build_model(spec)
   _check_inputs(config, model, streams)
   _check_outputs(config, task, model, streams)
+  _check_classes(config, task, streams)
   space = discovery.find(model, _example(streams), spec=spec, train=False)
   if arch is not None:
     space.check_sizes(arch['sizes'])
@@ -519,3 +520,19 @@ def _check_outputs(config, task, model, streams: data.Streams) -> None:
       f'{outputs.shape[1:]} for an example, but task={config.task!r} needs '
       f'{expected}; use a model of that task'
     )
+
+
+def _check_classes(config, task, streams: data.Streams) -> None:
+  """Reads the test split until it has shown as many classes as it must have."""
+  if task.LEAST_CLASSES == 1:
+    return
+  seen: set[int] = set()
+  for batch in streams.test():
+    seen.update(batch['label'][batch['mask'] > 0].tolist())
+    if len(seen) >= task.LEAST_CLASSES:
+      return
+  raise ValueError(
+    f'data.test_split={config.data.test_split!r} has no label but '
+    f'{sorted(seen)}, and {task.METRIC} needs {task.LEAST_CLASSES} classes; '
+    'use a split that has them'
+  )

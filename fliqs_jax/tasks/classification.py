@@ -9,7 +9,7 @@ import optax
 
 Batch = Mapping[str, jax.Array]
 
-METRIC = 'accuracy'
+METRIC, LEAST_CLASSES = 'accuracy', 1
 
 
 def output_shape(num_classes: int) -> tuple[int, ...]:

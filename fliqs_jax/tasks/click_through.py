@@ -10,7 +10,7 @@ import optax
 
 Batch = Mapping[str, jax.Array]
 
-METRIC = 'AUC'
+METRIC, LEAST_CLASSES = 'AUC', 2
 
 # Bins of the predicted probability, which give the ranks of a whole split.
 _BINS = 2**16

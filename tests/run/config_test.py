@@ -392,3 +392,12 @@ def test_nonsense_among_the_flags_is_a_line_and_a_mistake(
   out, line = capsys.readouterr()
   assert (out, line.count('\n')) == ('', 1)
   assert re.search(words, line)
+
+
+def test_a_test_split_of_one_class_is_refused_for_auc():
+  config = recommender_criteo.get_config('smoke')
+  with config.unlocked():
+    config.data.update(test_split='test[:1]', test_batch_size=1)
+  message = r"data.test_split='test\[:1\]' has no label but \[[01]\], and AUC"
+  with pytest.raises(ValueError, match=message):
+    experiment_lib.build(config)
