@@ -25,6 +25,7 @@ from fliqs_jax.run import train
 from fliqs_jax.runtime import checkpoint
 from fliqs_jax.runtime import commands
 from fliqs_jax.runtime import processes
+from fliqs_jax.sweep import sweep_file
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A file of configs/, with its arguments after a colon.'
@@ -83,6 +84,11 @@ def main(argv: Sequence[str]) -> None:
       form = f'%(asctime)s {place} %(message)s'
       handler.setFormatter(logging.Formatter(form, '%H:%M:%S'))
     config = _CONFIG.value
+    flag = flags.FLAGS['config']
+    sweep_file.check_overrides(
+      config_flags.get_config_filename(flag),
+      config_flags.get_override_values(flag),
+    )
     if _INIT_FROM.value:
       config.init_from = _INIT_FROM.value
     train.train_and_evaluate(

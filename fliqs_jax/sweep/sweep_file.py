@@ -34,6 +34,8 @@ import yaml
 from fliqs_jax.run import config as config_lib
 
 _SECTIONS = ('arguments', 'overrides')
+# Keys that configs make from the number of steps, and that fit any number.
+_OF_LENGTH = ('train.log_every', 'train.checkpoint_every')
 _LONGEST_NAME = 200  # File systems allow 255 bytes.
 
 
@@ -125,25 +127,66 @@ def load(run: Run) -> ml_collections.ConfigDict:
     raise ValueError(
       f'there is no config file {file!r}; name one of configs/ or your own'
     )
+  made = _made(run.flags)
+  config_lib.check(made)
+  check_overrides(run.config, run.overrides)
+  return made
+
+
+def check_overrides(config: str, overrides: Mapping[str, Any]) -> None:
+  """Checks that no value stays that was made from one that is overridden.
+
+  An argument of a config file may set several keys: `preset=paper` sets all of
+  `search`, and `steps=9` the learning rate, too. An override of one of them
+  would leave the others.
+
+  Args:
+    config: the config file and its arguments, as `--config` takes them.
+    overrides: {dotted key: value} of the keys that are overridden.
+
+  Raises:
+    ValueError: the message names the keys, and the argument to use.
+  """
+  file, _, arguments = config.partition(':')
+  plain = _made([f'--config={config}']).to_dict()
+  for key, value in overrides.items():
+    name = key.rpartition('.')[2]
+    kept = [a for a in arguments.split(',') if a.partition('=')[0] != name]
+    argument = f'{name}={value}'
+    try:
+      other = _made([f'--config={file}:{",".join([*kept, argument])}'])
+    except ValueError:
+      continue  # The file has no such argument.
+    lines = config_lib.differences_in_training(plain, other.to_dict())
+    left = [line.partition(':')[0] for line in lines]
+    left = [k for k in left if k not in {*overrides, *_OF_LENGTH}]
+    if left:
+      raise ValueError(
+        f'--config.{key}={value} changes this key alone and leaves '
+        f'{", ".join(left)} as made for another value: give it as an argument, '
+        f'--config={file}:{argument}, or override these keys, too'
+      )
+
+
+def _made(arguments: Sequence[str]) -> ml_collections.ConfigDict:
+  """Returns the config that the flags of `fliqs_jax.main` give, unchecked."""
   # The parser of `fliqs_jax.main`, so that both accept the same flags.
-  values, argv = flags.FlagValues(), ['sweep', *run.flags]
+  values, argv = flags.FlagValues(), ['sweep', *arguments]
   holder = config_flags.DEFINE_config_file(
     'config', flag_values=values, sys_argv=argv
   )
   try:
     values(argv)
-    made = holder.value
+    return holder.value
   except (KeyError, AttributeError) as error:
     message = ' '.join(str(error.args[0]).split())
-    raise ValueError(f'{" ".join(run.flags)}: no such key: {message}') from None
+    raise ValueError(f'{" ".join(arguments)}: no such key: {message}') from None
   except (flags.Error, TypeError) as error:
     # The message of a config's error holds a trace, whose last line is the
     # error.
     message = str(error).strip().splitlines()[-1]
     message = message.removeprefix('ValueError: ')
-    raise ValueError(f'{" ".join(run.flags)}: {message}') from None
-  config_lib.check(made)
-  return made
+    raise ValueError(f'{" ".join(arguments)}: {message}') from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -100,6 +100,17 @@ _DIGITS = 'config: configs/digits.py\n'
     (_DIGITS + 'arguments: {arch: "a,b"}', 'holds a comma'),
     (_DIGITS + 'overrides: {cost.tarjet: 1}', 'no such key: '),
     (_DIGITS + 'overrides: {train.steps: 0}', 'train.steps=0 must be'),
+    (
+      _DIGITS + 'overrides: {search.preset: paper}',
+      '--config.search.preset=paper changes this key alone and leaves '
+      'cost.bound, quant.act_threshold, search.',
+    ),
+    (
+      _DIGITS + 'arguments: {preset: paper}\noverrides: {train.steps: 99}',
+      '--config.train.steps=99 changes this key alone and leaves '
+      'search.learning_rate as made for another value: give it as an argument, '
+      '--config=configs/digits.py:steps=99, or override these keys, too',
+    ),
     (_DIGITS + 'runs: []', '`runs` must be a list of at least one'),
     (_DIGITS + 'runs: [1]', 'an item of `runs` must be a mapping, not 1'),
     (
@@ -252,3 +263,18 @@ def test_nothing_to_collect_is_one_line(tmp_path, capsys, out, message):
   error = capsys.readouterr().err
   assert message in error
   assert error.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+  'overrides',
+  [
+    {},
+    {'train.steps': '60'},  # As it is.
+    {'train.steps': '99', 'search.learning_rate': '0.01'},  # Both on purpose.
+    {'seed': '3'},  # Nothing else is made from it.
+    {'optimizer.momentum': '0.8'},  # No argument.
+  ],
+)
+def test_overrides_that_leave_nothing_behind_are_taken(overrides):
+  config = 'tests/tiny.py:preset=paper,steps=60'
+  sweep_file.load(sweep_file.Run('run', {}, config, overrides))
