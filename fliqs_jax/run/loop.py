@@ -169,7 +169,9 @@ def _compiled(first, result, experiment, devices):
   step = experiment.search_step()
   began = time.monotonic()
   _LOG.info('compiling the step for %d devices ...', devices.mesh.size)
-  compiled = devices.compile(step, result.state, *batch)
+  compiled = devices.compile(
+    step, result.state, *batch, steps=experiment.phases.steps
+  )
   result.compilations += 1
   result.compile_seconds = time.monotonic() - began
   result.step_bytes = devices_lib.step_bytes(compiled)

@@ -61,7 +61,9 @@ def _steps(experiment, count, steps):
   batches = zip(devices.feed(streams.train(0)), devices.feed(streams.valid(0)))
   step, metrics = None, []
   for batch in itertools.islice(batches, steps):
-    step = step or devices.compile(experiment.search_step(), state, *batch)
+    step = step or devices.compile(
+      experiment.search_step(), state, *batch, steps=experiment.phases.steps
+    )
     state, new = step(state, *batch)
     metrics.append(jax.device_get(new))
   return state, metrics
