@@ -22,6 +22,7 @@ from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import restoring
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import train_step
+from fliqs_jax.space import arch_file
 
 # Batches of the validation split on which a quality is measured.
 _BATCHES = 8
@@ -223,8 +224,8 @@ def choose(
   if arch_path and numeric_format:
     raise ValueError('give --arch or --format, not both')
   if arch_path:
-    content = experiment_lib.read_arch(arch_path)
-    assigned = experiment_lib.assignment(content)
+    content = arch_file.read(arch_path)
+    assigned = arch_file.assignment(content)
     return run.experiment.space.choices(assigned, content['sizes'])
   if numeric_format:
     return run.experiment.space.uniform(numeric_format)

@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
-import json
-import pathlib
 import types
 from typing import Any
 
@@ -17,7 +15,6 @@ import optax
 
 from fliqs_jax import data
 from fliqs_jax import models
-from fliqs_jax import tasks
 from fliqs_jax.numerics import formats
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.runtime import devices as devices_lib
@@ -29,12 +26,13 @@ from fliqs_jax.search import sensitivity
 from fliqs_jax.search import train_state
 from fliqs_jax.search import train_step
 from fliqs_jax.space import allocation
+from fliqs_jax.space import arch_file
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes as sizes_lib
-from fliqs_jax.tasks import augment
+from fliqs_jax.tasks import fitting
 
 # Relative tolerance with which a cost target is compared with the lowest and
 # the highest cost: all of them are float32 sums.
@@ -86,7 +84,8 @@ class Experiment:
   def initial_state(self) -> train_state.TrainState:
     """Returns the state before the first step; a pure function."""
     example = jax.tree.map(
-      lambda spec: jnp.zeros(spec.shape, spec.dtype), _example(self.streams)
+      lambda spec: jnp.zeros(spec.shape, spec.dtype),
+      fitting.example(self.streams),
     )
     return train_state.create(
       self.model,
@@ -219,9 +218,9 @@ def build(
     config.search.freeze,
   )
   optimizer = _optimizer(config, phases.steps)
-  task = _task(config)
+  task = fitting.of(config)
   if arch is None and config.quant.arch:
-    arch = read_arch(config.quant.arch)
+    arch = arch_file.read(config.quant.arch)
   _check_formats(config)
   spec = _spec(config.quant, arch)
   streams = data.make_streams(
@@ -230,7 +229,7 @@ def build(
     process_index=process_index,
     process_count=process_count,
   )
-  mix = _mixing(config, streams)
+  mix = fitting.mixing(config, streams)
   sizes = _sizes(config.sizes, arch)
   build_model = functools.partial(
     models.build,
@@ -240,10 +239,10 @@ def build(
     dtype=config.train.dtype,
   )
   model = build_model(spec)
-  _check_inputs(config, model, streams)
-  _check_outputs(config, task, model, streams)
-  _check_classes(config, task, streams)
-  space = discovery.find(model, _example(streams), spec=spec, train=False)
+  fitting.check(config, task, model, streams)
+  space = discovery.find(
+    model, fitting.example(streams), spec=spec, train=False
+  )
   if arch is not None:
     space.check_sizes(arch['sizes'])
   cost = space.cost(config.cost.kind)
@@ -266,44 +265,6 @@ def build(
     task=task,
     mix=mix,
   )
-
-
-def _example(streams: data.Streams) -> Any:
-  """Returns the shapes of the model's input for one example."""
-  return jax.tree.map(
-    lambda spec: jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype),
-    data.model_inputs(streams.inputs),
-  )
-
-
-def read_arch(path: str | pathlib.Path) -> dict[str, Any]:
-  """Returns the content of an arch.json.
-
-  Raises:
-    ValueError: the file cannot be read, or is no arch.json.
-  """
-  try:
-    content = json.loads(pathlib.Path(path).read_text('utf-8'))
-    layers, mode = content['layers'], content['mode']
-    for sides in layers.values():
-      sides['weights'], sides['activations']
-    dict(content['sizes'])
-  except OSError as error:
-    raise ValueError(f'{path} cannot be read: {error.strerror}') from None
-  except (ValueError, KeyError, TypeError, AttributeError):
-    raise ValueError(
-      f'{path} is no arch.json: it must have "mode", "sizes" and "layers", '
-      'each layer with "weights" and "activations"; use that of a run'
-    ) from None
-  return content | dict(mode=mode)
-
-
-def assignment(arch: Mapping[str, Any]) -> dict[str, tuple]:
-  """Returns {layer: (weights, activations)} from an arch.json's content."""
-  return {
-    path: (sides['weights'], sides['activations'])
-    for path, sides in arch['layers'].items()
-  }
 
 
 def _sizes(
@@ -349,7 +310,7 @@ def _check_sizes(config, space: search_space.SearchSpace) -> None:
 def _spec(
   quant: ml_collections.ConfigDict, arch: Mapping[str, Any] | None
 ) -> quant_spec.QuantSpec:
-  assigned = None if arch is None else assignment(arch)
+  assigned = None if arch is None else arch_file.assignment(arch)
   mode = quant.mode if arch is None else arch['mode']
   if quant.act_clip == 'profiled' and not quant.act_start:
     raise ValueError(
@@ -462,77 +423,3 @@ def _optimizer(config, steps: int) -> optax.GradientTransformation:
       'keep their initial values'
     )
   return optimizers.make(keys.name, rate, keys.momentum, keys.weight_decay)
-
-
-def _task(config) -> types.ModuleType:
-  if config.task not in tasks.TASKS:
-    raise ValueError(
-      f'task={config.task!r} is unknown; allowed: {", ".join(tasks.TASKS)}'
-    )
-  task = tasks.TASKS[config.task]
-  if config.search.quality not in task.QUALITIES:
-    raise ValueError(
-      f'search.quality={config.search.quality!r} is unknown for '
-      f'task={config.task!r}; allowed: {", ".join(task.QUALITIES)}'
-    )
-  if not 0 <= config.train.label_smoothing < 1:
-    raise ValueError(
-      f'train.label_smoothing={config.train.label_smoothing} must be below 1'
-    )
-  return task
-
-
-def _mixing(config, streams: data.Streams) -> Callable | None:
-  mixup, cutmix = config.train.mixup, config.train.cutmix
-  if not mixup and not cutmix:
-    return None
-  if 'image' not in streams.inputs or config.task != 'classification':
-    raise ValueError(
-      f'train.mixup={mixup} and train.cutmix={cutmix} need images and '
-      "task='classification'; set both to 0"
-    )
-  return augment.mixing(streams.num_classes, mixup, cutmix)
-
-
-def _check_inputs(config, model: nn.Module, streams: data.Streams) -> None:
-  shape = model.input_shape
-  takes = tuple(shape) if isinstance(shape, Mapping) else ('image',)
-  if set(takes) != set(streams.inputs):
-    raise ValueError(
-      f'model.name={config.model.name!r} takes {", ".join(takes)}, but '
-      f'data.name={config.data.name!r} gives {", ".join(streams.inputs)}; use '
-      'a model and data of one task'
-    )
-  if 'buckets' in config.model and config.model.buckets != config.data.buckets:
-    raise ValueError(
-      f'model.buckets={config.model.buckets} and data.buckets='
-      f'{config.data.buckets} must be the same'
-    )
-
-
-def _check_outputs(config, task, model, streams: data.Streams) -> None:
-  init = functools.partial(model.init_with_output, train=False)
-  outputs, _ = jax.eval_shape(init, jax.random.key(0), _example(streams))
-  expected = task.output_shape(streams.num_classes)
-  if outputs.shape[1:] != expected:
-    raise ValueError(
-      f'model.name={config.model.name!r} gives an output of shape '
-      f'{outputs.shape[1:]} for an example, but task={config.task!r} needs '
-      f'{expected}; use a model of that task'
-    )
-
-
-def _check_classes(config, task, streams: data.Streams) -> None:
-  """Reads the test split until it has shown as many classes as it must have."""
-  if task.LEAST_CLASSES == 1:
-    return
-  seen: set[int] = set()
-  for batch in streams.test():
-    seen.update(batch['label'][batch['mask'] > 0].tolist())
-    if len(seen) >= task.LEAST_CLASSES:
-      return
-  raise ValueError(
-    f'data.test_split={config.data.test_split!r} has no label but '
-    f'{sorted(seen)}, and {task.METRIC} needs {task.LEAST_CLASSES} classes; '
-    'use a split that has them'
-  )
