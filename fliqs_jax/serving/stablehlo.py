@@ -16,7 +16,8 @@ such products, except on TPU, which has an int8 convolution. The programs whose
 names end in `.vnni` are the same for CPUs that multiply uint8 by int8 faster.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 from typing import Any
 
 import jax
@@ -43,7 +44,8 @@ def serialize(
   """
   export = jax.export.export(jax.jit(function), platforms=platforms)
   try:
-    return bytes(export(*jax.tree.map(_shape, args)).serialize())
+    with _without_places():
+      return bytes(export(*jax.tree.map(_shape, args)).serialize())
   except ValueError as error:
     raise ValueError(
       f'the model cannot be written as a StableHLO program: {error}'
@@ -79,7 +81,8 @@ def serialize_for_batches(
   ]
   export = jax.export.export(jax.jit(function), platforms=platforms)
   try:
-    exported = export(shapes, *opened)
+    with _without_places():
+      exported = export(shapes, *opened)
     return bytes(exported.serialize()), any(has_batch)
   # A model that needs the batch size as a number may raise any error.
   except Exception:
@@ -98,6 +101,21 @@ def deserialize(data: bytes) -> jax.export.Exported:
     raise ValueError(
       f'a program of the export cannot be read: {error}; export again'
     ) from error
+
+
+@contextlib.contextmanager
+def _without_places() -> Iterator[None]:
+  """Lowers without the lines of code that each operation comes from.
+
+  They hold paths of the machine that exports, so that two machines would write
+  different programs.
+  """
+  limit = jax.config.jax_traceback_in_locations_limit
+  jax.config.update('jax_traceback_in_locations_limit', 0)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_traceback_in_locations_limit', limit)
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:

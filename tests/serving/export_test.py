@@ -81,6 +81,13 @@ def test_weights_are_stored_in_their_bits_and_as_nothing_else(exported):
   assert size['float32'] == 4 * (64 * 16 + 16 + 16 * 10 + 10)
 
 
+def test_no_path_of_this_machine_is_in_an_export(exported):
+  for path in exported.iterdir():
+    content = path.read_bytes()
+    for name in (b'.py', str(pathlib.Path(__file__).parents[2]).encode()):
+      assert name not in content, path.name
+
+
 def test_the_export_is_the_evaluated_model_bit_for_bit(workdir, exported):
   found = export.verify(exported)
   assert found['bit_equal']
