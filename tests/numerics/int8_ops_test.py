@@ -135,7 +135,7 @@ def test_a_product_with_batch_axes_is_signed_and_needs_no_shift():
 def test_the_unsigned_form_is_for_processors_with_vnni(
   monkeypatch, flags, prefers
 ):
-  def read_text(path):
+  def read_text(path, encoding):
     assert path == pathlib.Path('/proc/cpuinfo')
     if flags is None:  # As on a system that has no such file.
       raise FileNotFoundError
