@@ -15,6 +15,7 @@ from benchmarks import layer_times
 from benchmarks import memory
 from benchmarks import serving
 from benchmarks import step_time
+from benchmarks import thresholds
 from fliqs_jax import models
 from fliqs_jax.space import quant_spec
 
@@ -173,3 +174,13 @@ def test_every_method_selects_within_budget(tiny_problem, tmp_path, capsys):
   tiny_problem.table(tmp_path, 2)
   assert len(written) == 2
   assert written == [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
+
+
+def test_thresholds_of_activations_by_hand():
+  # Mean 2, deviation 1, mean square 5.
+  found = thresholds.thresholds(np.array([1.0, 3.0]), 2.0)
+  expected = dict(deviation=2, rms=2 * 5**0.5, magnitude=3, largest=3)
+  assert found == pytest.approx(expected)
+  # INT2 at a threshold of 2 has -2, 0 and 2: 3 is 2, and 1, a tie, is 0.
+  wrong = thresholds.error(np.array([1.0, 3.0]), 'INT2', 2.0)
+  assert wrong == pytest.approx((2 / 10) ** 0.5)
