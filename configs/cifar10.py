@@ -83,7 +83,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     menus=(),
     groups=(),
     weight_clip='absmax',
-    act_clip=4.0,
+    act_clip='4',  # A number as text, so that a name may replace it.
     act_threshold='deviation' if arg.preset == 'paper' else 'magnitude',
     act_start=0.15,
     arch=arg.arch,

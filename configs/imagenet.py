@@ -156,7 +156,7 @@ def recipe(
     menus=(),
     groups=(),
     weight_clip='absmax',
-    act_clip=4.0,
+    act_clip='4',  # A number as text, so that a name may replace it.
     act_threshold='deviation' if arg.preset == 'paper' else 'magnitude',
     act_start=start,
     arch=arg.arch,

@@ -68,7 +68,7 @@ def test_an_imagenet_recipe_is_table_4_s(name):
   assert train.steps == round(epochs * 1_281_167 / 2048)
   assert optimizer.warmup * epochs == pytest.approx(warmup)
   assert round(config.quant.act_start * train.steps) == start
-  assert config.quant.act_clip == 4.0
+  assert config.quant.act_clip == '4'
   assert train.label_smoothing == 0.1  # A.4, as the two below.
   assert config.search.start == 0.25
   assert _config(name, 'preset=paper').search.entropy_beta == 0.5

@@ -106,6 +106,8 @@ class Searchable:
     fast_forms: whether products without formats run in the forms of
       `float_ops`, too, as layers of `quant_layers` do. Otherwise they stay
       exactly as they are.
+    known: shapes of the model's own variables; None: those that its `init`
+      makes in the same call. Some models make them in training only.
   """
 
   model: Any
@@ -114,6 +116,7 @@ class Searchable:
   attention: bool
   stacks: str
   fast_forms: bool = False
+  known: Any = dataclasses.field(default=None, compare=False, repr=False)
 
   def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Returns the variables; `params` are those of the model's own `init`.
@@ -298,7 +301,7 @@ class Searchable:
     def init(*arrays: Any) -> dict[str, Any]:
       return self._init(key, *filled(arrays), **kwargs)
 
-    variables = jax.eval_shape(init, *arrays)
+    variables = self.known or jax.eval_shape(init, *arrays)
     try:
       with jax.checking_leaks():
         traced = self._traced(variables, dict(params=key), *args, **kwargs)

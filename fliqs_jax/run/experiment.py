@@ -323,11 +323,19 @@ def _spec(
     exclude=tuple(quant.exclude),
     menus=tuple(quant.menus),
     groups=tuple(quant.groups),
-    weight_clip=quant.weight_clip,
-    act_clip=quant.act_clip,
+    weight_clip=_clip(quant.weight_clip),
+    act_clip=_clip(quant.act_clip),
     act_threshold=quant.act_threshold,
     assignment=assigned,
   )
+
+
+def _clip(value: str | float) -> str | float:
+  """Returns a rule of clipping; a number may be text, as overrides are."""
+  try:
+    return float(value)
+  except ValueError:
+    return value
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ The files need neither the model's code nor this package.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import json
 import os
 import platform
@@ -87,7 +88,11 @@ def export_model(
         'the keyword arguments of an evaluation'
       )
   args = jax.tree.map(jnp.asarray, args)
-  space = discovery.find(model, *args, **kwargs)
+  known = jax.eval_shape(
+    lambda: {k: v for k, v in variables.items() if k not in searchable_lib.OWN}
+  )
+  found = dataclasses.replace(model, known=known)
+  space = discovery.find(found, *args, **kwargs)
   check_choices(space, choices)
   assignment = space.assignment(choices)
   variables = plain(variables)

@@ -401,3 +401,13 @@ def test_a_test_split_of_one_class_is_refused_for_auc():
   message = r"data.test_split='test\[:1\]' has no label but \[[01]\], and AUC"
   with pytest.raises(ValueError, match=message):
     experiment_lib.build(config)
+
+
+@pytest.mark.parametrize('key', ['act_clip', 'weight_clip'])
+@pytest.mark.parametrize(
+  ('text', 'clip'), [('3', 3.0), ('3.5', 3.5), ('gaussian', 'gaussian')]
+)
+def test_a_clip_is_a_number_or_a_name_in_any_recipe(key, text, clip):
+  config = digits.get_config('smoke')
+  config.quant[key] = text  # As an override of a flag does.
+  assert getattr(experiment_lib.build(config).spec, key) == clip

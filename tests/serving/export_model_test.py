@@ -537,3 +537,30 @@ def test_weights_without_a_format_are_served_in_the_type_of_the_program(
   module = nn.Dense(3, dtype=jnp.bfloat16, kernel_init=helpers.by_key)
   spec = fliqs.QuantSpec('INT8', mode='activations')
   Run(module, X, names=['INT8'], spec=spec).check(tmp_path / 'out')
+
+
+def test_a_haiku_model_is_exported_whose_averages_training_makes(tmp_path):
+  haiku = pytest.importorskip('haiku')
+
+  def network(x, is_training):
+    x = haiku.BatchNorm(True, True, 0.9)(haiku.Linear(4)(x), is_training)
+    return haiku.Linear(2)(x)
+
+  transformed = haiku.transform_with_state(network)
+  model = fliqs.searchable(transformed, fliqs.QuantSpec('int8'))
+  x = helpers.random((4, 3))
+  variables = model.init(jax.random.key(0), x, is_training=True)
+  _, changed = jax.jit(
+    lambda v: model.apply(v, x, is_training=True, mutable=list(v))
+  )(variables)
+  variables |= changed
+  space = fliqs.find_decisions(model, x, is_training=True)
+  out = tmp_path / 'out'
+  fliqs.export_model(
+    model, variables, space.uniform('INT8'), x, out=out, is_training=False
+  )
+  new = helpers.random((4, 3), 1)
+  expected = jax.jit(lambda v: model.apply(v, new, is_training=False))(
+    variables | dict(arch=space.expand(space.uniform('INT8')))
+  )
+  np.testing.assert_array_equal(serving.load(out)(new), expected)
