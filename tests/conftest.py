@@ -52,6 +52,7 @@ _LONG = (
   'export_test',
   'float_ops_test',
   'foreign_test',
+  'aqt_test',
   'scanned_test',
   'checkpoint_test',
   'open_layers_test',
