@@ -115,9 +115,8 @@ def main(argv: Sequence[str]) -> None:
       'command resumes the run: %s',
       ' '.join(str(error).split())[-300:],
     )
-    os._exit(
-      commands.CRASHED
-    )  # A normal exit would wait for the other processes.
+    # A normal exit would wait for the other processes.
+    os._exit(commands.CRASHED)
 
 
 def _parsed(argv: Sequence[str]) -> list[str]:
@@ -131,8 +130,10 @@ def _parsed(argv: Sequence[str]) -> list[str]:
     return others
   except Exception as error:  # Loading a file as Python raises any.
     # absl's text may hold a whole traceback; its last line says why.
-    first, *_, last = (str(error).strip() or repr(error)).splitlines() * 2
-    text = first if first == last else f'{first} {last.strip()}'
+    lines = (str(error).strip() or repr(error)).splitlines()
+    text = lines[0]
+    if lines[-1] != text:
+      text += f' {lines[-1].strip()}'
     if isinstance(error, (AttributeError, KeyError)):
       text = f'a flag --config.KEY names a key that the config lacks: {text}'
     elif not isinstance(error, flags.Error):

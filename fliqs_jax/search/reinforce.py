@@ -156,9 +156,9 @@ def default(
   ) -> _Updated:
     p = phases.search_progress(step)
     searching = phases.searching(step)
-    finite = jnp.isfinite(qualities)
-    mean = jnp.mean(qualities, where=finite)
-    qualities = jnp.where(finite, qualities, jnp.where(finite.any(), mean, 0.0))
+    qualities = jnp.where(
+      jnp.isfinite(qualities), qualities, _mean_of_finite(qualities)
+    )
     advantages = (qualities - qualities.mean()) * _SAMPLES / (_SAMPLES - 1)
     average, count, square = _running_mean(
       state, replicas.mean(jnp.mean(advantages**2)), _SQUARES_DECAY
@@ -250,11 +250,9 @@ def _controller(
   ) -> _Updated:
     updated, metrics = update(state, archs, qualities, step)
     pi = policy_lib.probabilities(updated.policy)
-    finite = jnp.isfinite(qualities)
-    judged = jnp.where(finite.any(), jnp.mean(qualities, where=finite), 0.0)
     return updated, metrics | dict(
-      quality=judged,
-      dropped=jnp.sum(~finite).astype(jnp.float32),
+      quality=_mean_of_finite(qualities),
+      dropped=jnp.sum(~jnp.isfinite(qualities)).astype(jnp.float32),
       cost=relative_cost(pi),
       entropy=policy_lib.entropy(updated.policy),
     )
@@ -268,13 +266,23 @@ def _running_mean(
   """Returns the running mean with `value`, its count, and the unbiased mean."""
   average = decay * state.average + (1 - decay) * value
   count = state.count + 1
-  return average, count, average / (1 - decay ** count.astype(jnp.float32))
+  return average, count, _unbiased(average, count, decay)
+
+
+def _unbiased(average: jax.Array, count: jax.Array, decay: float) -> jax.Array:
+  return average / (1 - decay ** count.astype(jnp.float32))
 
 
 def _baseline(state: controller_lib.SearchState) -> jax.Array:
   """Returns the unbiased mean of the rewards so far; 0 before the first."""
-  debias = 1 - _BASELINE_DECAY ** state.count.astype(jnp.float32)
-  return jnp.where(state.count > 0, state.average / debias, 0.0)
+  mean = _unbiased(state.average, state.count, _BASELINE_DECAY)
+  return jnp.where(state.count > 0, mean, 0.0)
+
+
+def _mean_of_finite(qualities: jax.Array) -> jax.Array:
+  """Returns the mean of those qualities [M] that are finite; 0 if none is."""
+  finite = jnp.isfinite(qualities)
+  return jnp.where(finite.any(), jnp.mean(qualities, where=finite), 0.0)
 
 
 def _learn_if(
