@@ -17,6 +17,7 @@ import numpy as np
 
 from fliqs_jax.numerics import one_hot as one_hot_lib
 from fliqs_jax.program import equations
+from fliqs_jax.program import finder
 from fliqs_jax.program import models
 from fliqs_jax.program import parts as parts_lib
 from fliqs_jax.program import products as products_lib
@@ -358,7 +359,7 @@ class Searchable:
     program, shapes = _program(call, arrays)
     names = products_lib.paths(_only_arrays(variables))
     root = type(self.model).__name__
-    found = products_lib.find(program, names, root)
+    found = finder.find(program, names, root)
     return Traced(
       program,
       arrays,
