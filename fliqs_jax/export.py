@@ -93,7 +93,10 @@ def export(
     params=run.state.served_params,
     arch=experiment.space.expand(choices),
     **evaluation.settled_statistics(
-      experiment, run.state, choices, devices_lib.one_device()
+      experiment,
+      run.state,
+      choices,
+      devices_lib.one_device(experiment.config),
     ),
   )
   batch = data.model_inputs(next(iter(experiment.streams.test())))

@@ -18,7 +18,15 @@ import tempfile
 _CACHE = tempfile.mkdtemp(prefix='compiled')
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE  # Before jax is imported.
+# Small programs, too: started processes compile the same ones again and again.
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['XLA_FLAGS'] = ''
+
+# A worker for each core has it alone: threads that move cost a twelfth.
+_WORKER = os.environ.get('PYTEST_XDIST_WORKER', '')
+_CORES = sorted(os.sched_getaffinity(0))
+if os.environ.get('PYTEST_XDIST_WORKER_COUNT') == str(len(_CORES)):
+  os.sched_setaffinity(0, {_CORES[int(_WORKER.removeprefix('gw'))]})
 
 import jax  # noqa: E402
 from jax._src import compiler  # noqa: E402

@@ -8,6 +8,7 @@ allocates the same.
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import itertools
 import logging
 from typing import Any
@@ -49,7 +50,7 @@ class Allocator:
         experiment.model.apply,
         metric(experiment.task.loss(0.0)),
         experiment.space,
-        devices.everywhere,
+        functools.partial(devices.jit, out_shardings=devices.everywhere),
       )
 
   def __call__(

@@ -54,7 +54,7 @@ def settled_statistics(
     model: network that is settled; None: that of the experiment.
   """
   model = model or experiment.model
-  settle = jax.jit(train_step.settle_step(model.apply))
+  settle = devices.jit(train_step.settle_step(model.apply))
   arch = experiment.space.expand(choices)
   steps = experiment.phases.steps
   count = experiment.config.train.settle_batches
@@ -122,7 +122,7 @@ def validation_quality(
   def measure(outputs: Any, batch: Any) -> dict[str, jax.Array]:
     return dict(quality=experiment.quality(outputs, batch))
 
-  step = jax.jit(train_step.eval_step(model.apply, measure))
+  step = devices.jit(train_step.eval_step(model.apply, measure))
   arch = experiment.space.expand(choices)
   batches = itertools.islice(experiment.streams.valid(0), _BATCHES)
   qualities = [
@@ -147,7 +147,7 @@ def test_metrics(
     devices: devices among which each batch is split.
   """
   model_state = settled_statistics(experiment, state, choices, devices)
-  step = jax.jit(
+  step = devices.jit(
     train_step.eval_step(experiment.model.apply, experiment.task.measure)
   )
   arch = experiment.space.expand(choices)
@@ -247,5 +247,5 @@ def evaluate(
   """
   run = restore(workdir)
   choices = choose(run, arch_path, numeric_format)
-  devices = devices_lib.one_device()
+  devices = devices_lib.one_device(run.experiment.config)
   return test_metrics(run.experiment, run.state, choices, devices)

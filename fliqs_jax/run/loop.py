@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
+import functools
 import itertools
 import logging
 import pathlib
@@ -169,9 +170,7 @@ def _compiled(first, result, experiment, devices):
   step = experiment.search_step()
   began = time.monotonic()
   _LOG.info('compiling the step for %d devices ...', devices.mesh.size)
-  compiled = devices.compile(
-    step, result.state, *batch, steps=experiment.phases.steps
-  )
+  compiled = devices.compile(step, result.state, *batch)
   result.compilations += 1
   result.compile_seconds = time.monotonic() - began
   result.step_bytes = devices_lib.step_bytes(compiled)
@@ -216,7 +215,7 @@ def _profile(experiment, devices, state):
     variables,
     map(data.model_inputs, devices.feed(batches)),
     experiment.spec.act_threshold,
-    devices.everywhere,
+    functools.partial(devices.jit, out_shardings=devices.everywhere),
   )
   stats = jax.device_put(stats, devices.everywhere)
   return state.replace(model_state={**state.model_state, 'quant_stats': stats})

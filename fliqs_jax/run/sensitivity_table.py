@@ -7,6 +7,7 @@ hashes in the file refuse those of another run.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -75,7 +76,7 @@ def measure(
       'every decision of this run has one option, so there is nothing to '
       'score; use a run with a menu of formats, such as quant.formats=int_s'
     )
-  devices = devices_lib.one_device()
+  devices = devices_lib.one_device(experiment.config)
   dearest = space.dearest()
   model_state = evaluation.settled_statistics(
     experiment, state, dearest, devices
@@ -307,7 +308,7 @@ def _scorer(
     apply,
     sensitivity.METRICS[metric](loss),
     experiment.space,
-    devices.everywhere,
+    functools.partial(devices.jit, out_shardings=devices.everywhere),
   )
 
 

@@ -29,14 +29,16 @@ _LARGE = 1 << 14
 # For a program that runs once. On the CPU it has the same bits, and random
 # initial weights compile in a fifth of the time.
 _ONCE = {'xla_backend_optimization_level': 1}
-# For a step that is taken so few times that compiling it well takes longer than
-# it saves. On the CPU it compiles in three fifths of the time, and is slower by
-# half.
+# For the programs of a run of so few steps that compiling them well takes
+# longer than it saves. On the CPU they compile in less than half of the time,
+# and are slower by half.
 _FEW_STEPS = 50
 _FEW = {
   'xla_backend_optimization_level': 0,
   'xla_llvm_disable_expensive_passes': True,
 }
+if jax.__version_info__ < (0, 11):  # Later versions have no such option.
+  _FEW['xla_cpu_use_fusion_emitters'] = False
 
 
 def replicas(keys: ml_collections.ConfigDict) -> replicas_lib.Replicas:
@@ -77,11 +79,13 @@ class Devices:
     mesh: a mesh with one axis, over which batches are split.
     mode: one of `MODES`.
     shard_params: whether large parameters are split, too.
+    steps: number of steps of the run; None: many.
   """
 
   mesh: jax.sharding.Mesh
   mode: str = 'pjit'
   shard_params: bool = False
+  steps: int | None = None
 
   @property
   def everywhere(self) -> NamedSharding:
@@ -113,6 +117,12 @@ class Devices:
   def _on_cpu(self) -> bool:
     return self.mesh.devices.flat[0].platform == 'cpu'
 
+  @property
+  def _options(self) -> dict[str, Any] | None:
+    """The options of the compiler for every program of the run."""
+    is_short = self.steps is not None and self.steps <= _FEW_STEPS
+    return _FEW if self._on_cpu and is_short else None
+
   def _spread(self, leaf: Any) -> NamedSharding:
     """Returns a sharding along the longest axis that can be split evenly."""
     even = [n if n % self.mesh.size == 0 else 0 for n in leaf.shape]
@@ -124,11 +134,14 @@ class Devices:
   def create(self, initial_state: Callable[[], Any]) -> Any:
     """Returns the `TrainState` that `initial_state` makes, on the devices."""
     where = self.of_state(jax.eval_shape(initial_state))
+    once = _ONCE if self._on_cpu else None
     return jax.jit(
-      initial_state,
-      out_shardings=where,
-      compiler_options=_ONCE if self._on_cpu else None,
+      initial_state, out_shardings=where, compiler_options=self._options or once
     )()
+
+  def jit(self, function: Callable, **kwargs: Any) -> Callable:
+    """Returns `jax.jit(function, **kwargs)`, compiled for a run so long."""
+    return jax.jit(function, compiler_options=self._options, **kwargs)
 
   def feed(self, batches: Iterable[Any]) -> Iterator[Any]:
     """Yields batches on the devices.
@@ -142,9 +155,7 @@ class Devices:
         lambda x: jax.make_array_from_process_local_data(self.split, x), batch
       )
 
-  def compile(
-    self, step: Callable, state: Any, *batches: Any, steps: int
-  ) -> Callable:
+  def compile(self, step: Callable, state: Any, *batches: Any) -> Callable:
     """Returns the compiled step; on other shapes it raises, never recompiles.
 
     Args:
@@ -152,9 +163,7 @@ class Devices:
         the `replicas` of this mode.
       state: pytree of arrays or of `jax.ShapeDtypeStruct`; a call donates it.
       *batches: pytrees of arrays [B, ...] on the devices.
-      steps: number of steps of the run.
     """
-    is_short = self._on_cpu and steps <= _FEW_STEPS
     if self.mode == 'pmap':
       rows = [PartitionSpec(_AXIS)] * len(batches)
       # With check_vma, a gradient would silently be summed over the replicas.
@@ -170,14 +179,14 @@ class Devices:
       local = step
     where = self.of_state(state)
     return (
-      jax.jit(
+      self.jit(
         local,
         in_shardings=(where, *[self.split] * len(batches)),
         out_shardings=(where, self.everywhere),
         donate_argnums=0,
       )
       .lower(state, *batches)
-      .compile(compiler_options=_FEW if is_short else None)
+      .compile()
     )
 
 
@@ -194,10 +203,14 @@ def step_bytes(compiled: Any) -> int | None:
   return analysis and int(analysis.temp_size_in_bytes)
 
 
-def one_device() -> Devices:
-  """Returns one device of this process: JAX's default, or else the first."""
+def one_device(config: ml_collections.ConfigDict) -> Devices:
+  """Returns one device of this process: JAX's default, or else the first.
+
+  Args:
+    config: the checked config of the run that is evaluated.
+  """
   device = jax.config.jax_default_device or jax.local_devices()[0]
-  return Devices(_mesh([device]))
+  return Devices(_mesh([device]), steps=config.train.steps)
 
 
 def all_devices(config: ml_collections.ConfigDict, samples: int) -> Devices:
@@ -236,7 +249,9 @@ def all_devices(config: ml_collections.ConfigDict, samples: int) -> Devices:
         f'data.{name}={size} must be a multiple of {unit} ({count} '
         f'devices{times}); the nearest: {", ".join(nearest)}'
       )
-  return Devices(_mesh(devices), keys.mode, keys.shard_params)
+  return Devices(
+    _mesh(devices), keys.mode, keys.shard_params, config.train.steps
+  )
 
 
 def _mesh(devices) -> jax.sharding.Mesh:

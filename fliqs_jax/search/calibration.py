@@ -5,7 +5,7 @@ section 3): for each format of a layer, the multiple of the standard deviation
 with which the threshold quantizes the layer's own activations best.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import logging
 from typing import Any
 
@@ -30,7 +30,7 @@ def profiled_clips(
   variables: Mapping[str, Any],
   images: Iterable[Any],
   rule: str,
-  everywhere: jax.sharding.Sharding | None = None,
+  jit: Callable[..., Any] = jax.jit,
 ) -> dict[str, Any]:
   """Returns `quant_stats` with every `clip` [K] replaced by a profiled one.
 
@@ -43,8 +43,8 @@ def profiled_clips(
       statistics of at least one batch.
     images: batches [N, H, W, C]; ten are enough (Table 10c).
     rule: how thresholds are made of statistics, `QuantSpec.act_threshold`.
-    everywhere: the sharding of an array that all processes can read, needed if
-      the batches are split over devices of several processes.
+    jit: `jax.jit`; with `out_shardings` where all processes can read an array,
+      if the batches are split over devices of several.
 
   Raises:
     ValueError: a layer's activations are not finite.
@@ -54,7 +54,7 @@ def profiled_clips(
     _, sown = apply(variables, images, train=False, mutable=['act_inputs'])
     return jax.tree.map(_some, sown)
 
-  forward = jax.jit(sampled, out_shardings=everywhere)
+  forward = jit(sampled)
   seen: dict[str, list[np.ndarray]] = {}
   for batch in images:
     sown: dict[str, Any] = traverse_util.flatten_dict(

@@ -87,7 +87,7 @@ def scorer(
   apply: Any,
   metric: Metric,
   space: search_space.SearchSpace,
-  everywhere: jax.sharding.Sharding | None = None,
+  jit: Callable[..., Any] = jax.jit,
 ) -> Callable[[Mapping[str, Any], Iterable[Any]], Scores]:
   """Returns the function `(variables, batches) -> scores`.
 
@@ -105,8 +105,8 @@ def scorer(
     apply: the model's `apply`.
     metric: one of `METRICS`, of the task's loss.
     space: the model's decisions.
-    everywhere: where all processes can read an array, if the batches are split
-      over the devices of several.
+    jit: `jax.jit`; with `out_shardings` where all processes can read an array,
+      if the batches are split over the devices of several.
   """
   has_sizes = any(
     d.kind != 'format' and len(d.labels) > 1 for d in space.decisions
@@ -132,7 +132,7 @@ def scorer(
     outputs = forward(variables, choices, batch)
     return metric(outputs, reference, batch), outputs
 
-  judge = jax.jit(judged, out_shardings=everywhere)
+  judge = jit(judged)
   dearest = space.dearest()
   others = {
     (d.name, k): {**dearest, d.name: d.one_hot(label)}

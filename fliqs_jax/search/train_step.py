@@ -268,16 +268,17 @@ def _judge(
     )
   images = jax.tree.map(lambda x: _every(x, samples)[0], batch)
 
-  def judge(i: int) -> jax.Array:
-    arch = space.expand(jax.tree.map(lambda a: a[i], proposed))
+  def judge(choices: Any) -> jax.Array:
     outputs = apply(
-      {**variables, 'arch': arch}, data.model_inputs(images), train=False
+      {**variables, 'arch': space.expand(choices)},
+      data.model_inputs(images),
+      train=False,
     )
     return quality(outputs, images)
 
-  # Unrolled: XLA runs convolutions inside a loop on one thread on CPU, and a
-  # vmap over weights would turn them into grouped ones.
-  return jnp.stack([judge(i) for i in range(samples)])
+  # A loop, so that the network is compiled once; a vmap over weights would turn
+  # convolutions into grouped ones.
+  return lax.map(judge, proposed)
 
 
 def eval_step(

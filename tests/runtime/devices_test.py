@@ -41,11 +41,12 @@ def _config(arg='', preset='default', **keys):
   return config
 
 
-def _devices(count, keys):
-  mesh = devices_lib.one_device().mesh
+def _devices(count, config):
+  mesh = devices_lib.one_device(config).mesh
   mesh = jax.sharding.Mesh(
     np.asarray(jax.devices()[:count]), mesh.axis_names, mesh.axis_types
   )
+  keys = config.parallel
   return devices_lib.Devices(mesh, keys.mode, keys.shard_params)
 
 
@@ -55,15 +56,13 @@ def _after(config, count, steps):
 
 
 def _steps(experiment, count, steps):
-  devices = _devices(count, experiment.config.parallel)
+  devices = _devices(count, experiment.config)
   state = devices.create(experiment.initial_state)
   streams = experiment.streams
   batches = zip(devices.feed(streams.train(0)), devices.feed(streams.valid(0)))
   step, metrics = None, []
   for batch in itertools.islice(batches, steps):
-    step = step or devices.compile(
-      experiment.search_step(), state, *batch, steps=experiment.phases.steps
-    )
+    step = step or devices.compile(experiment.search_step(), state, *batch)
     state, new = step(state, *batch)
     metrics.append(jax.device_get(new))
   return state, metrics
@@ -86,7 +85,7 @@ def _assert_close(a, b, **tolerance):
   ],
 )
 def test_large_parameters_are_split_along_an_axis_that_divides(shape, spec):
-  devices = _devices(8, _config(shard_params=True).parallel)
+  devices = _devices(8, _config(shard_params=True))
   found = devices._spread(jax.ShapeDtypeStruct(shape, jnp.float32))
   assert found.spec == PartitionSpec(*spec)
 
@@ -264,7 +263,7 @@ def _controller(**kwargs):
 
 
 def test_every_replica_proposes_an_architecture_of_its_own():
-  devices = _devices(8, _config(mode='pmap').parallel)
+  devices = _devices(8, _config(mode='pmap'))
   replicas = devices_lib.replicas(_config(mode='pmap').parallel)
   controller = _controller(replicas=replicas)
   state = controller.init(dict(a=jnp.zeros(4), b=jnp.zeros(4)))

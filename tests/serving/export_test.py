@@ -99,7 +99,10 @@ def test_the_export_is_the_evaluated_model_bit_for_bit(workdir, exported):
     params=run.state.served_params,
     arch=run.experiment.space.expand(choices),
     **evaluation.settled_statistics(
-      run.experiment, run.state, choices, devices_lib.one_device()
+      run.experiment,
+      run.state,
+      choices,
+      devices_lib.one_device(run.experiment.config),
     ),
   )
   apply = jax.jit(lambda v, x: run.experiment.model.apply(v, x, train=False))
