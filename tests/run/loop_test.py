@@ -47,7 +47,7 @@ def test_a_step_gets_the_batches_of_its_number(
   step.memory_analysis = lambda: ns(temp_size_in_bytes=7)
   monkeypatch.setattr(loop.allocator, 'Allocator', lambda *args: None)
   result = loop.Run(state=first)
-  devices = ns(feed=iter, mesh=ns(size=1), compile=lambda *args, steps: step)
+  devices = ns(feed=iter, mesh=ns(size=1), compile=lambda *args: step)
   done = loop._steps(
     first,
     *loop._compiled(first, result, experiment, devices),
