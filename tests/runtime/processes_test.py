@@ -34,7 +34,7 @@ def _port():
 class _Run:
   """Processes of `fliqs_jax.main` with the same workdir."""
 
-  def __init__(self, workdir, *flags, count=2, devices=2, steps=300, each=()):
+  def __init__(self, workdir, *flags, count=2, devices=2, steps=100, each=()):
     port = _port()
     self.logs, self.children = [], []
     logs = pathlib.Path(tempfile.mkdtemp(dir=workdir.parents[2]))
@@ -95,7 +95,7 @@ def stopped(tmp_path_factory):
   """One that was asked to stop: a SIGTERM to its second process alone."""
   workdir = tmp_path_factory.mktemp('runs') / 'stopped'
   run = _Run(workdir)
-  run.wait_for('step 50/300')
+  run.wait_for('step 30/100')
   run.children[1].send_signal(signal.SIGTERM)
   assert run.wait() == [75, 75], run.text(0) + run.text(1)
   return workdir, run
@@ -106,11 +106,11 @@ def test_the_first_process_writes_and_all_log_with_their_index(whole):
   workdir, run = whole
   assert (workdir / 'report.html').exists()
   rows = _history(workdir)
-  assert [row['step'] for row in rows] == list(range(5, 301, 5))
+  assert [row['step'] for row in rows] == list(range(5, 101, 5))
   for i in (0, 1):
-    assert f'[{i}/2] step 300/300' in run.text(i)
+    assert f'[{i}/2] step 100/100' in run.text(i)
     heartbeat = json.loads((workdir / 'heartbeat' / f'{i}.json').read_text())
-    assert heartbeat['step'] == 300
+    assert heartbeat['step'] == 100
     assert abs(heartbeat['time'] - time.time()) < 600
   assert 'report.html' in run.text(0)
   assert 'report.html' not in run.text(1)
@@ -119,10 +119,10 @@ def test_the_first_process_writes_and_all_log_with_their_index(whole):
 @pytest.mark.slow
 def test_the_processes_are_one_run_on_any_number_of_devices(whole, tmp_path):
   one, two = tmp_path, whole[0]
-  train.train_and_evaluate(tiny.get_config('steps=300'), one)
+  train.train_and_evaluate(tiny.get_config('steps=100'), one)
   assert (one / 'arch.json').read_bytes() == (two / 'arch.json').read_bytes()
   # Later a value at the edge of two steps of a grid falls to the other one.
-  for a, b in zip(_history(one)[:10], _history(two)[:10], strict=True):
+  for a, b in zip(_history(one)[:4], _history(two)[:4], strict=True):
     np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-4)
     # Of the same architectures; others differ by a hundredth and more.
     np.testing.assert_allclose(a['sampled_cost'], b['sampled_cost'], rtol=1e-5)
@@ -168,14 +168,14 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(
   run = _Run(workdir, count=1, devices=8)
   assert run.wait() == [0], run.text(0)
   assert f'resumed at step {newest}' in run.text(0)
-  assert [row['step'] for row in _history(workdir)] == list(range(5, 301, 5))
+  assert [row['step'] for row in _history(workdir)] == list(range(5, 101, 5))
   ours, theirs = ((w / 'arch.json').read_bytes() for w in (workdir, whole[0]))
   assert ours == theirs
 
 
 @pytest.mark.slow
 def test_what_many_devices_saved_is_read_by_one(stopped):
-  config = tiny.get_config('steps=300')
+  config = tiny.get_config('steps=100')
   shapes = jax.eval_shape(experiment_lib.build(config).initial_state)
   with checkpoint.Checkpoints(stopped[0] / 'checkpoints') as checkpoints:
     restored = checkpoints.restore_latest(shapes)
@@ -202,7 +202,7 @@ def test_the_launcher_starts_all_again_when_one_is_killed(whole, tmp_path):
     launcher = subprocess.Popen(
       [
         *(sys.executable, '-m', 'launch', 'local', '--processes=2'),
-        *('--cpu_devices=2', '--config=tests/tiny.py:steps=300'),
+        *('--cpu_devices=2', '--config=tests/tiny.py:steps=100'),
         *(f'--workdir={workdir}', '--grace=5'),
       ],
       cwd=_ROOT,
@@ -211,7 +211,7 @@ def test_the_launcher_starts_all_again_when_one_is_killed(whole, tmp_path):
   heartbeat = workdir / 'heartbeat' / '1.json'
   deadline = time.monotonic() + 240
   while (
-    not heartbeat.exists() or json.loads(heartbeat.read_text())['step'] < 50
+    not heartbeat.exists() or json.loads(heartbeat.read_text())['step'] < 30
   ):
     assert time.monotonic() < deadline, (tmp_path / 'log').read_text()
     time.sleep(0.01)
