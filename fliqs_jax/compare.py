@@ -29,6 +29,7 @@ from fliqs_jax.comparison import plan as plan_lib
 from fliqs_jax.comparison import summary as summary_lib
 from fliqs_jax.run import loop
 from fliqs_jax.runtime import commands
+from fliqs_jax.runtime import devices
 from fliqs_jax.runtime import processes
 from fliqs_jax.runtime import workdir as workdir_lib
 
@@ -55,11 +56,16 @@ def main(argv: Sequence[str]) -> int:
     default=True,
     help='also train each searched network from the beginning',
   )
+  parser.add_argument(
+    '--compilation_cache',
+    help='directory of compiled programs, as for fliqs_jax.main',
+  )
   # argparse would take one with a space in its value for something else.
   overrides = [text for text in argv if text.startswith('--config.')]
   others = [text for text in argv if text not in overrides]
   args, unknown = parser.parse_known_args(others)
   _log()
+  devices.keep_compiled(args.compilation_cache)
   stop = processes.Stop()
   try:
     plan = plan_lib.Plan(

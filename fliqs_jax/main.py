@@ -24,6 +24,7 @@ from fliqs_jax.run import run_log
 from fliqs_jax.run import train
 from fliqs_jax.runtime import checkpoint
 from fliqs_jax.runtime import commands
+from fliqs_jax.runtime import devices
 from fliqs_jax.runtime import processes
 from fliqs_jax.sweep import sweep_file
 
@@ -47,6 +48,13 @@ _INIT_FROM = flags.DEFINE_string(
   '',
   'Checkpoint of a trained network to start from: the workdir of a finished '
   'run, a .safetensors file or a directory that Orbax wrote.',
+)
+_COMPILATION_CACHE = flags.DEFINE_string(
+  'compilation_cache',
+  None,
+  'Directory of compiled programs, which the next start loads; empty keeps '
+  'none. By default what JAX_COMPILATION_CACHE_DIR names, or else '
+  "fliqs_jax/compiled in the user's cache.",
 )
 _JOIN_TIMEOUT = flags.DEFINE_integer(
   'join_timeout', 300, 'Seconds to wait for the other processes.', 1
@@ -83,6 +91,7 @@ def main(argv: Sequence[str]) -> None:
       place = f'[{processes.index()}/{processes.count()}]'
       form = f'%(asctime)s {place} %(message)s'
       handler.setFormatter(logging.Formatter(form, '%H:%M:%S'))
+    devices.keep_compiled(_COMPILATION_CACHE.value)
     config = _CONFIG.value
     flag = flags.FLAGS['config']
     sweep_file.check_overrides(

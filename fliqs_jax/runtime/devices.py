@@ -10,8 +10,12 @@ In both, batches are split over the devices, and the state is the same on all;
 
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
+import logging
+import os
+import pathlib
 from typing import Any
 
+import filelock
 import jax
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
@@ -21,7 +25,11 @@ import numpy as np
 
 from fliqs_jax.runtime import replicas as replicas_lib
 
+_LOG = logging.getLogger(__name__)
+
 MODES = ('pjit', 'pmap')
+# Bytes of compiled programs that are kept: some hundred networks.
+_KEPT = 1 << 30
 _AXIS = 'data'
 # The least number of elements of a leaf that is split, our choice. Smaller ones
 # would cost more communication than they save memory.
@@ -188,6 +196,60 @@ class Devices:
       .lower(state, *batches)
       .compile()
     )
+
+
+def keep_compiled(directory: str | None = None) -> None:
+  """Keeps compiled programs for later starts, in JAX's compilation cache.
+
+  Runs may share the directory. Of more than 1 GiB, what was not used for the
+  longest time is deleted.
+
+  Args:
+    directory: local path; '' keeps nothing; None: what JAX was told to use
+      (`JAX_COMPILATION_CACHE_DIR`), or else one in the user's cache.
+
+  Raises:
+    ValueError: a directory was given that cannot be used.
+  """
+  if directory is None and jax.config.jax_compilation_cache_dir:
+    return
+  if directory == '':
+    jax.config.update('jax_enable_compilation_cache', False)
+    return
+  if '://' in (directory or ''):
+    raise ValueError(
+      f'--compilation_cache={directory} is no local directory; name one, or '
+      'set JAX_COMPILATION_CACHE_DIR instead'
+    )
+  cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  path = pathlib.Path(directory or f'{cache}/fliqs_jax/compiled').expanduser()
+  try:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _drop_unfinished(path)
+  except (OSError, RuntimeError, filelock.Timeout) as error:
+    if directory is None:
+      _LOG.warning('compiled programs are not kept: %s', error)
+      return
+    raise ValueError(
+      f'--compilation_cache={directory} cannot be used: {error}; choose a '
+      "directory that can be written, or '' for none"
+    ) from None
+  jax.config.update('jax_compilation_cache_dir', str(path))
+  jax.config.update('jax_compilation_cache_max_size', _KEPT)
+  _LOG.info('compiled programs are kept in %s', path)
+
+
+def _drop_unfinished(path: pathlib.Path) -> None:
+  """Deletes programs that a killed process did not write to the end.
+
+  JAX writes a time beside each program last, fails where one is missing, and
+  never writes a program again.
+  """
+  with filelock.FileLock(path / '.lockfile', timeout=10):
+    for program in path.glob('*-cache'):
+      time = program.with_name(program.name.removesuffix('cache') + 'atime')
+      if not time.exists() or time.stat().st_size != 8:
+        program.unlink()
 
 
 def step_bytes(compiled: Any) -> int | None:
