@@ -133,6 +133,7 @@ def scorer(
     return metric(outputs, reference, batch), outputs
 
   judge = jit(judged)
+  empty = jit(lambda *args: jax.tree.map(jnp.zeros_like, forward(*args)))
   dearest = space.dearest()
   others = {
     (d.name, k): {**dearest, d.name: d.one_hot(label)}
@@ -144,11 +145,9 @@ def scorer(
   def scores(variables: Mapping[str, Any], batches: Iterable[Any]) -> Scores:
     seen: list[dict[tuple[str, int], Any]] = []
     for batch in batches:
-      # The first call is for its outputs: one program is compiled, not two.
-      reference = jax.tree.map(
-        lambda s: np.zeros(s.shape, s.dtype),
-        jax.eval_shape(forward, variables, dearest, batch),
-      )
+      # The first call is for its outputs: one program is compiled, not two, as
+      # long as zeros are placed as outputs are.
+      reference = empty(variables, dearest, batch)
       _, reference = judge(variables, dearest, reference, batch)
       seen.append(
         {
