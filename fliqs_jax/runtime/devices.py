@@ -34,18 +34,21 @@ _AXIS = 'data'
 # The least number of elements of a leaf that is split, our choice. Smaller ones
 # would cost more communication than they save memory.
 _LARGE = 1 << 14
-# For a program that runs once. On the CPU it has the same bits, and random
-# initial weights compile in a fifth of the time.
-_ONCE = {'xla_backend_optimization_level': 1}
-# For the programs of a run of so few steps that compiling them well takes
+# For programs that run once or a few times, such as initial weights, scoring,
+# settling and evaluation. On the CPU they compile in three fifths of the time,
+# random initial weights in a fifth; they are slower by a tenth, and sums of
+# floats may differ in the last bit.
+_ONCE: dict[str, Any] = {'xla_backend_optimization_level': 1}
+# For all programs of a run of so few steps that compiling them well takes
 # longer than it saves. On the CPU they compile in less than half of the time,
-# and are slower by half.
+# and are slower by half or more.
 _FEW_STEPS = 50
-_FEW = {
+_FEW: dict[str, Any] = {
   'xla_backend_optimization_level': 0,
   'xla_llvm_disable_expensive_passes': True,
 }
 if jax.__version_info__ < (0, 11):  # Later versions have no such option.
+  _ONCE['xla_cpu_use_fusion_emitters'] = False
   _FEW['xla_cpu_use_fusion_emitters'] = False
 
 
@@ -125,11 +128,13 @@ class Devices:
   def _on_cpu(self) -> bool:
     return self.mesh.devices.flat[0].platform == 'cpu'
 
-  @property
-  def _options(self) -> dict[str, Any] | None:
-    """The options of the compiler for every program of the run."""
-    is_short = self.steps is not None and self.steps <= _FEW_STEPS
-    return _FEW if self._on_cpu and is_short else None
+  def _options(self, often: bool) -> dict[str, Any] | None:
+    """Returns the options of the compiler for a program of the run."""
+    if not self._on_cpu:
+      return None
+    if self.steps is not None and self.steps <= _FEW_STEPS:
+      return _FEW
+    return None if often else _ONCE
 
   def _spread(self, leaf: Any) -> NamedSharding:
     """Returns a sharding along the longest axis that can be split evenly."""
@@ -142,14 +147,12 @@ class Devices:
   def create(self, initial_state: Callable[[], Any]) -> Any:
     """Returns the `TrainState` that `initial_state` makes, on the devices."""
     where = self.of_state(jax.eval_shape(initial_state))
-    once = _ONCE if self._on_cpu else None
-    return jax.jit(
-      initial_state, out_shardings=where, compiler_options=self._options or once
-    )()
+    return self.jit(initial_state, out_shardings=where)()
 
   def jit(self, function: Callable, **kwargs: Any) -> Callable:
-    """Returns `jax.jit(function, **kwargs)`, compiled for a run so long."""
-    return jax.jit(function, compiler_options=self._options, **kwargs)
+    """Returns `jax.jit(function, **kwargs)` for a program that runs seldom."""
+    options = self._options(often=False)
+    return jax.jit(function, compiler_options=options, **kwargs)
 
   def feed(self, batches: Iterable[Any]) -> Iterator[Any]:
     """Yields batches on the devices.
@@ -187,14 +190,14 @@ class Devices:
       local = step
     where = self.of_state(state)
     return (
-      self.jit(
+      jax.jit(
         local,
         in_shardings=(where, *[self.split] * len(batches)),
         out_shardings=(where, self.everywhere),
         donate_argnums=0,
       )
       .lower(state, *batches)
-      .compile()
+      .compile(compiler_options=self._options(often=True))
     )
 
 
