@@ -1,19 +1,22 @@
-"""Control flow of a jaxpr: the only file that reads its parameters.
+"""Jaxprs: how a call becomes one, and their control flow.
 
-The parameters of `scan`, `cond`, `jit` and the like are internal to JAX and
-differ between versions. Tests of this folder run on the oldest and the newest
-version that setup.cfg allows.
+Only this file reads the parameters of `scan`, `cond`, `jit` and the like, which
+are internal to JAX and differ between versions. Tests of this folder run on the
+oldest and the newest version that setup.cfg allows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
-from typing import Any, NamedTuple
+import gc
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax import lax
 from jax.extend import core
 from jax.extend import source_info_util
 from jax.interpreters import partial_eval
+
+_Traced = TypeVar('_Traced', bound=Any)
 
 # Calls that may be replaced by the equations that they call.
 _CALLS = frozenset(('jit', 'pjit', 'closed_call', 'core_call'))
@@ -204,3 +207,83 @@ def needed(program: Any) -> list[bool]:
   """Returns which arguments of a closed jaxpr its results depend on."""
   outputs = [True] * len(program.jaxpr.outvars)
   return partial_eval.dce_jaxpr(program.jaxpr, outputs)[1]
+
+
+def program(call: Any, arrays: list[Any]) -> tuple[Any, Any]:
+  """Returns the jaxpr of a call, and the shapes of its results.
+
+  Args:
+    call: a function of arrays that returns a tree of arrays.
+    arrays: its arguments, arrays or shapes.
+
+  Raises:
+    ValueError: the call cannot be a program; the message says what to do.
+  """
+  try:
+    jaxpr, shapes = jax.make_jaxpr(call, return_shape=True)(*arrays)
+  except NameError as error:
+    if 'axis name' not in str(error):
+      raise
+    raise ValueError(
+      f'the model uses an axis name that nothing binds ({error}); make a '
+      'function searchable that binds it: f(params, x) = jax.vmap(model, '
+      "axis_name='batch')(...), or call the model inside jax.shard_map"
+    ) from error
+  except TypeError as error:
+    if 'valid JAX type' not in str(error):
+      raise
+    raise ValueError(
+      'the model returns something that is no array or tree of arrays: '
+      f'{error}; return arrays only'
+    ) from error
+  if not jax.tree.leaves(shapes[0]):
+    raise ValueError('the model returns no array; return its outputs')
+  return jaxpr, shapes
+
+
+def pure(trace: Callable[[], _Traced]) -> _Traced:
+  """Returns what `trace` returns, whose `program` is the jaxpr of a model.
+
+  Raises:
+    ValueError: the model keeps a value of the call; what holds it is named.
+  """
+  try:
+    with _new_objects(), jax.checking_leaks():
+      return trace()
+  except Exception:
+    # The model's own errors come without the check, too.
+    traced = trace()
+    # `nn.custom_vjp` keeps the module's variables for its derivative, which
+    # the check takes for a leak.
+    if not has_own_derivative(traced.program.jaxpr):
+      raise ValueError(
+        'the model is not pure: a value of the call is kept outside of it, in '
+        'an attribute, a list or a global variable. Return it instead; of an '
+        f'NNX module, keep it in an nnx.Variable. {_leak(trace)}'
+      ) from None
+    return traced
+
+
+@contextlib.contextmanager
+def _new_objects() -> Iterator[None]:
+  """Hides the objects that there are from Python's collector of garbage.
+
+  For each function that is traced, JAX's check of leaks collects garbage and
+  looks at all objects. No tracer is among those of before, and without them the
+  check takes a tenth of the time.
+  """
+  gc.freeze()
+  try:
+    yield
+  finally:
+    gc.unfreeze()
+
+
+def _leak(trace: Callable[[], Any]) -> Exception | None:
+  """Returns the error of a leak, which names what holds the value."""
+  try:
+    with jax.checking_leaks():
+      trace()
+  except Exception as error:  # JAX may fail to word it: of any type.
+    return error
+  return None

@@ -303,21 +303,9 @@ class Searchable:
       return self._init(key, *filled(arrays), **kwargs)
 
     variables = self.known or jax.eval_shape(init, *arrays)
-    try:
-      with jax.checking_leaks():
-        traced = self._traced(variables, dict(params=key), *args, **kwargs)
-    except Exception as error:
-      # The model's own errors come without the check, too. JAX may fail to
-      # word the error of a leak, so that its type and text say nothing.
-      traced = self._traced(variables, dict(params=key), *args, **kwargs)
-      # `nn.custom_vjp` keeps the module's variables for its derivative, which
-      # the check takes for a leak.
-      if not equations.has_own_derivative(traced.program.jaxpr):
-        raise ValueError(
-          'the model is not pure: a value of the call is kept outside of it, '
-          'in an attribute, a list or a global variable. Return it instead; of '
-          f'an NNX module, keep it in an nnx.Variable. {error}'
-        ) from error
+    traced = equations.pure(
+      lambda: self._traced(variables, dict(params=key), *args, **kwargs)
+    )
     return variables, traced.parts
 
   def parts(
@@ -356,7 +344,7 @@ class Searchable:
       outputs, changed = result if mutable else (result, {})
       return outputs, core.unfreeze(changed)
 
-    program, shapes = _program(call, arrays)
+    program, shapes = equations.program(call, arrays)
     names = products_lib.paths(_only_arrays(variables))
     root = type(self.model).__name__
     found = finder.find(program, names, root)
@@ -434,34 +422,6 @@ class Searchable:
     if not product.stack:
       return rows[0]
     return jnp.stack(rows).reshape((*product.stack, len(menu)))
-
-
-def _program(call: Any, arrays: list[Any]) -> tuple[Any, Any]:
-  """Returns the jaxpr of a call, and the shapes of its results.
-
-  Raises:
-    ValueError: the call cannot be a program; the message says what to do.
-  """
-  try:
-    program, shapes = jax.make_jaxpr(call, return_shape=True)(*arrays)
-  except NameError as error:
-    if 'axis name' not in str(error):
-      raise
-    raise ValueError(
-      f'the model uses an axis name that nothing binds ({error}); make a '
-      'function searchable that binds it: f(params, x) = jax.vmap(model, '
-      "axis_name='batch')(...), or call the model inside jax.shard_map"
-    ) from error
-  except TypeError as error:
-    if 'valid JAX type' not in str(error):
-      raise
-    raise ValueError(
-      'the model returns something that is no array or tree of arrays: '
-      f'{error}; return arrays only'
-    ) from error
-  if not jax.tree.leaves(shapes[0]):
-    raise ValueError('the model returns no array; return its outputs')
-  return program, shapes
 
 
 def _only_arrays(tree: Any) -> Any:
