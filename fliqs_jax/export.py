@@ -1,13 +1,15 @@
 r"""Write a finished run's model in packed low-bit form, or check an export.
 
 python -m fliqs_jax.export WORKDIR --out=DIR [--target=native] [--examples=8]
+    [--onnx]
 python -m fliqs_jax.export --verify DIR
 
 The model has the architecture that the run selected, or that of `--arch`, or
 one uniform `--format`; its statistics are settled as in `evaluate`.
 `serving.export_files` lists the files of DIR, and `serving.load(DIR)` serves
-them. `--target=native` refuses a format that no type of ml_dtypes holds.
-`--verify` also takes an export of `export_model`.
+them. `--target=native` refuses a format that no type of ml_dtypes holds;
+`--onnx` writes `model.onnx`, too, for ONNX Runtime. `--verify` also takes an
+export of `export_model`.
 """
 
 import argparse
@@ -52,6 +54,7 @@ def export(
   numeric_format: str = '',
   target: str = 'packed',
   examples: int = 8,
+  onnx: bool = False,
 ) -> dict[str, Any]:
   """Writes the model of a finished run to a directory.
 
@@ -66,6 +69,7 @@ def export(
       formats whose grid a type of ml_dtypes holds.
     examples: number of test examples to store, with the outputs that the
       served model must give for them.
+    onnx: whether to write `model.onnx`, too.
 
   Returns:
     The manifest, plain JSON values, as in `manifest.json`.
@@ -117,6 +121,7 @@ def export(
     (inputs,),
     None,
     dict(train=False),
+    onnx,
   )
 
 
@@ -162,6 +167,7 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument('--format', default='')
   parser.add_argument('--target', default='packed', choices=TARGETS)
   parser.add_argument('--examples', type=int, default=8)
+  parser.add_argument('--onnx', action='store_true')
   parser.add_argument('--verify', metavar='DIR')
   args = parser.parse_args(argv)
   if args.verify is None and not (args.workdir and args.out):
@@ -176,6 +182,7 @@ def main(argv: Sequence[str]) -> int:
     numeric_format=args.format,
     target=args.target,
     examples=args.examples,
+    onnx=args.onnx,
   )
   print(json.dumps({k: manifest[k] for k in ('bytes', 'reference')}))
   for line in manifest['qwix_cannot_express']:

@@ -114,10 +114,13 @@ def test_each_command_in_backticks_exists():
 
 
 def test_the_table_of_floors_names_every_module():
-  rows = re.findall(r'^\| \d+ \| `?(\w+)`? \|.*\| (.*) \|$', _MAP, re.MULTILINE)
+  rows = re.findall(
+    r'^\| \d+ \| `?([\w/]+)`? \|.*\| (.*) \|$', _MAP, re.MULTILINE
+  )
   named = {folder: re.findall(r'`(\w+)`', modules) for folder, modules in rows}
-  for folder in (_PACKAGE, *_PACKAGE.glob('*/')):
+  for folder in (_PACKAGE, *_PACKAGE.rglob('*/')):
     modules = [p.stem for p in folder.glob('*.py') if p.stem[0] != '_']
     if modules:
-      row = 'commands' if folder == _PACKAGE else folder.name
+      place = folder.relative_to(_PACKAGE)
+      row = 'commands' if folder == _PACKAGE else place.as_posix()
       assert sorted(named[row]) == sorted(modules), row

@@ -4,7 +4,7 @@
   weights.safetensors    every tensor of the served model
   reference.safetensors  example inputs, and the outputs of the search's
                          evaluation for them
-  *.stablehlo            the served model as programs (`stablehlo`)
+  *.stablehlo, *.onnx    the served model as programs (`portable`)
   qwix.json              the assignment as Qwix rules (`qwix_rules`)
 
 Invariants:

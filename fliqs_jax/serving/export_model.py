@@ -23,19 +23,18 @@ from fliqs_jax.program import guard
 from fliqs_jax.program import products as products_lib
 from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.runtime import versions
+from fliqs_jax.serving import differences
 from fliqs_jax.serving import export_files
 from fliqs_jax.serving import loader
 from fliqs_jax.serving import pytrees
 from fliqs_jax.serving import qwix_rules
 from fliqs_jax.serving import served_program
-from fliqs_jax.serving import stablehlo
 from fliqs_jax.serving import stored_products
+from fliqs_jax.serving.portable import stablehlo
 from fliqs_jax.space import discovery
 
-# Largest difference of an output, relative to the largest output. Other
-# hardware adds floats in another order, which may round a value that lies
-# between two grid points to the other one.
-_TOLERANCE = 0.05
+# The file of the ONNX model, if one was asked for.
+_ONNX = 'model.onnx'
 
 
 def export_model(
@@ -46,6 +45,7 @@ def export_model(
   *args: Any,
   out: str | os.PathLike[str],
   rngs: Mapping[str, jax.Array] | None = None,
+  onnx: bool = False,
   **kwargs: Any,
 ) -> dict[str, Any]:
   """Writes a searched model with packed low-bit weights.
@@ -63,6 +63,7 @@ def export_model(
     out: path of a directory that is empty or does not exist.
     rngs: {name: typed PRNG key []} of a model that draws random numbers when it
       evaluates; then the served model takes such keys, too.
+    onnx: whether to write an ONNX model, too.
     **kwargs: keyword arguments of the model's call, static.
 
   Returns:
@@ -73,7 +74,7 @@ def export_model(
       these arguments; the choices are those of another model; activations were
       never quantized in training; the program with every product at BF16
       differs from the model by more than rounding; or the served outputs differ
-      from those of the search.
+      from those of the search, in ONNX Runtime, too, if `onnx`.
   """
   export_files.check_free(out)
   if not isinstance(model, searchable_lib.Searchable):
@@ -114,6 +115,7 @@ def export_model(
     args,
     rngs,
     kwargs,
+    onnx,
   )
 
 
@@ -126,6 +128,7 @@ def write(
   args: tuple[Any, ...],
   rngs: Any,
   call: Mapping[str, Any],
+  onnx: bool = False,
 ) -> dict[str, Any]:
   """Writes an export, after comparing the served program with the search's.
 
@@ -138,6 +141,7 @@ def write(
     args: example inputs.
     rngs: {name: key} of a model that draws random numbers, or None.
     call: keyword arguments of the model's call, static.
+    onnx: whether to write an ONNX model, too.
 
   Returns:
     The manifest as written.
@@ -168,19 +172,22 @@ def write(
   operands = jax.jit(lambda t: served.unpack(t, False))(tensors)
   given = jax.jit(served.run)(operands, *leaves)
   expected = _outputs(outputs)
-  found = difference(leaves, dict(zip(expected, given)), expected)
-  if not is_close(found):
-    raise ValueError(
-      f'{found["output"]} of the served model differs from the search by up to '
-      f'{found["max_difference"]}, with a largest output of '
-      f'{found["largest_output"]}'
-    )
+  found = differences.checked(
+    'the outputs of the served model',
+    leaves,
+    dict(zip(expected, given)),
+    expected,
+  )
   has_batch = _has_batch(jax.tree.leaves((args, rngs)))
-  files, is_open = _programs(served, tensors, leaves, has_batch)
+  files, entries = {}, {}
+  if onnx:
+    model_file, entries['onnx'] = _onnx(served, leaves, has_batch, expected)
+    files[_ONNX] = model_file
+  programs, is_open = _programs(served, tensors, leaves, has_batch)
   rules, missing = qwix_rules.rules(stored.layers)
   # Numbered, since a safetensors file has an order of its own.
   references = expected | {f'inputs/{i}': x for i, x in enumerate(leaves)}
-  files |= {
+  files |= programs | {
     export_files.REFERENCE: export_files.packed_file(
       {name: np.asarray(x) for name, x in references.items()}
     ),
@@ -198,9 +205,22 @@ def write(
     ],
     reference=found,
     program=dict(batch='any' if is_open else found['examples']),
+    **entries,
     qwix_cannot_express=missing,
   )
   return export_files.write(out, manifest, stored.layers, tensors, files)
+
+
+def _onnx(*given: Any) -> tuple[bytes, dict[str, Any]]:
+  """Returns an ONNX model, and its entry in the manifest."""
+  try:
+    from fliqs_jax.serving.portable import onnx_model
+  except ImportError as error:
+    raise ValueError(
+      f'an ONNX model needs the package {error.name}: '
+      "pip install 'fliqs_jax[onnx]'"
+    ) from error
+  return onnx_model.write(*given)
 
 
 def _programs(
@@ -284,51 +304,6 @@ def plain(variables: Mapping[str, Any]) -> dict[str, Any]:
   return plain_ones
 
 
-def difference(
-  inputs: list[Any], served: Mapping[str, Any], expected: Mapping[str, Any]
-) -> dict[str, Any]:
-  """Returns the largest difference among several outputs, by name.
-
-  Args:
-    inputs: leaves of the inputs, examples on the first axis.
-    served: {name: output} of the served model.
-    expected: {name: output} of the search.
-  """
-  each = []
-  for name, reference in expected.items():
-    x, y = (
-      np.asarray(served_program.raw(a)) for a in (served[name], reference)
-    )
-    same = (x == y) | ((x != x) & (y != y))
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    apart = np.abs(np.where(same, 0, x) - np.where(same, 0, y))
-    largest = np.abs(y).max(initial=0, where=np.isfinite(y))
-    each.append(
-      dict(
-        output=name,
-        bit_equal=bool(same.all()),
-        max_difference=float(apart.max(initial=0)),
-        largest_output=float(largest),
-      )
-    )
-  # NaN counts as the largest difference.
-  worst = max(each, key=lambda one: np.nan_to_num(_share(one), nan=np.inf))
-  first = inputs[0] if inputs else np.zeros(())
-  return worst | dict(
-    examples=len(first) if np.ndim(first) else 1,
-    bit_equal=all(one['bit_equal'] for one in each),
-  )
-
-
-def _share(found: Mapping[str, Any]) -> float:
-  return found['max_difference'] / max(found['largest_output'], 1e-30)
-
-
-def is_close(found: Mapping[str, Any]) -> bool:
-  """Returns whether a difference is one of rounding."""
-  return _share(found) <= _TOLERANCE
-
-
 def verify(directory: str | os.PathLike[str]) -> dict[str, Any]:
   """Checks an export: its files, tensors, layers, and the model's outputs.
 
@@ -337,7 +312,8 @@ def verify(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
   Returns:
     The difference between the outputs and the search's stored outputs:
-    `bit_equal`, `max_difference`, `largest_output`.
+    `bit_equal`, `max_difference`, `largest_output`; if there is an ONNX model,
+    also `onnx`, the same of its outputs in ONNX Runtime, or why it did not run.
 
   Raises:
     ValueError: something differs from the manifest; the message names the
@@ -346,14 +322,22 @@ def verify(directory: str | os.PathLike[str]) -> dict[str, Any]:
   manifest = export_files.read_manifest(directory)
   with export_files.refused(directory):
     args, rngs, expected = loader.reference(directory, manifest)
-    outputs = loader.load(directory)(*args, rngs=rngs)
-    inputs = jax.tree.leaves((args, rngs))
-    found = difference(inputs, _outputs(outputs), expected)
-  if not is_close(found):
-    raise ValueError(
-      f'{directory}: the outputs differ from the reference outputs by '
-      f'{found["max_difference"]:.3g} (largest output '
-      f'{found["largest_output"]:.3g}); exported with '
-      f'{manifest["versions"]} on {manifest["machine"]}'
+    outputs = _outputs(loader.load(directory)(*args, rngs=rngs))
+    inputs = [served_program.raw(x) for x in jax.tree.leaves((args, rngs))]
+    made = f'exported with {manifest["versions"]} on {manifest["machine"]}'
+    found = differences.checked(
+      f'{directory}, {made}: the outputs', inputs, outputs, expected
     )
+    if 'onnx' in manifest:
+      model = export_files.read_file(directory, manifest, _ONNX)
+      found['onnx'] = _in_onnx_runtime(directory, model, inputs, expected)
   return found
+
+
+def _in_onnx_runtime(directory, model, inputs, expected) -> Any:
+  try:
+    from fliqs_jax.serving.portable import onnx_runtime
+  except ImportError:
+    return 'not checked: onnxruntime is not installed'
+  what = f'{directory}: the outputs in ONNX Runtime'
+  return onnx_runtime.checked(what, model, inputs, expected)

@@ -16,7 +16,7 @@ from fliqs_jax.numerics import int8_ops
 from fliqs_jax.serving import export_files
 from fliqs_jax.serving import pytrees
 from fliqs_jax.serving import served_program
-from fliqs_jax.serving import stablehlo
+from fliqs_jax.serving.portable import stablehlo
 
 # On a CPU, a batch of 64 in one piece takes 1.1 (ResNet-20 of 64 channels) to
 # 1.4 (DeiT-Ti) times as long as in slices of 16; benchmarks/serving.py.

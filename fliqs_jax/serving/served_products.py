@@ -102,5 +102,9 @@ class Served:
       x = jnp.clip(x, -grid.max_value, grid.max_value)
       x = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
     else:
-      x = quantize.round_to_grid(x, grid)
+      x = self._rounded(x, grid)
     return quantize.Quantized(x, scale)
+
+  def _rounded(self, x: jax.Array, grid: quantize.Grid) -> jax.Array:
+    """Returns x on a grid of floats."""
+    return quantize.round_to_grid(x, grid)

@@ -18,6 +18,7 @@ from fliqs_jax.program import equations
 from fliqs_jax.program import products as products_lib
 from fliqs_jax.program import rewrite
 from fliqs_jax.program import searchable as searchable_lib
+from fliqs_jax.serving import served_products
 from fliqs_jax.serving import stored_products
 
 
@@ -61,12 +62,18 @@ class ProgramModel:
     variables = {name: tensors[f'variables/{name}'] for name in self.used}
     return self.stored.unpacked(tensors, unsigned), variables
 
-  def run(self, operands: Any, *inputs: Any) -> list[Any]:
+  def run(
+    self,
+    operands: Any,
+    *inputs: Any,
+    kind: type[served_products.Served] = served_products.Served,
+  ) -> list[Any]:
     """Returns the leaves of the model's outputs.
 
     Args:
       operands: the result of `unpack`.
       *inputs: the leaves of the model's inputs; of keys, their uint32 data.
+      kind: the class of the rule of products.
     """
     given, kept = operands
     leaves, treedef = jax.tree.flatten(self.variables)
@@ -79,7 +86,7 @@ class ProgramModel:
     args, rngs = structure.unflatten(map(typed, inputs, examples))
     return _served(
       self.model,
-      self.stored,
+      self.stored.rule(kind),
       given,
       treedef.unflatten(variables),
       args,
@@ -111,7 +118,7 @@ def make(
   )
 
   def run(variables: Any, given: Any) -> list[Any]:
-    return _served(model, stored, given, variables, args, rngs, call)
+    return _served(model, stored.rule(), given, variables, args, rngs, call)
 
   needed = equations.needed(jax.make_jaxpr(run)(variables, given))
   used = tuple(
@@ -122,7 +129,7 @@ def make(
 
 def _served(
   model: searchable_lib.Searchable,
-  stored: stored_products.Stored,
+  rule: served_products.Served,
   given: Mapping[str, Any],
   variables: Mapping[str, Any],
   args: tuple[Any, ...],
@@ -132,7 +139,7 @@ def _served(
   """Returns the leaves of the outputs of the served program."""
   traced = model.trace(variables, args, call, rngs, [])
   replaced = [part.product for part in model.replaced(traced.parts)]
-  rewriter = rewrite.Rewriter(replaced, stored.rule())
+  rewriter = rewrite.Rewriter(replaced, rule)
   return rewriter(traced.program, traced.operands, given, {})[0]
 
 

@@ -42,9 +42,11 @@ class Stored:
   tensors: dict[str, np.ndarray]
   products: dict[str, 'Reading']
 
-  def rule(self) -> served_products.Served:
-    """Returns the rule of the served program."""
-    return served_products.Served(
+  def rule(
+    self, kind: type[served_products.Served] = served_products.Served
+  ) -> served_products.Served:
+    """Returns the rule of the served program, of a class of rules."""
+    return kind(
       {path: reading.menus for path, reading in self.products.items()},
       frozenset(
         path for path, reading in self.products.items() if reading.in_integers

@@ -71,22 +71,34 @@ def serialize_for_batches(
   Raises:
     ValueError: it cannot be lowered to StableHLO.
   """
+  export = jax.export.export(jax.jit(function), platforms=platforms)
+  try:
+    with _without_places():
+      exported = export(
+        jax.tree.map(_shape, operands), *open_shapes(inputs, has_batch)
+      )
+    return bytes(exported.serialize()), any(has_batch)
+  # A model that needs the batch size as a number may raise any error.
+  except Exception:
+    return serialize(function, operands, *inputs, platforms=platforms), False
+
+
+def open_shapes(
+  inputs: Sequence[Any], has_batch: Sequence[bool]
+) -> list[jax.ShapeDtypeStruct]:
+  """Returns the shapes of inputs, with a symbol for the number of examples.
+
+  Args:
+    inputs: arrays.
+    has_batch: whether the first axis of each is that of the examples.
+  """
   (symbol,) = jax.export.symbolic_shape('batch')
-  shapes = jax.tree.map(_shape, operands)
-  opened = [
+  return [
     jax.ShapeDtypeStruct((symbol, *np.shape(x)[1:]), x.dtype)
     if has
     else _shape(x)
     for x, has in zip(inputs, has_batch, strict=True)
   ]
-  export = jax.export.export(jax.jit(function), platforms=platforms)
-  try:
-    with _without_places():
-      exported = export(shapes, *opened)
-    return bytes(exported.serialize()), any(has_batch)
-  # A model that needs the batch size as a number may raise any error.
-  except Exception:
-    return serialize(function, operands, *inputs, platforms=platforms), False
 
 
 def deserialize(data: bytes) -> jax.export.Exported:

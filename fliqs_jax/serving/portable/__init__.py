@@ -1,0 +1,1 @@
+"""The served program in files that need no code of this package."""
