@@ -1,17 +1,59 @@
 """Softmax policies over trees of decisions (Eq. 2, 6).
 
 A policy is a tree of [K] logits, an architecture the same tree of [K] one-hots.
-The tree may be a dict of decisions or a model's `arch` collection.
+The tree may be a dict of decisions or a model's `arch` collection. `stack`
+makes one array of all decisions with K options, so that a program hardly grows
+with their number; all functions but `sample` take a stacked tree, too.
 """
 
 import functools
 from typing import Any
 
+from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # A logit so far above zeros that the others have e^-20 of its probability.
 _CERTAIN = 20.0
+
+
+@struct.dataclass
+class Stacked:
+  """A tree of decisions as a few arrays.
+
+  Attributes:
+    arrays: {K: [..., D, K]}, the leaves [..., K] of D decisions.
+    places: {K: the numbers of these leaves in the tree}, as pairs.
+    treedef: the structure of the tree.
+  """
+
+  arrays: dict[int, jax.Array]
+  places: Any = struct.field(pytree_node=False)
+  treedef: Any = struct.field(pytree_node=False)
+
+
+def stack(tree: Any) -> Stacked:
+  """Returns a tree of leaves [..., K] as one array for each K."""
+  leaves, treedef = jax.tree.flatten(tree)
+  places: dict[int, list[int]] = {}
+  for i, leaf in enumerate(leaves):
+    places.setdefault(jnp.shape(leaf)[-1], []).append(i)
+  arrays = {
+    k: jnp.stack([leaves[i] for i in numbers], axis=-2)
+    for k, numbers in places.items()
+  }
+  fixed = tuple((k, tuple(numbers)) for k, numbers in places.items())
+  return Stacked(arrays, fixed, treedef)
+
+
+def unstack(stacked: Stacked) -> Any:
+  """Returns the tree that `stack` got."""
+  leaves: dict[int, jax.Array] = {}
+  for k, numbers in stacked.places:
+    rows = jnp.split(stacked.arrays[k], len(numbers), axis=-2)
+    leaves |= {i: row.squeeze(-2) for i, row in zip(numbers, rows)}
+  return stacked.treedef.unflatten([leaves[i] for i in sorted(leaves)])
 
 
 def probabilities(policy: Any) -> Any:
@@ -21,16 +63,17 @@ def probabilities(policy: Any) -> Any:
 
 def sample(policy: Any, key: jax.Array, n: int) -> Any:
   """Returns n architectures drawn from the policy, leaves [n, K] one-hot."""
-  leaves, treedef = jax.tree.flatten(policy)
+  stacked = stack(policy)
   # One draw for all decisions: a generator per leaf would make up most of the
   # compiled program.
-  uniform = jax.random.uniform(key, (len(leaves), n, 1))
-
-  def draw(logits: jax.Array, u: jax.Array) -> jax.Array:  # [K], [n, 1]
-    below = jnp.cumsum(jax.nn.softmax(logits))[None, :-1] <= u
-    return jax.nn.one_hot(jnp.sum(below, axis=-1), logits.shape[-1])
-
-  return treedef.unflatten([draw(*pair) for pair in zip(leaves, uniform)])
+  count = sum(len(numbers) for _, numbers in stacked.places)
+  uniform = jax.random.uniform(key, (count, n, 1))
+  drawn = {}
+  for k, numbers in stacked.places:
+    steps = jnp.cumsum(jax.nn.softmax(stacked.arrays[k]), axis=-1)
+    u = uniform[np.array(numbers)].swapaxes(0, 1)  # [n, D, 1]
+    drawn[k] = jax.nn.one_hot(jnp.sum(steps[None, :, :-1] <= u, axis=-1), k)
+  return unstack(stacked.replace(arrays=drawn))
 
 
 def argmax(policy: Any) -> Any:
@@ -43,7 +86,7 @@ def argmax(policy: Any) -> Any:
     The same tree of [K] float32 one-hot. Of equal logits the first one counts.
   """
   return jax.tree.map(
-    lambda logits: jax.nn.one_hot(jnp.argmax(logits), logits.shape[-1]), policy
+    lambda x: jax.nn.one_hot(jnp.argmax(x, axis=-1), x.shape[-1]), policy
   )
 
 

@@ -73,6 +73,7 @@ def paper(
   """
   controller_lib.check_gamma(gamma)
   adam = optax.adam(learning_rate, b1=0.0, b2=0.999, eps=1e-8)
+  cost_of = _of_stacked(relative_cost)
 
   def update(
     state: controller_lib.SearchState,
@@ -81,7 +82,7 @@ def paper(
     step: jax.Array,
   ) -> _Updated:
     arch = jax.tree.map(lambda a: a[0], archs)
-    cost = relative_cost(arch)
+    cost = cost_of(arch)
     reward = controller_lib.reward(
       qualities[0], controller_lib.absolute_error(cost), gamma
     )
@@ -147,6 +148,7 @@ def default(
   """
   controller_lib.check_gamma(gamma)
   adam = optax.scale_by_adam(b1=0.9, b2=0.999)
+  cost_of = _of_stacked(relative_cost)
 
   def update(
     state: controller_lib.SearchState,
@@ -175,7 +177,7 @@ def default(
         archs
       )
       error = controller_lib.expected_absolute_error(
-        relative_cost,
+        cost_of,
         policy_lib.probabilities(policy),
         0.5 * (1 - jnp.cos(jnp.pi * p)),
       )
@@ -201,7 +203,7 @@ def default(
     updated = dataclasses.replace(
       updated, average=average, count=count, peak=peak
     )
-    cost = jax.vmap(relative_cost)(archs)
+    cost = jax.vmap(cost_of)(archs)
     # Without the ramp, so that rewards of different steps can be compared.
     rewards = controller_lib.reward(
       qualities, controller_lib.absolute_error(cost), gamma
@@ -224,7 +226,7 @@ def _controller(
   def init(logits: Any) -> controller_lib.SearchState:
     return controller_lib.SearchState(
       policy=logits,
-      opt_state=adam.init(logits),
+      opt_state=adam.init(policy_lib.stack(logits)),
       average=jnp.zeros(()),
       peak=jnp.zeros(()),
       count=jnp.zeros((), jnp.int32),
@@ -248,16 +250,26 @@ def _controller(
     qualities: jax.Array,
     step: jax.Array,
   ) -> _Updated:
-    updated, metrics = update(state, archs, qualities, step)
+    stacked = dataclasses.replace(state, policy=policy_lib.stack(state.policy))
+    archs = policy_lib.stack(archs)
+    updated, metrics = update(stacked, archs, qualities, step)
     pi = policy_lib.probabilities(updated.policy)
-    return updated, metrics | dict(
+    metrics |= dict(
       quality=_mean_of_finite(qualities),
       dropped=jnp.sum(~jnp.isfinite(qualities)).astype(jnp.float32),
-      cost=relative_cost(pi),
+      cost=_of_stacked(relative_cost)(pi),
       entropy=policy_lib.entropy(updated.policy),
     )
+    learnt = policy_lib.unstack(updated.policy)
+    return dataclasses.replace(updated, policy=learnt), metrics
 
   return controller_lib.Controller(init, propose, update_and_measure, samples)
+
+
+def _of_stacked(
+  relative_cost: controller_lib.RelativeCost,
+) -> controller_lib.RelativeCost:
+  return lambda choices: relative_cost(policy_lib.unstack(choices))
 
 
 def _running_mean(

@@ -392,7 +392,7 @@ def test_the_advantage_scale_does_not_fall_below_a_tenth_of_its_peak():
     )
     after, _ = controller.update(state, archs, qualities, jnp.int32(2))
     assert after.peak == 1
-    moments[scale] = after.opt_state.mu['a']
+    moments[scale] = policy_lib.unstack(after.opt_state.mu)['a']
   # At p = 0 the entropy has no weight, so the gradient goes with 1 / scale.
   np.testing.assert_allclose(moments[0.1], 3 * moments[0.3], rtol=1e-4)
   np.testing.assert_allclose(moments[1e-3], moments[0.1], rtol=1e-4)

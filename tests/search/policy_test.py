@@ -120,3 +120,32 @@ def test_a_key_names_its_samples():
   )
   np.testing.assert_array_equal(one['a'], same['a'])
   assert np.any(one['a'] != other['a'])
+
+
+def test_a_stacked_tree_has_an_array_for_each_number_of_options():
+  tree = {'a': jnp.arange(3.0), 'b': [jnp.arange(2.0), jnp.ones(3)]}
+  stacked = policy_lib.stack(tree)
+  assert {k: array.tolist() for k, array in stacked.arrays.items()} == {
+    3: [[0, 1, 2], [1, 1, 1]],
+    2: [[0, 1]],
+  }
+  back = policy_lib.unstack(stacked)
+  assert jax.tree.structure(back) == jax.tree.structure(tree)
+  for ours, theirs in zip(jax.tree.leaves(back), jax.tree.leaves(tree)):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_stacked_policy_has_the_values_of_its_tree():
+  arch = {'a': _one_hot(1, 3), 'b': _one_hot(0, 2)}
+  policy, chosen = policy_lib.stack(POLICY), policy_lib.stack(arch)
+  assert float(policy_lib.log_prob(policy, chosen)) == pytest.approx(
+    math.log(0.3 * 0.9), rel=1e-6
+  )
+  assert float(policy_lib.entropy(policy)) == pytest.approx(
+    float(policy_lib.entropy(POLICY)), rel=1e-6
+  )
+  for name, p in PROBABILITIES.items():
+    found = policy_lib.unstack(policy_lib.probabilities(policy))[name]
+    np.testing.assert_allclose(found, p, rtol=1e-6)
+    found = policy_lib.unstack(policy_lib.argmax(policy))[name]
+    np.testing.assert_array_equal(found, _one_hot(0, len(p)))
