@@ -6,6 +6,7 @@ makes one array of all decisions with K options, so that a program hardly grows
 with their number; all functions but `sample` take a stacked tree, too.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -73,7 +74,7 @@ def sample(policy: Any, key: jax.Array, n: int) -> Any:
     steps = jnp.cumsum(jax.nn.softmax(stacked.arrays[k]), axis=-1)
     u = uniform[np.array(numbers)].swapaxes(0, 1)  # [n, D, 1]
     drawn[k] = jax.nn.one_hot(jnp.sum(steps[None, :, :-1] <= u, axis=-1), k)
-  return unstack(stacked.replace(arrays=drawn))
+  return unstack(dataclasses.replace(stacked, arrays=drawn))
 
 
 def argmax(policy: Any) -> Any:

@@ -224,9 +224,10 @@ def _controller(
   samples: int,
 ) -> controller_lib.Controller:
   def init(logits: Any) -> controller_lib.SearchState:
+    stacked: Any = policy_lib.stack(logits)
     return controller_lib.SearchState(
       policy=logits,
-      opt_state=adam.init(policy_lib.stack(logits)),
+      opt_state=adam.init(stacked),
       average=jnp.zeros(()),
       peak=jnp.zeros(()),
       count=jnp.zeros((), jnp.int32),
