@@ -21,7 +21,7 @@ import onnx_ir
 from fliqs_jax.serving import served_program
 from fliqs_jax.serving.portable import onnx_nodes
 from fliqs_jax.serving.portable import onnx_runtime
-from fliqs_jax.serving.portable import simplified as simplified_lib
+from fliqs_jax.serving.portable import simplified
 from fliqs_jax.serving.portable import stablehlo
 
 # What jax2onnx writes unless told otherwise; INT4 exists since 21.
@@ -85,8 +85,10 @@ def converted(run: Any, shapes: Sequence[Any], outputs: Iterable[str]) -> bytes:
   # Traced before the converter puts its own functions in the place of those of
   # JAX and Flax: products are known by their places in the program.
   traced = jax.make_jaxpr(run)(*shapes)
-  simplified = functools.partial(simplified_lib.simplified, traced)
-  program = core.jaxpr_as_fun(jax.make_jaxpr(simplified)(*shapes))
+  for _ in range(2):  # What became a node takes in what follows it.
+    simpler = functools.partial(simplified.simplified, traced)
+    traced = jax.make_jaxpr(simpler)(*shapes)
+  program = core.jaxpr_as_fun(traced)
   with _quiet():
     plugin_system.import_all_plugins()
     # Since JAX 0.10 the function is a primitive.

@@ -26,6 +26,7 @@ from fliqs_jax.program import products as products_lib
 from fliqs_jax.serving import served_products
 
 _INT8 = 3  # The number of the type in ONNX.
+ZERO = 128  # The code of zero among activations.
 
 # A node of ONNX in a program of JAX, which only a converter reads.
 node_p = core.Primitive('onnx_node')
@@ -164,6 +165,20 @@ class _Weights:
     )
 
 
+def convolution(eqn: core.JaxprEqn, x: Any, w: Any) -> Any:
+  """Returns a convolution without formats by Conv, or None if it has no node.
+
+  Args:
+    eqn: a `conv_general_dilated`.
+    x: its input.
+    w: its kernel.
+  """
+  contraction = contractions.of(eqn)
+  if not _has_node(contraction) or eqn.params['batch_group_count'] > 1:
+    return None
+  return _conv(contraction, x, _Weights(w), lambda x: x, 1)
+
+
 def _are_integers(menu: Sequence[formats.NumericFormat]) -> bool:
   return bool(menu) and all(f.is_integer for f in menu)
 
@@ -191,7 +206,7 @@ def _in_uint8(x: jax.Array, scale: Any, largest: Any) -> jax.Array:
     scale: [] float32, the step of the grid.
     largest: [] uint8, the largest integer.
   """
-  zero = np.uint8(128)
+  zero = np.uint8(ZERO)
   codes = node('QuantizeLinear', x, scale, zero, shape=x.shape, dtype=np.uint8)
   codes = node(
     'Clip',

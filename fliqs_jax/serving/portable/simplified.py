@@ -5,6 +5,7 @@ operations that the converter writes in a form that ONNX Runtime does not run
 become nodes.
 """
 
+import collections
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.extend import core
 import numpy as np
 
 from fliqs_jax.program import equations
+from fliqs_jax.serving.portable import folded
 from fliqs_jax.serving.portable import onnx_nodes
 
 _OWN_DERIVATIVES = frozenset(('custom_jvp_call', 'custom_vjp_call'))
@@ -31,6 +33,7 @@ def simplified(program: Any, *inputs: Any) -> list[Any]:
   """
   consts = [np.asarray(x) for x in program.consts]
   results = _run(equations.Body(program.jaxpr, consts), inputs)
+  results = [getattr(y, 'traced', y) for y in results]
   taken = {id(x) for x in inputs}
   for i, y in enumerate(results):
     if id(y) in taken or isinstance(y, np.ndarray):
@@ -47,9 +50,17 @@ def _run(body: equations.Body, operands: Sequence[Any]) -> list[Any]:
   def read(atom: Any) -> Any:
     return np.asarray(atom.val) if _is_literal(atom) else values[atom]
 
+  uses = collections.Counter(
+    x
+    for atoms in (*(e.invars for e in body.jaxpr.eqns), body.jaxpr.outvars)
+    for x in atoms
+    if not _is_literal(x)
+  )
   for eqn in body.jaxpr.eqns:
     results = _results(eqn, [read(x) for x in eqn.invars])
-    values.update(zip(eqn.outvars, results, strict=True))
+    for v, y in zip(eqn.outvars, results, strict=True):
+      # What takes in one of several uses would be computed again for another.
+      values[v] = y if uses[v] == 1 else getattr(y, 'traced', y)
   return [read(x) for x in body.jaxpr.outvars]
 
 
@@ -61,9 +72,15 @@ def _results(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
   name = equations.name(eqn)
   if equations.is_call(eqn) or name in _OWN_DERIVATIVES:
     return _run(equations.body(eqn), operands)
+  if (result := folded.folded(eqn, operands)) is not None:
+    return [result]
+  operands = [getattr(x, 'traced', x) for x in operands]
   if name != onnx_nodes.node_p.name and _is_constant(eqn, operands):
     with jax.ensure_compile_time_eval():
       return [np.asarray(x) for x in equations.bind(eqn, operands)]
+  if name == 'conv_general_dilated':
+    y = onnx_nodes.convolution(eqn, *operands)
+    return equations.bind(eqn, operands) if y is None else [y]
   if name == 'reduce_window_max' and _is_of_images(eqn):
     return [_max_pool(eqn, *operands)]
   return equations.bind(eqn, operands)
