@@ -36,26 +36,86 @@ def settled_statistics(
   state: Any,
   choices: Mapping[str, Any],
   devices: devices_lib.Devices,
-  model: nn.Module | None = None,
 ) -> Mapping[str, Any]:
   """Returns the model's collections, with statistics of one architecture.
 
-  Runs `train.settle_batches` batches forward, with fixed weights, and returns
-  the mean over the second half of them. A small training batch is joined with
-  the next ones, because its statistics are too noisy to be served: where many
-  activations are equal, such as the background of an image, a small shift
-  rounds all of them another way, and layers behind would see both ways.
+  Of the statistics that training left and of settled ones, those with the
+  better quality on the validation split. Where many activations are equal, such
+  as the background of an image, a small shift rounds all of them another way;
+  settled statistics that saw both ways fit neither.
 
   Args:
     experiment: parts of the run.
     state: last `TrainState` of the run, on the devices.
     choices: {decision: [K] one-hot}.
     devices: devices among which each batch is split.
-    model: network that is settled; None: that of the experiment.
   """
-  model = model or experiment.model
-  settle = devices.jit(train_step.settle_step(model.apply))
+  model = experiment.model
+  return _best(experiment, state, choices, devices, model)[1]
+
+
+def validation_quality(
+  experiment: experiment_lib.Experiment,
+  state: Any,
+  choices: Mapping[str, Any],
+  devices: devices_lib.Devices,
+  model: nn.Module,
+) -> float:
+  """Returns the quality on the validation split, with settled statistics.
+
+  Args:
+    experiment: parts of the run.
+    state: `TrainState` of the run, on the devices.
+    choices: {decision: [K]}, one-hot unless the model is a relaxed one.
+    devices: devices among which each batch is split.
+    model: network that is measured.
+  """
+  return _best(experiment, state, choices, devices, model)[0]
+
+
+def _best(
+  experiment: experiment_lib.Experiment,
+  state: Any,
+  choices: Mapping[str, Any],
+  devices: devices_lib.Devices,
+  model: nn.Module,
+) -> tuple[float, Mapping[str, Any]]:
+  """Returns the best quality, and the statistics that have it."""
+
+  def measure(outputs: Any, batch: Any) -> dict[str, jax.Array]:
+    return dict(quality=experiment.quality(outputs, batch))
+
+  step = devices.jit(train_step.eval_step(model.apply, measure))
   arch = experiment.space.expand(choices)
+
+  def quality(model_state: Any) -> float:
+    batches = itertools.islice(experiment.streams.valid(0), _BATCHES)
+    qualities = [
+      step(state.served_params, model_state, arch, batch)['quality']
+      for batch in devices.feed(batches)
+    ]
+    return float(np.mean(jax.device_get(qualities)))
+
+  settled = _settled(experiment, state, arch, devices, model)
+  found = quality(settled), settled
+  trained = quality(state.model_state), state.model_state
+  # A quality that is not finite is never better.
+  return trained if trained[0] > found[0] else found
+
+
+def _settled(
+  experiment: experiment_lib.Experiment,
+  state: Any,
+  arch: Any,
+  devices: devices_lib.Devices,
+  model: nn.Module,
+) -> Mapping[str, Any]:
+  """Returns statistics after `train.settle_batches` batches, weights fixed.
+
+  That is the mean over the second half of the batches. A small training batch
+  is joined with the next ones, because its statistics are too noisy.
+  """
+  settle = devices.jit(train_step.settle_step(model.apply))
   steps = experiment.phases.steps
   count = experiment.config.train.settle_batches
   batches = devices.feed(_joined(experiment, steps))
@@ -99,37 +159,6 @@ def _averaged(mean: Any, new: Any, seen: Any) -> Any:
     return jnp.where(new == mean, new, mean + (new - mean) / (seen + 1))
 
   return jax.tree.map(averaged, mean, new)
-
-
-def validation_quality(
-  experiment: experiment_lib.Experiment,
-  state: Any,
-  choices: Mapping[str, Any],
-  devices: devices_lib.Devices,
-  model: nn.Module,
-) -> float:
-  """Returns the quality on the validation split, with settled statistics.
-
-  Args:
-    experiment: parts of the run.
-    state: `TrainState` of the run, on the devices.
-    choices: {decision: [K]}, one-hot unless the model is a relaxed one.
-    devices: devices among which each batch is split.
-    model: network that is measured.
-  """
-  model_state = settled_statistics(experiment, state, choices, devices, model)
-
-  def measure(outputs: Any, batch: Any) -> dict[str, jax.Array]:
-    return dict(quality=experiment.quality(outputs, batch))
-
-  step = devices.jit(train_step.eval_step(model.apply, measure))
-  arch = experiment.space.expand(choices)
-  batches = itertools.islice(experiment.streams.valid(0), _BATCHES)
-  qualities = [
-    step(state.served_params, model_state, arch, batch)['quality']
-    for batch in devices.feed(batches)
-  ]
-  return float(np.mean(jax.device_get(qualities)))
 
 
 def test_metrics(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,6 +21,7 @@ from fliqs_jax.run import loop
 from fliqs_jax.run import metrics
 from fliqs_jax.run import run_log
 from fliqs_jax.run import train
+from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import restoring
 from tests import helpers
 from tests import tiny
@@ -97,7 +99,7 @@ def test_evaluation_with_the_found_arch_gives_the_run_s_own_result(finished):
 
 
 def test_the_test_loss_is_that_of_a_loop_by_hand(finished):
-  """Of the averaged weights, with statistics settled at the argmax."""
+  """Of the averaged weights, with the better statistics for the argmax."""
   workdir, result = finished
   experiment = experiment_lib.build(tiny.get_config())
   state = _final_state(workdir, tiny.get_config()).state
@@ -106,7 +108,7 @@ def test_the_test_loss_is_that_of_a_loop_by_hand(finished):
     layer: {'format': np.eye(3, dtype=np.float32)[np.argmax(logits)]}
     for layer, logits in state.search_state.policy.items()
   }
-  stats = state.model_state['quant_stats']
+  stats = trained = state.model_state['quant_stats']
   settle, test = (
     jax.jit(functools.partial(experiment.model.apply, **how))
     for how in (dict(train=True, mutable=['quant_stats']), dict(train=False))
@@ -123,19 +125,50 @@ def test_the_test_loss_is_that_of_a_loop_by_hand(finished):
   for layer in stats:
     for name in ('mean', 'variance', 'largest'):
       stats[layer][name] = (seen[1][layer][name] + seen[2][layer][name]) / 2
-  losses, hits = [], []
-  variables = {'params': state.average, 'arch': arch, 'quant_stats': stats}
-  for batch in experiment.streams.test():
-    logits = test(variables, batch['image'])
-    real = batch['mask'] == 1
-    logits = np.asarray(logits, np.float64)[real]
-    labels = batch['label'][real]
-    log_sum = np.log(np.exp(logits).sum(-1))
-    losses += list(log_sum - logits[np.arange(len(labels)), labels])
-    hits += list(logits.argmax(-1) == labels)
+
+  def measured(stats, batches):
+    variables = {'params': state.average, 'arch': arch, 'quant_stats': stats}
+    losses, hits = [], []
+    for batch in batches:
+      real = np.ones(len(batch['label'])) == batch.get('mask', 1)
+      logits = np.asarray(test(variables, batch['image']), np.float64)[real]
+      labels = batch['label'][real]
+      log_sum = np.log(np.exp(logits).sum(-1))
+      losses += list(log_sum - logits[np.arange(len(labels)), labels])
+      hits += list(logits.argmax(-1) == labels)
+    return losses, hits
+
+  def validation_loss(stats):
+    batches = itertools.islice(experiment.streams.valid(0), 8)
+    return np.mean(measured(stats, batches)[0])
+
+  best = min(stats, trained, key=validation_loss)
+  losses, hits = measured(best, experiment.streams.test())
   assert len(losses) == 360
   assert result['found']['loss'] == pytest.approx(np.mean(losses), rel=1e-5)
   assert result['found']['accuracy'] == pytest.approx(np.mean(hits))
+
+
+def test_statistics_are_the_settled_or_the_trained_ones(finished, monkeypatch):
+  run = evaluation.restore(str(finished[0]))
+  devices = devices_lib.one_device(run.experiment.config)
+
+  def chosen(state):
+    return evaluation.settled_statistics(
+      run.experiment, state, run.choices, devices
+    )
+
+  # All activations are clipped to nearly nothing, so every class is as likely.
+  damaged = {
+    'quant_stats': {
+      layer: stats | dict(largest=jnp.float32(1e-6), count=jnp.int32(1))
+      for layer, stats in run.state.model_state['quant_stats'].items()
+    }
+  }
+  settled = chosen(run.state.replace(model_state=damaged))
+  assert settled['quant_stats']['hidden0']['largest'] > 0.1
+  monkeypatch.setattr(evaluation, '_settled', lambda *args: damaged)
+  assert chosen(run.state) is run.state.model_state
 
 
 def test_a_uniform_format_is_evaluated_by_the_same_code(finished):
