@@ -1,13 +1,17 @@
 r"""Measures the gain of an exported INT8 model on this machine's CPU.
 
 python -m benchmarks.serving [--network=resnet20,deit_ti] [--batch=1,64]
-    [--rounds=20]
+    [--rounds=20] [--onnx]
 
 The benchmark compares inference of one network, in one process:
 
   float32  linen's own layers
   fake     the model of the search at INT8: grid values in float32
   int8     the export, loaded: int8 x int8 -> int32
+
+`--onnx` measures, instead of layers, the ONNX models of the export and of the
+float32 network in ONNX Runtime, on as many threads as the process has cores,
+and prints the sizes of the files and how far the outputs are apart.
 
 `/16` runs a batch in slices of 16, as `serving.load` does on a CPU. All are
 compiled first and then run interleaved. A number is the median over rounds of
@@ -22,6 +26,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import os
 import pathlib
 import statistics
 import tempfile
@@ -38,6 +43,7 @@ from fliqs_jax import serving
 from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.search import train_step
 from fliqs_jax.serving import export_model
+from fliqs_jax.serving.portable import stablehlo
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
 
@@ -55,8 +61,8 @@ _FORMAT = 'INT8'
 SLICE = 16
 
 
-def variants(config, size: int):
-  """Returns {variant: function of images}, and its layers."""
+def variants(config, size: int, onnx: bool = False):
+  """Returns {variant: function of images}, and its layers, if not `onnx`."""
   spec = quant_spec.QuantSpec(_FORMAT)
   search = models.build(config, 10, spec)
   image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
@@ -87,8 +93,10 @@ def variants(config, size: int):
       (x,),
       None,
       dict(train=False),
+      onnx,
     )
     int8 = serving.load(out)
+    model = (out / 'model.onnx').read_bytes() if onnx else b''
   sliced = copy.copy(int8)
   sliced.at_once = SLICE
   plain = _applied(stock, floats)
@@ -99,8 +107,36 @@ def variants(config, size: int):
     'int8': int8,
     f'int8/{SLICE}': sliced,
   }
+  if onnx:
+    from fliqs_jax.serving.portable import onnx_model
+
+    files = int8.manifest['files']
+    for name in ('weights.safetensors', 'model.onnx'):
+      print(f'{name}: {files[name]["bytes"]} bytes')
+    print(f'ONNX Runtime: {int8.manifest["onnx"]["reference"]}', flush=True)
+    functions['onnx'] = _session(model)
+    functions['onnx float32'] = _session(
+      onnx_model.converted(
+        lambda x: [stock.apply(floats, x, train=False)],
+        stablehlo.open_shapes([x], [True]),
+        ['outputs'],
+      )
+    )
+    return functions, None
   ops = {op.path: op.shape for op in space.ops}
   return functions, layer_times.rows(stock, program, fake, ops, x)
+
+
+def _session(model: bytes):
+  """Returns an ONNX model as a function of images."""
+  import onnxruntime
+
+  options = onnxruntime.SessionOptions()
+  options.intra_op_num_threads = len(os.sched_getaffinity(0))
+  session = onnxruntime.InferenceSession(
+    model, options, providers=['CPUExecutionProvider']
+  )
+  return lambda x: session.run(None, {'inputs/0': np.asarray(x)})[0]
 
 
 def _applied(model, variables):
@@ -139,7 +175,7 @@ def _ratios(functions, x, rounds: int) -> dict[str, tuple[float, ...]]:
 def _print(title: str, result) -> None:
   for name, (middle, low, high, milliseconds) in result.items():
     print(
-      f'{title:34} {name:10} {milliseconds:9.3f} ms   '
+      f'{title:34} {name:12} {milliseconds:9.3f} ms   '
       f'float32 / it {middle:6.2f} ({low:.2f} to {high:.2f})',
       flush=True,
     )
@@ -151,15 +187,18 @@ def main() -> None:
   parser.add_argument('--network', default='resnet20_64,resnet18,deit_ti')
   parser.add_argument('--batch', default='1,64')
   parser.add_argument('--rounds', type=int, default=20)
+  parser.add_argument('--onnx', action='store_true')
   args = parser.parse_args()
   for network in args.network.split(','):
     config, size = NETWORKS[network]
-    functions, layers = variants(config, size)
+    functions, layers = variants(config, size, args.onnx)
     for batch in map(int, args.batch.split(',')):
       rng = np.random.default_rng(0)
       x = rng.standard_normal((batch, size, size, 3), np.float32)
       x = jnp.asarray(x)
       _print(f'{network}, batch {batch}', _ratios(functions, x, args.rounds))
+      if args.onnx:
+        continue
       lines = layer_times.table(layers, batch, SLICE, args.rounds)
       print('', *lines, '', sep='\n', flush=True)
 
