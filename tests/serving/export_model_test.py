@@ -1,6 +1,5 @@
 """Exports of any model: small files, served without it, bit for bit."""
 
-import functools
 import json
 import os
 import pathlib
@@ -23,61 +22,9 @@ from fliqs_jax import serving
 from fliqs_jax.numerics import formats
 from fliqs_jax.serving import export_files
 from tests import helpers
+from tests.serving import cases
 
 pytestmark = [pytest.mark.slow, pytest.mark.optimized]
-
-X = helpers.random((2, 8))
-Dense = functools.partial(nn.Dense, kernel_init=helpers.by_key)
-
-
-class Run:
-  """A model that was searched, and what is exported of it."""
-
-  def __init__(self, module, *args, names, call=None, rngs=None, **how):
-    self.module, self.args, self.call = module, args, call or {}
-    self.rngs = rngs
-    self.model = fliqs.searchable(module, **how)
-    self.space = fliqs.find_decisions(self.model, *args, **self.call)
-    self.choices = {
-      d.name: d.one_hot(names[i % len(names)])
-      for i, d in enumerate(self.space.decisions)
-    }
-    self._random = {} if rngs is None else dict(rngs=rngs)
-    arch = self.space.expand(self.choices)
-    variables = helpers.init(self.model, *args, **self.call)
-    variables = {**variables, 'arch': arch}
-    learn = functools.partial(
-      self.model.apply, mutable=['quant_stats'], **self.call
-    )
-    # Other inputs than the examples.
-    seen = jax.tree.map(lambda x: (x * 0.7).astype(x.dtype), args)
-    learnt = jax.jit(lambda *given: learn(*given, **self._random)[1])
-    self.variables = {**variables, **learnt(variables, *seen)}
-
-  def export(self, out, **changed):
-    return export.export_model(
-      self.model,
-      {**self.variables, **changed},
-      self.choices,
-      *self.args,
-      out=out,
-      **self._random,
-      **self.call,
-    )
-
-  def evaluate(self, *args, **random):
-    """Returns the outputs of the search's evaluation."""
-    apply = functools.partial(self.model.apply, **self.call)
-    return jax.jit(apply)(self.variables, *args, **random)
-
-  def check(self, out):
-    """Exports; checks that what is served has the search's bits."""
-    manifest = self.export(out)
-    assert manifest['reference']['bit_equal']
-    # Not only for the example inputs.
-    args = jax.tree.map(lambda x: x[::-1], self.args)
-    helpers.same(serving.load(out)(*args), self.evaluate(*args))
-    return manifest
 
 
 def tensors_of(out):
@@ -104,7 +51,7 @@ class Kinds(nn.Module):
 
 
 def test_every_kind_of_layer_is_served(tmp_path):
-  run = Run(
+  run = cases.Run(
     Kinds(),
     TOKENS,
     names=['INT4', 'INT8', 'BF16'],
@@ -145,38 +92,12 @@ def test_every_kind_of_layer_is_served(tmp_path):
   } == {'variables/params', 'variables/batch_stats'}
 
 
-class Body(nn.Module):
-  """One iteration of a stack."""
-
-  @nn.compact
-  def __call__(self, x, _=None):
-    h = nn.tanh(Dense(12, name='up')(x))
-    return x + Dense(8, name='down')(h), None
-
-
-def stack(body, length, axis=0, name='body'):
-  return nn.scan(
-    body,
-    variable_axes={'params': axis},
-    split_rngs={'params': True},
-    length=length,
-  )(name=name)
-
-
-class Scanned(nn.Module):
-  """A scanned stack."""
-
-  @nn.compact
-  def __call__(self, x):
-    return stack(Body, 3)(x, None)[0]
-
-
 class Nested(nn.Module):
   """A stack as an iteration of another, and two products of activations."""
 
   @nn.compact
   def __call__(self, x, _):
-    x = stack(Body, 2, name='inner')(x, None)[0]
+    x = cases.stack(cases.Body, 2, name='inner')(x, None)[0]
     with jax.named_scope('attention'):
       scores = nn.softmax(jnp.einsum('nd,md->nm', x, x))
       return jnp.einsum('nm,md->nd', scores, x), None
@@ -188,17 +109,19 @@ class Stacks(nn.Module):
   @nn.compact
   def __call__(self, x):
     slices = nn.vmap(
-      Body, variable_axes={'params': 0}, split_rngs={'params': True}
+      cases.Body, variable_axes={'params': 0}, split_rngs={'params': True}
     )(name='vmap')
     return dict(
-      axis1=stack(nn.remat(Body), 2, 1, name='axis1')(x, None)[0],
+      axis1=cases.stack(nn.remat(cases.Body), 2, 1, name='axis1')(x, None)[0],
       vmap=slices(jnp.stack([x, -x]))[0].sum(0),
-      nested=stack(Nested, 2, name='nested')(x, None)[0],
+      nested=cases.stack(Nested, 2, name='nested')(x, None)[0],
     )
 
 
 def test_each_iteration_of_a_stack_has_its_own_format(tmp_path):
-  run = Run(Stacks(), X, names=['INT4', 'BF16', 'INT8'], attention=True)
+  run = cases.Run(
+    Stacks(), cases.X, names=['INT4', 'BF16', 'INT8'], attention=True
+  )
   for name in run.choices:
     if name.startswith(('axis1', 'vmap')):
       last = int(name.rpartition('@')[2]) % 2
@@ -237,7 +160,7 @@ class Recurrent(nn.Module):
   @nn.compact
   def __call__(self, x):
     y = nn.RNN(nn.GRUCell(8), name='rnn')(jnp.stack([x, -x], axis=1))
-    return y[:, -1] + stack(Body, 3)(x, None)[0]
+    return y[:, -1] + cases.stack(cases.Body, 3)(x, None)[0]
 
 
 @pytest.mark.parametrize(
@@ -245,8 +168,12 @@ class Recurrent(nn.Module):
 )
 def test_one_side_of_some_layers(mode, stacks, tmp_path):
   spec = fliqs.QuantSpec(mode=mode, exclude=('body/down',))
-  run = Run(
-    Recurrent(), X, names=['INT4', 'INT8', 'BF16'], spec=spec, stacks=stacks
+  run = cases.Run(
+    Recurrent(),
+    cases.X,
+    names=['INT4', 'INT8', 'BF16'],
+    spec=spec,
+    stacks=stacks,
   )
   entries = run.check(tmp_path / 'out')['layers']
   assert {f'body/up/@{i}' for i in range(3)} <= set(entries)
@@ -263,15 +190,15 @@ class Twice(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    shared = Dense(8, name='shared')
-    block = nn.jit(Body)
+    shared = cases.Dense(8, name='shared')
+    block = nn.jit(cases.Body)
     x, _ = block(name='a')(shared(x))
     x, _ = block(name='b')(x)
     return shared(x)
 
 
 def test_weights_that_are_used_twice_are_stored_once(tmp_path):
-  run = Run(Twice(), X, names=['INT8', 'INT4'])
+  run = cases.Run(Twice(), cases.X, names=['INT8', 'INT4'])
   layers = run.check(tmp_path / 'out')['layers']
   assert layers['shared']['tensor'] == layers['shared#2']['tensor']
   assert layers['a/up']['weights'] != layers['a/down']['weights']
@@ -308,7 +235,7 @@ class TwoTowers(nn.Module):
       kernel_init=nn.with_partitioning(helpers.by_key, ('in', None)),
       dtype=jnp.bfloat16,
     )
-    self.head = Dense(3)
+    self.head = cases.Dense(3)
 
   def encode(self, inputs):
     return self.image(inputs['image']) + self.embed(inputs['token'])
@@ -326,7 +253,7 @@ MASK = np.arange(8) % 3 > 0
 
 @pytest.fixture(scope='module', name='towers')
 def _towers():
-  return Run(
+  return cases.Run(
     TwoTowers(),
     INPUTS,
     MASK,
@@ -388,23 +315,23 @@ class Random(nn.Module):
   @nn.compact
   def __call__(self, x):
     x = x + jax.random.normal(self.make_rng('noise'), x.shape)
-    return Dense(3, name='dense')(x)
+    return cases.Dense(3, name='dense')(x)
 
 
 def test_keys_are_inputs_of_a_model_that_draws_random_numbers(tmp_path):
   # As many examples as a key has words.
   rngs = dict(noise=jax.random.key(5))
-  run = Run(Random(), X, names=['INT8'], rngs=rngs)
+  run = cases.Run(Random(), cases.X, names=['INT8'], rngs=rngs)
   manifest = run.export(tmp_path / 'out')
   assert manifest['reference']['bit_equal']
   assert manifest['program'] == dict(batch='any')
   served = serving.load(tmp_path / 'out')
   other = dict(noise=jax.random.key(6))
-  helpers.same(served(X, rngs=other), run.evaluate(X, rngs=other))
-  assert np.any(served(X, rngs=other) != served(X, rngs=rngs))
+  helpers.same(served(cases.X, rngs=other), run.evaluate(cases.X, rngs=other))
+  assert np.any(served(cases.X, rngs=other) != served(cases.X, rngs=rngs))
   assert export.verify(tmp_path / 'out')['bit_equal']
   with pytest.raises(ValueError, match='another structure'):
-    served(X)
+    served(cases.X)
 
 
 class Network(nn.Module):
@@ -412,14 +339,16 @@ class Network(nn.Module):
 
   @nn.compact
   def __call__(self, x, train):
-    x = Dense(8, name='first')(x)
-    x = Dense(6, name='second')(nn.tanh(x))
+    x = cases.Dense(8, name='first')(x)
+    x = cases.Dense(6, name='second')(nn.tanh(x))
     return x if train else nn.tanh(x)
 
 
 @pytest.fixture(scope='module', name='network')
 def _network():
-  return Run(Network(), X, names=['INT4', 'BF16'], call=dict(train=False))
+  return cases.Run(
+    Network(), cases.X, names=['INT4', 'BF16'], call=dict(train=False)
+  )
 
 
 @pytest.fixture(scope='module', name='exported')
@@ -487,7 +416,9 @@ class FixedBatch(nn.Module):
 
 
 def test_a_program_of_a_fixed_batch_size_says_so(tmp_path):
-  manifest = Run(FixedBatch(), X, names=['INT8']).check(tmp_path / 'out')
+  manifest = cases.Run(FixedBatch(), cases.X, names=['INT8']).check(
+    tmp_path / 'out'
+  )
   assert manifest['program'] == dict(batch=2)
   with pytest.raises(ValueError, match='of len.x.: write x.shape.0. and'):
     serving.load(tmp_path / 'out')(helpers.random((3, 8)))
@@ -495,12 +426,12 @@ def test_a_program_of_a_fixed_batch_size_says_so(tmp_path):
     serving.load(tmp_path / 'out', at_once=3)
   # Slices of two examples; the third has a slice of its own, filled up.
   served = serving.load(tmp_path / 'out', at_once=2)
-  outputs = served(np.concatenate([X, X[:1]]))
-  helpers.same(outputs, np.concatenate([served(X), served(X)[:1]]))
+  outputs = served(np.concatenate([cases.X, cases.X[:1]]))
+  helpers.same(outputs, np.concatenate([served(cases.X), served(cases.X)[:1]]))
 
 
 def test_wrong_calls_are_refused(network, tmp_path):
-  def refused(message, model=network.model, args=(X,), **changed):
+  def refused(message, model=network.model, args=(cases.X,), **changed):
     kwargs = dict(train=False, out=tmp_path / 'out') | changed
     choices = kwargs.pop('choices', network.choices)
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
@@ -518,13 +449,13 @@ def test_wrong_calls_are_refused(network, tmp_path):
   assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('module', [nn.Dense(3), Scanned()])
+@pytest.mark.parametrize('module', [nn.Dense(3), cases.Scanned()])
 def test_activations_that_never_were_quantized_are_refused(module, tmp_path):
-  run = Run(module, X, names=['INT8'])
+  run = cases.Run(module, cases.X, names=['INT8'])
   off = fliqs.set_activation_quantization(run.variables['quant_stats'], False)
   with pytest.raises(ValueError, match='never quantized'):
     run.export(tmp_path / 'out', quant_stats=off)
-  fresh = helpers.init(run.model, X)['quant_stats']
+  fresh = helpers.init(run.model, cases.X)['quant_stats']
   with pytest.raises(ValueError, match='never quantized'):
     run.export(tmp_path / 'out', quant_stats=fresh)
   assert not (tmp_path / 'out').exists()
@@ -536,7 +467,7 @@ def test_weights_without_a_format_are_served_in_the_type_of_the_program(
   # The parameters are float32, and the author casts them: so does the search.
   module = nn.Dense(3, dtype=jnp.bfloat16, kernel_init=helpers.by_key)
   spec = fliqs.QuantSpec('INT8', mode='activations')
-  Run(module, X, names=['INT8'], spec=spec).check(tmp_path / 'out')
+  cases.Run(module, cases.X, names=['INT8'], spec=spec).check(tmp_path / 'out')
 
 
 def test_a_haiku_model_is_exported_whose_averages_training_makes(tmp_path):
