@@ -47,6 +47,7 @@ _LONG = (
   'export_model_test',
   'train_test',
   'served_products_test',
+  'onnx_test',
   'slicing_test',
   'examples_test',
   'found_networks_test',
