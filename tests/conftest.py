@@ -22,11 +22,12 @@ os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE  # Before jax is imported.
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['XLA_FLAGS'] = ''
 
-# A worker for each core has it alone: threads that move cost a twelfth.
-_WORKER = os.environ.get('PYTEST_XDIST_WORKER', '')
-_CORES = sorted(os.sched_getaffinity(0))
-if os.environ.get('PYTEST_XDIST_WORKER_COUNT') == str(len(_CORES)):
-  os.sched_setaffinity(0, {_CORES[int(_WORKER.removeprefix('gw'))]})
+if hasattr(os, 'sched_setaffinity'):  # Linux has it.
+  # A worker for each core has it alone: threads that move cost a twelfth.
+  _CORES = sorted(os.sched_getaffinity(0))
+  if os.environ.get('PYTEST_XDIST_WORKER_COUNT') == str(len(_CORES)):
+    _WORKER = int(os.environ['PYTEST_XDIST_WORKER'].removeprefix('gw'))
+    os.sched_setaffinity(0, {_CORES[_WORKER]})
 
 import jax  # noqa: E402
 from jax._src import compiler  # noqa: E402
