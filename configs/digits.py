@@ -83,7 +83,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     relative_to='INT4',
     bound='near' if arg.preset == 'paper' else 'at_most',
   )
-  config.search = presets.search_keys(arg.preset, steps, arg.gamma)
+  config.search = presets.search_keys(
+    arg.preset, steps, arg.gamma, sizes=arg.nas
+  )
   config.optimizer = dict(
     name='sgd',
     learning_rate=0.1,

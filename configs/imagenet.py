@@ -172,7 +172,9 @@ def recipe(
     relative_to='INT4',
     bound='near' if arg.preset == 'paper' else 'at_most',
   )
-  config.search = presets.search_keys(arg.preset, steps, arg.gamma)
+  config.search = presets.search_keys(
+    arg.preset, steps, arg.gamma, sizes=bool(widths or kernels)
+  )
   config.optimizer = dict(optimizer, warmup=warmup_epochs / epochs)
   if arg.smoke:  # The learning rate is proportional to the batch size.
     config.optimizer.learning_rate *= config.data.batch_size / BATCH_SIZE

@@ -13,6 +13,9 @@ from fliqs_jax.search import scored
 
 # The start of the search, a fraction of training (A.4).
 _START = 0.25
+# When options are scored if sizes are among them: the weights of a network that
+# is cut out of the largest one need longer than those of other formats.
+_START_OF_SIZES = 0.2
 # The steps for which A.4 gives its learning rate.
 _PAPER_STEPS, _PAPER_RATE = 30_200, 4.6e-3
 
@@ -130,7 +133,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def search_keys(
-  preset: str, steps: int, gamma: float | None = None
+  preset: str, steps: int, gamma: float | None = None, sizes: bool = False
 ) -> dict[str, Any]:
   """Returns the `search` section of a config for a preset.
 
@@ -139,11 +142,14 @@ def search_keys(
     steps: number of steps of training, by which presets scale their learning
       rate.
     gamma: weight of the cost in units of the quality; None: the preset's.
+    sizes: whether sizes are searched, too.
 
   Raises:
     ValueError: the preset is unknown.
   """
   keys = dict(preset=preset) | _preset(preset).keys(steps)
+  if sizes and keys['scorings']:
+    keys['start'] = _START_OF_SIZES
   keys = keys if gamma is None else keys | dict(gamma=gamma)
   check_keys(keys, steps)
   return keys

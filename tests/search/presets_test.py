@@ -75,3 +75,10 @@ def test_what_a_preset_cannot_have_is_refused():
     presets.make('paper', sum, phases, kind='x', beta=1.0)
   with pytest.raises(ValueError, match="'default' has none"):
     presets.make('default', sum, phases, leave_one_out=True)
+
+
+def test_sizes_are_scored_earlier_and_by_scores_alone():
+  for preset, start in (('sensitivity', 0.2), ('default', 0.25)):
+    own = presets.search_keys(preset, 1000)
+    with_sizes = presets.search_keys(preset, 1000, sizes=True)
+    assert with_sizes == own | dict(start=start)
