@@ -310,7 +310,7 @@ def test_the_policy_learns_from_all_replicas(leave_one_out):
   scores = np.eye(4) - 0.25  # Of log pi at the uniform policy.
   gradient = -np.mean((rewards - baseline)[:, None] * scores, axis=0)
   # Adam's second moment is that of the mean gradient.
-  moment = states.opt_state[0].nu['a']
+  moment = policy_lib.unstack(states.opt_state[0].nu)['a']
   np.testing.assert_allclose(moment, np.tile(1e-3 * gradient**2, (4, 1)), 1e-4)
 
 
