@@ -96,12 +96,12 @@ def export(
   variables = dict(
     params=run.state.served_params,
     arch=experiment.space.expand(choices),
-    **evaluation.settled_statistics(
+    **evaluation.settled(
       experiment,
       run.state,
       choices,
       devices_lib.one_device(experiment.config),
-    ),
+    ).statistics,
   )
   batch = data.model_inputs(next(iter(experiment.streams.test())))
   inputs = jax.tree.map(lambda x: jnp.asarray(x)[:examples], batch)

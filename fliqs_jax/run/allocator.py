@@ -100,7 +100,7 @@ class Allocator:
       return {}
     mixture = policy_lib.probabilities(policy)
     soft, hard = (
-      evaluation.validation_quality(experiment, state, each, devices, model)
+      evaluation.settled(experiment, state, each, devices, model).quality
       for each, model in (
         (mixture, experiment.step_model),
         (choices, experiment.model),

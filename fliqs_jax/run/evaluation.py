@@ -31,56 +31,40 @@ _BATCHES = 8
 _SETTLED, _MOST_JOINED = 1024, 16
 
 
-def settled_statistics(
-  experiment: experiment_lib.Experiment,
-  state: Any,
-  choices: Mapping[str, Any],
-  devices: devices_lib.Devices,
-) -> Mapping[str, Any]:
-  """Returns the model's collections, with statistics of one architecture.
+class Settled(NamedTuple):
+  """Statistics of one architecture, and how good it is with them.
 
-  Of the statistics that training left and of settled ones, those with the
-  better quality on the validation split. Where many activations are equal, such
-  as the background of an image, a small shift rounds all of them another way;
-  settled statistics that saw both ways fit neither.
-
-  Args:
-    experiment: parts of the run.
-    state: last `TrainState` of the run, on the devices.
-    choices: {decision: [K] one-hot}.
-    devices: devices among which each batch is split.
+  Attributes:
+    statistics: the model's collections but the parameters.
+    quality: quality on the validation split.
   """
-  model = experiment.model
-  return _best(experiment, state, choices, devices, model)[1]
+
+  statistics: Mapping[str, Any]
+  quality: float
 
 
-def validation_quality(
+def settled(
   experiment: experiment_lib.Experiment,
   state: Any,
   choices: Mapping[str, Any],
   devices: devices_lib.Devices,
-  model: nn.Module,
-) -> float:
-  """Returns the quality on the validation split, with settled statistics.
+  model: nn.Module | None = None,
+) -> Settled:
+  """Returns the statistics with which an architecture is served.
+
+  Of those that training left and of settled ones, those with the better
+  quality. Where many activations are equal, such as the background of an image,
+  a small shift rounds all of them another way; settled statistics that saw both
+  ways fit neither.
 
   Args:
     experiment: parts of the run.
     state: `TrainState` of the run, on the devices.
     choices: {decision: [K]}, one-hot unless the model is a relaxed one.
     devices: devices among which each batch is split.
-    model: network that is measured.
+    model: network that is measured; None: that of the experiment.
   """
-  return _best(experiment, state, choices, devices, model)[0]
-
-
-def _best(
-  experiment: experiment_lib.Experiment,
-  state: Any,
-  choices: Mapping[str, Any],
-  devices: devices_lib.Devices,
-  model: nn.Module,
-) -> tuple[float, Mapping[str, Any]]:
-  """Returns the best quality, and the statistics that have it."""
+  model = model or experiment.model
 
   def measure(outputs: Any, batch: Any) -> dict[str, jax.Array]:
     return dict(quality=experiment.quality(outputs, batch))
@@ -96,11 +80,15 @@ def _best(
     ]
     return float(np.mean(jax.device_get(qualities)))
 
-  settled = _settled(experiment, state, arch, devices, model)
-  found = quality(settled), settled
-  trained = quality(state.model_state), state.model_state
+  moved, trained = (
+    Settled(statistics, quality(statistics))
+    for statistics in (
+      _settled(experiment, state, arch, devices, model),
+      state.model_state,
+    )
+  )
   # A quality that is not finite is never better.
-  return trained if trained[0] > found[0] else found
+  return trained if trained.quality > moved.quality else moved
 
 
 def _settled(
@@ -175,7 +163,7 @@ def test_metrics(
     choices: {decision: [K] one-hot}.
     devices: devices among which each batch is split.
   """
-  model_state = settled_statistics(experiment, state, choices, devices)
+  model_state = settled(experiment, state, choices, devices).statistics
   step = devices.jit(
     train_step.eval_step(experiment.model.apply, experiment.task.measure)
   )

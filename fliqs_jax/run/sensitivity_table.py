@@ -78,12 +78,10 @@ def measure(
     )
   devices = devices_lib.one_device(experiment.config)
   dearest = space.dearest()
-  model_state = evaluation.settled_statistics(
-    experiment, state, dearest, devices
-  )
+  settled = evaluation.settled(experiment, state, dearest, devices)
   examples = experiment.streams.valid(experiment.phases.steps)
   scores = _scorer(experiment, metric, devices)(
-    {'params': state.served_params, **model_state},
+    {'params': state.served_params, **settled.statistics},
     list(devices.feed(itertools.islice(examples, batches))),
   )
   allocation.check_scores(space, scores)

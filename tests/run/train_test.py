@@ -154,9 +154,8 @@ def test_statistics_are_the_settled_or_the_trained_ones(finished, monkeypatch):
   devices = devices_lib.one_device(run.experiment.config)
 
   def chosen(state):
-    return evaluation.settled_statistics(
-      run.experiment, state, run.choices, devices
-    )
+    found = evaluation.settled(run.experiment, state, run.choices, devices)
+    return found.statistics
 
   # All activations are clipped to nearly nothing, so every class is as likely.
   damaged = {

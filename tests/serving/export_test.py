@@ -98,12 +98,12 @@ def test_the_export_is_the_evaluated_model_bit_for_bit(workdir, exported):
   variables = dict(
     params=run.state.served_params,
     arch=run.experiment.space.expand(choices),
-    **evaluation.settled_statistics(
+    **evaluation.settled(
       run.experiment,
       run.state,
       choices,
       devices_lib.one_device(run.experiment.config),
-    ),
+    ).statistics,
   )
   apply = jax.jit(lambda v, x: run.experiment.model.apply(v, x, train=False))
   # In one piece: a sum of floats may depend on the size of the batch.
