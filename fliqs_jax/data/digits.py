@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from fliqs_jax.data import dataset as dataset_lib
 from fliqs_jax.data import images
 from fliqs_jax.data import tfds_records
+from fliqs_jax.runtime import files
 
 _SPLIT_SIZES = {'train': 1437, 'test': 360}
 # scikit-learn's pixels are 0 .. 16; 16 * 15 = 240 fits a byte, exactly.
@@ -87,13 +88,7 @@ def prepare(data_dir: str) -> pathlib.Path:
       f'config.data.data_dir={data_dir!r} must be a local directory for '
       "'digits'; name one, or '' for the user's cache"
     )
-  if data_dir:
-    root = dataset_lib.local_path(data_dir)
-  else:
-    cache = dataset_lib.local_path(
-      os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-    )
-    root = cache / 'fliqs_jax' / 'data'
+  root = dataset_lib.local_path(data_dir or str(files.user_cache() / 'data'))
   directory = root / Digits.name / str(Digits.VERSION)
   try:
     if directory.exists():

@@ -8,7 +8,6 @@ allocates the same.
 
 from collections.abc import Mapping
 import dataclasses
-import functools
 import itertools
 import logging
 from typing import Any
@@ -50,7 +49,7 @@ class Allocator:
         experiment.model.apply,
         metric(experiment.task.loss(0.0)),
         experiment.space,
-        functools.partial(devices.jit, out_shardings=devices.everywhere),
+        devices.jit_everywhere,
       )
 
   def __call__(

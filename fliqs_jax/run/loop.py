@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
-import functools
 import itertools
 import logging
 import pathlib
@@ -215,7 +214,7 @@ def _profile(experiment, devices, state):
     variables,
     map(data.model_inputs, devices.feed(batches)),
     experiment.spec.act_threshold,
-    functools.partial(devices.jit, out_shardings=devices.everywhere),
+    devices.jit_everywhere,
   )
   stats = jax.device_put(stats, devices.everywhere)
   return state.replace(model_state={**state.model_state, 'quant_stats': stats})

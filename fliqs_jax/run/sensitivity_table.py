@@ -7,7 +7,6 @@ hashes in the file refuse those of another run.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import functools
 import itertools
 import json
 import pathlib
@@ -306,7 +305,7 @@ def _scorer(
     apply,
     sensitivity.METRICS[metric](loss),
     experiment.space,
-    functools.partial(devices.jit, out_shardings=devices.everywhere),
+    devices.jit_everywhere,
   )
 
 

@@ -11,7 +11,6 @@ In both, batches are split over the devices, and the state is the same on all;
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import logging
-import os
 import pathlib
 from typing import Any
 
@@ -23,6 +22,7 @@ from jax.sharding import PartitionSpec
 import ml_collections
 import numpy as np
 
+from fliqs_jax.runtime import files
 from fliqs_jax.runtime import replicas as replicas_lib
 
 _LOG = logging.getLogger(__name__)
@@ -166,6 +166,10 @@ class Devices:
         lambda x: jax.make_array_from_process_local_data(self.split, x), batch
       )
 
+  def jit_everywhere(self, function: Callable) -> Callable:
+    """Returns `jit` of a function whose results all processes can read."""
+    return self.jit(function, out_shardings=self.everywhere)
+
   def compile(self, step: Callable, state: Any, *batches: Any) -> Callable:
     """Returns the compiled step; on other shapes it raises, never recompiles.
 
@@ -224,9 +228,9 @@ def keep_compiled(directory: str | None = None) -> None:
       f'--compilation_cache={directory} is no local directory; name one, or '
       'set JAX_COMPILATION_CACHE_DIR instead'
     )
-  cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  path = pathlib.Path(directory or f'{cache}/fliqs_jax/compiled').expanduser()
+  path = pathlib.Path(directory or files.user_cache() / 'compiled')
   try:
+    path = path.expanduser()
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     _drop_unfinished(path)
   except (OSError, RuntimeError, filelock.Timeout) as error:

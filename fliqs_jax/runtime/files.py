@@ -12,6 +12,12 @@ import pathlib
 from typing import Any
 
 
+def user_cache() -> pathlib.Path:
+  """Returns our directory in the user's cache; `~` in it is the user's home."""
+  cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  return pathlib.Path(cache) / 'fliqs_jax'
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
   """Replaces the file at `path`; its directory must exist."""
   final = pathlib.Path(path)

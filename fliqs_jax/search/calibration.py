@@ -43,8 +43,8 @@ def profiled_clips(
       statistics of at least one batch.
     images: batches [N, H, W, C]; ten are enough (Table 10c).
     rule: how thresholds are made of statistics, `QuantSpec.act_threshold`.
-    jit: `jax.jit`; with `out_shardings` where all processes can read an array,
-      if the batches are split over devices of several.
+    jit: `jax.jit`; of a run `Devices.jit_everywhere`, since the batches may be
+      split over the devices of several processes.
 
   Raises:
     ValueError: a layer's activations are not finite.

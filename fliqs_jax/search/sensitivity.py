@@ -91,7 +91,7 @@ def scorer(
 ) -> Callable[[Mapping[str, Any], Iterable[Any]], Scores]:
   """Returns the function `(variables, batches) -> scores`.
 
-  It compiles one program, the forward pass with the architecture as an input,
+  It compiles one network, the forward pass with the architecture as an input,
   at its first call. Its arguments are `params` and the model's other
   collections but `arch`, and batches with labels. It returns {decision: [K]
   float64}, means over the batches, zero at the dearest option; it raises
@@ -105,8 +105,8 @@ def scorer(
     apply: the model's `apply`.
     metric: one of `METRICS`, of the task's loss.
     space: the model's decisions.
-    jit: `jax.jit`; with `out_shardings` where all processes can read an array,
-      if the batches are split over the devices of several.
+    jit: `jax.jit`; of a run `Devices.jit_everywhere`, since the batches may be
+      split over the devices of several processes.
   """
   has_sizes = any(
     d.kind != 'format' and len(d.labels) > 1 for d in space.decisions

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from fliqs_jax.runtime import devices
@@ -65,11 +66,11 @@ def test_two_runs_share_programs_and_a_third_loads_them(tmp_path):
 
 
 def test_what_jax_was_told_stays(tmp_path, monkeypatch):
-  before = devices.jax.config.jax_compilation_cache_dir
+  before = jax.config.jax_compilation_cache_dir
   assert before  # Of conftest.py.
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   devices.keep_compiled()
-  assert devices.jax.config.jax_compilation_cache_dir == before
+  assert jax.config.jax_compilation_cache_dir == before
   assert not list(tmp_path.iterdir())
 
 
@@ -80,3 +81,18 @@ def test_a_directory_that_cannot_be_used_is_refused(tmp_path):
   with pytest.raises(ValueError, match='--compilation_cache=gs://bucket/x is'):
     devices.keep_compiled('gs://bucket/x')
   assert not pathlib.Path('gs:').exists()
+
+
+def test_a_user_without_a_home_keeps_nothing_and_is_told(monkeypatch, caplog):
+  def expanduser(path):
+    raise RuntimeError('Could not determine home directory.')
+
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update('jax_compilation_cache_dir', None)
+  try:
+    monkeypatch.setattr(pathlib.Path, 'expanduser', expanduser)
+    devices.keep_compiled()
+    assert jax.config.jax_compilation_cache_dir is None
+  finally:
+    jax.config.update('jax_compilation_cache_dir', before)
+  assert 'not kept: Could not determine home directory' in caplog.text
