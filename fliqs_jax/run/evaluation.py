@@ -72,21 +72,16 @@ def settled(
   step = devices.jit(train_step.eval_step(model.apply, measure))
   arch = experiment.space.expand(choices)
 
-  def quality(model_state: Any) -> float:
+  def measured(statistics: Mapping[str, Any]) -> Settled:
     batches = itertools.islice(experiment.streams.valid(0), _BATCHES)
     qualities = [
-      step(state.served_params, model_state, arch, batch)['quality']
+      step(state.served_params, statistics, arch, batch)['quality']
       for batch in devices.feed(batches)
     ]
-    return float(np.mean(jax.device_get(qualities)))
+    return Settled(statistics, float(np.mean(jax.device_get(qualities))))
 
-  moved, trained = (
-    Settled(statistics, quality(statistics))
-    for statistics in (
-      _settled(experiment, state, arch, devices, model),
-      state.model_state,
-    )
-  )
+  moved = measured(_settled(experiment, state, arch, devices, model))
+  trained = measured(state.model_state)
   # A quality that is not finite is never better.
   return trained if trained.quality > moved.quality else moved
 

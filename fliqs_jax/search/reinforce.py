@@ -114,7 +114,7 @@ def paper(
     updated = dataclasses.replace(updated, average=average, count=count)
     return updated, dict(reward=reward, sampled_cost=cost)
 
-  return _controller(adam, update, relative_cost, phases, samples=1)
+  return _controller(adam, update, cost_of, phases, samples=1)
 
 
 def default(
@@ -210,16 +210,14 @@ def default(
     )
     return updated, dict(reward=rewards.mean(), sampled_cost=cost.mean())
 
-  controller = _controller(
-    adam, update, relative_cost, phases, samples=_SAMPLES
-  )
+  controller = _controller(adam, update, cost_of, phases, samples=_SAMPLES)
   return controller._replace(warm_up='dearest_formats')
 
 
 def _controller(
   adam: optax.GradientTransformation,
   update: Callable[..., _Updated],
-  relative_cost: controller_lib.RelativeCost,
+  cost_of: controller_lib.RelativeCost,
   phases: schedules.Phases,
   samples: int,
 ) -> controller_lib.Controller:
@@ -258,7 +256,7 @@ def _controller(
     metrics |= dict(
       quality=_mean_of_finite(qualities),
       dropped=jnp.sum(~jnp.isfinite(qualities)).astype(jnp.float32),
-      cost=_of_stacked(relative_cost)(pi),
+      cost=cost_of(pi),
       entropy=policy_lib.entropy(updated.policy),
     )
     learnt = policy_lib.unstack(updated.policy)

@@ -20,7 +20,7 @@ def checked(
   expected: Mapping[str, Any],
   measure: str = 'max_difference',
 ) -> dict[str, Any]:
-  """Returns the `difference`, after checking that it is one of rounding.
+  """Returns the largest difference, after checking that it is one of rounding.
 
   Args:
     what: name of the served outputs, for the error.
@@ -33,7 +33,7 @@ def checked(
   Raises:
     ValueError: it is more than 5 % of the largest output.
   """
-  found = difference(inputs, served, expected, measure)
+  found = _difference(inputs, served, expected, measure)
   if not _share(found, measure) <= _TOLERANCE:  # Neither is NaN.
     raise ValueError(
       f'{what} differ from the reference outputs by '
@@ -44,21 +44,13 @@ def checked(
   return found
 
 
-def difference(
+def _difference(
   inputs: list[Any],
   served: Mapping[str, Any],
   expected: Mapping[str, Any],
-  measure: str = 'max_difference',
+  measure: str,
 ) -> dict[str, Any]:
-  """Returns the largest difference among several outputs, by name.
-
-  Args:
-    inputs: leaves of the inputs, examples on the first axis.
-    served: {name: output} of the served model.
-    expected: {name: output} of the search.
-    measure: which difference of an output is compared: `max_difference` or
-      `mean_difference`.
-  """
+  """Returns the largest difference among several outputs, by name."""
   each = []
   for name, reference in expected.items():
     x, y = (

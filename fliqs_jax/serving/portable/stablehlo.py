@@ -42,10 +42,8 @@ def serialize(
   Raises:
     ValueError: it cannot be lowered to StableHLO.
   """
-  export = jax.export.export(jax.jit(function), platforms=platforms)
   try:
-    with _without_places():
-      return bytes(export(*jax.tree.map(_shape, args)).serialize())
+    return _written(function, jax.tree.map(_shape, args), platforms)
   except ValueError as error:
     raise ValueError(
       f'the model cannot be written as a StableHLO program: {error}'
@@ -71,13 +69,9 @@ def serialize_for_batches(
   Raises:
     ValueError: it cannot be lowered to StableHLO.
   """
-  export = jax.export.export(jax.jit(function), platforms=platforms)
   try:
-    with _without_places():
-      exported = export(
-        jax.tree.map(_shape, operands), *open_shapes(inputs, has_batch)
-      )
-    return bytes(exported.serialize()), any(has_batch)
+    shapes = jax.tree.map(_shape, operands), *open_shapes(inputs, has_batch)
+    return _written(function, shapes, platforms), any(has_batch)
   # A model that needs the batch size as a number may raise any error.
   except Exception:
     return serialize(function, operands, *inputs, platforms=platforms), False
@@ -113,6 +107,14 @@ def deserialize(data: bytes) -> jax.export.Exported:
     raise ValueError(
       f'a program of the export cannot be read: {error}; export again'
     ) from error
+
+
+def _written(
+  function: Callable[..., Any], shapes: Sequence[Any], platforms: Sequence[str]
+) -> bytes:
+  export = jax.export.export(jax.jit(function), platforms=platforms)
+  with _without_places():
+    return bytes(export(*shapes).serialize())
 
 
 @contextlib.contextmanager
