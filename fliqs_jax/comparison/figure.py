@@ -6,6 +6,7 @@ from matplotlib import figure as figure_lib
 from matplotlib import ticker
 
 from fliqs_jax.comparison import methods as methods_lib
+from fliqs_jax.report import number_text
 from fliqs_jax.sweep import figure as sweep_figure
 from fliqs_jax.sweep import pareto
 
@@ -22,7 +23,7 @@ def draw(
   Args:
     points: points of the methods, at least one; those of uniform networks make
       a line.
-    metric: name of the metric, a fraction of 1, such as `accuracy`.
+    metric: name of the metric, such as `accuracy`.
     unit: unit of the cost.
   """
   figure = sweep_figure.draw(points, metric, unit)
@@ -32,7 +33,7 @@ def draw(
     low, high = min(costs) / _MARGIN, max(costs) * _MARGIN
     shown = [p for p in points if low <= p.cost <= high]
     ends = [
-      100 * (p.value + sign * (p.value_spread or 0))
+      number_text.scale(metric) * (p.value + sign * (p.value_spread or 0))
       for p in shown
       for sign in (-1, 1)
     ]

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import html
 from typing import Any
 
+from fliqs_jax.report import number_text
 from fliqs_jax.report import page
 from fliqs_jax.report import tables
 from fliqs_jax.sweep import page as sweep_page
@@ -29,7 +30,7 @@ _EFFORTS = (
   'needs beside weights and batch, by the compiler’s accounting.'
 )
 _PAIRS = (
-  'The row minus the column, in points, with the standard error over seeds: '
+  'The row minus the column, in {unit}, with the standard error over seeds: '
   'the mean over the logarithm of the cost, where both have costs in common.'
 )
 
@@ -69,7 +70,7 @@ def render(
     f'<p>{_QUALITIES}</p>',
     _table(qualities, left=(0, 1)),
     '<h2>Pairs</h2>',
-    f'<p>{_PAIRS}</p>',
+    f'<p>{_PAIRS.format(unit=number_text.points(summary["metric"]))}</p>',
     _table(differences, left=(0,)),
     '<h2>What serving and searching cost</h2>',
     f'<p>{_EFFORTS}</p>',

@@ -127,19 +127,19 @@ class Summary:
   @property
   def warnings(self) -> list[str]:
     """Sentences on the methods that uniform formats match, and on budgets."""
-    lines = []
+    lines, unit = [], number_text.points(self.sweep.metric)
     for row in self.rows:
       ahead = row.ahead
       if row.method != methods_lib.UNIFORM and ahead is not None:
         if ahead.value <= 0:
           lines.append(
             f'{row.label} is not better than uniform formats at equal cost: '
-            f'{_points(ahead)} points'
+            f'{self._points(ahead)} {unit}'
           )
         elif ahead.error is None or ahead.value < _ERRORS * ahead.error:
           lines.append(
             f'{row.label} is not surely better than uniform formats at equal '
-            f'cost: {_points(ahead)} points'
+            f'cost: {self._points(ahead)} {unit}'
             + (', of one seed' if ahead.error is None else '')
           )
       if row.within is not None and row.within < 1:
@@ -153,7 +153,8 @@ class Summary:
     metric = self.sweep.metric
     places = number_text.decimals(max(row.cost.value for row in self.rows))
     head = ['method', 'target', 'runs', f'cost, {self.sweep.unit}', 'of target']
-    head += ['within', f'test {metric}, %', 'loss', 'over uniform, points']
+    head += ['within', number_text.title(metric), 'loss']
+    head += [f'over uniform, {number_text.points(metric)}']
     rows = [head]
     for row in self.rows:
       runs = str(row.finished)
@@ -168,26 +169,28 @@ class Summary:
           f'{row.cost.value:,.{places}f}',
           _text(row.relative, '.3f'),
           '' if row.within is None else f'{row.within:.0%}',
-          row.quality.text('.2f', 100),
+          row.quality.text('.2f', number_text.scale(metric)),
           row.loss.text('.3f'),
-          '' if is_uniform or not row.ahead else _points(row.ahead),
+          '' if is_uniform or not row.ahead else self._points(row.ahead),
         ]
       )
     return rows
 
   def efforts(self) -> list[list[str]]:
     """Returns the cells of the efforts; the first row is the head."""
-    head = ['method', 'target', f'{self.sweep.metric} from scratch, %']
-    head += ['gap, points', 'gap, loss', 'training, s', 'forward', 'backward']
-    head += ['memory']
+    metric = self.sweep.metric
+    unit, scale = number_text.unit(metric), number_text.scale(metric)
+    head = ['method', 'target', f'{metric} from scratch, {unit}']
+    head += [f'gap, {number_text.points(metric)}', 'gap, loss', 'training, s']
+    head += ['forward', 'backward', 'memory']
     return [
       head,
       *(
         [
           row.method,
           row.point,
-          _text(row.scratch, '.2f', 100),
-          _text(row.gap, '+.2f', 100),
+          _text(row.scratch, '.2f', scale),
+          _text(row.gap, '+.2f', scale),
           _text(row.loss_gap, '+.3f'),
           f'{row.seconds.value:,.0f}',
           f'{row.forward:,.0f}',
@@ -206,7 +209,7 @@ class Summary:
         [
           one,
           *(
-            _points(self.pairs[one, other])
+            self._points(self.pairs[one, other])
             if (one, other) in self.pairs
             else ''
             for other in self.methods
@@ -215,6 +218,10 @@ class Summary:
         for one in self.methods
       ),
     ]
+
+  def _points(self, apart: curves.Difference) -> str:
+    scale = number_text.scale(self.sweep.metric)
+    return Mean(apart.value, apart.error).text('+.2f', scale)
 
   def json(self) -> dict[str, Any]:
     """Returns the content of compare.json."""
@@ -238,8 +245,8 @@ class Summary:
     parts = [
       _markdown(self.qualities()),
       _markdown(self.efforts()),
-      f'Mean difference of the {self.sweep.metric} at equal cost, in points, '
-      'of a row minus a column:',
+      f'Mean difference of the {self.sweep.metric} at equal cost, in '
+      f'{number_text.points(self.sweep.metric)}, of a row minus a column:',
       _markdown(self.differences()),
     ]
     if self.warnings:
@@ -440,10 +447,6 @@ def _plain(row: Row) -> dict[str, Any]:
   content = dataclasses.asdict(row)
   ahead = row.ahead
   return content | dict(ahead=ahead and ahead._asdict())
-
-
-def _points(apart: curves.Difference) -> str:
-  return Mean(apart.value, apart.error).text('+.2f', 100)
 
 
 def _text(number: Mean | None, form: str, scale: float = 1.0) -> str:

@@ -32,7 +32,9 @@ class Examples(Protocol):
     """Returns their number."""
 
   def __getitem__(self, numbers: np.ndarray) -> Columns:
-    """Returns columns of N rows, among them 'label', for int64 numbers [N].
+    """Returns columns of N rows for int64 numbers [N].
+
+    Among them is 'label', unless the inputs of the data set hold it.
 
     A column whose values are no arrays, such as encoded images, is an array of
     objects.
@@ -72,23 +74,31 @@ class Dataset:
   """One labelled data set.
 
   Invariants:
-    * `len(open(split)) == split_sizes[split]`, in a fixed order.
+    * `len(open(split)) == split_sizes[split] * parts`, in a fixed order, the
+      parts of a unit next to each other.
     * All randomness of `train_inputs` comes from its random bits, so a batch is
       a function of the step, whichever process computes it.
     * Row i of a batch depends on row i of the opened columns only.
 
   Attributes:
     name: name of the data set in `config.data.name`.
-    num_classes: number of classes; labels are 0 .. num_classes - 1.
+    num_classes: number of classes; labels are 0 .. num_classes - 1. 0 if labels
+      are no classes.
     inputs: {name: `Spec`} of the model's inputs; no name is 'label' or 'mask'.
-    split_sizes: {split: number of examples}. It is known before `open`, so that
-      a wrong config is refused before anything is decoded.
+      They are those of training; pictures of valid and test may be larger.
+    split_sizes: {split: number of units, which a split string counts}. It is
+      known before `open`, so that a wrong config is refused before anything is
+      decoded.
     open: name of a split -> its `Examples`.
     train_inputs: (columns of `Examples`, uint64 [N] random bits) -> an array
-      [N, ...] for each of `inputs`: decoded, augmented and normalised.
+      [N, ...] for each of `inputs`: decoded, augmented and normalised; also
+      'label', if labels are no column of `Examples`.
     eval_inputs: columns of `Examples` -> an array [N, ...] for each of
-      `inputs`, not augmented; for valid and test.
+      `inputs`, not augmented, and perhaps 'label'; for valid and test.
     threads: number of batches that are prepared ahead, each by a thread.
+    label: `Spec` of a label; a class if it has no axes.
+    parts: number of examples of a unit, such as the crops of a picture: of two
+      of them one cannot be in train and the other in test.
   """
 
   name: str
@@ -99,6 +109,8 @@ class Dataset:
   train_inputs: Callable[[Columns, np.ndarray], Columns]
   eval_inputs: Callable[[Columns], Columns]
   threads: int = 1
+  label: Spec = Spec((), np.dtype(np.int32))
+  parts: int = 1
 
 
 def model_inputs(named: Mapping[str, Any]) -> Any:

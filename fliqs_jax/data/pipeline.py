@@ -68,7 +68,7 @@ def reader(
   """
   opened = [open_split(named.split) for named in ranges]
   for named, examples in zip(ranges, opened):
-    size = dataset.split_sizes[named.split]
+    size = dataset.split_sizes[named.split] * dataset.parts
     if len(examples) != size:
       raise ValueError(
         f'split {named.split!r} of {dataset.name!r} has {len(examples)} '
@@ -190,6 +190,8 @@ def _batch(
   inputs: dataset_lib.Columns,
   columns: dataset_lib.Columns,
 ) -> Batch:
+  if dataset.label.shape:
+    return dict(inputs)  # With the label, which is no class.
   labels = columns['label']
   # The one-hot vector of another label would be zero, without an error.
   if min(labels) < 0 or max(labels) >= dataset.num_classes:

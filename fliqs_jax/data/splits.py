@@ -29,6 +29,10 @@ class Range:
   def __len__(self) -> int:
     return self.stop - self.start
 
+  def times(self, parts: int) -> 'Range':
+    """Returns the range of all parts of its units."""
+    return Range(self.split, parts * self.start, parts * self.stop)
+
   def __str__(self) -> str:
     return f'{self.split}[{self.start}:{self.stop}]'
 

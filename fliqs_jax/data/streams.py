@@ -111,7 +111,7 @@ class Streams:
   A batch is a dict of NumPy arrays, the rows of this process:
     * an array [B, ...] for each of `inputs`; images are normalised, float32
       [B, H, W, C]. `model_inputs(batch)` is the argument of a model's call.
-    * 'label': int32 [B].
+    * 'label': int32 [B], a class; or [B, ...], of shape and dtype of `label`.
     * 'mask': float32 [B], in test only: 1 for an example, 0 for padding.
 
   Invariants:
@@ -122,8 +122,9 @@ class Streams:
     * Shapes never change.
 
   Attributes:
-    num_classes: number of classes.
-    inputs: {name: shape and dtype of one example of that input}.
+    num_classes: number of classes; 0 if labels are no classes.
+    inputs: {name: shape and dtype of one training example of that input}.
+    label: shape and dtype of the label of one training example.
     num_examples: number of examples of 'train', 'valid' and 'test'.
     train: step -> endless shuffled, augmented batches from that step on; each
       epoch shows every example once.
@@ -133,6 +134,7 @@ class Streams:
 
   num_classes: int
   inputs: Mapping[str, dataset_lib.Spec]
+  label: dataset_lib.Spec
   num_examples: Mapping[str, int]
   train: Callable[[int], Iterator[dict[str, np.ndarray]]]
   valid: Callable[[int], Iterator[dict[str, np.ndarray]]]
@@ -184,7 +186,7 @@ def make_streams(
       f'process_count={process_count}'
     )
   dataset = _find_dataset(config, dataset)
-  ranges = _ranges(config, dataset.split_sizes)
+  ranges = _ranges(config, dataset)
   sizes = {stream: sum(map(len, named)) for stream, named in ranges.items()}
   rows = {
     stream: _rows(config, stream, size, process_index, process_count)
@@ -207,6 +209,7 @@ def make_streams(
   return Streams(
     num_classes=dataset.num_classes,
     inputs=dataset.inputs,
+    label=dataset.label,
     num_examples=sizes,
     train=pipeline.endless(parts['train'], seed=(seed, 0), augment=True),
     valid=pipeline.endless(parts['valid'], seed=(seed, 1), augment=False),
@@ -255,15 +258,22 @@ def _find_dataset(
 
 
 def _ranges(
-  config: ml_collections.ConfigDict, split_sizes: Mapping[str, int]
+  config: ml_collections.ConfigDict, dataset: dataset_lib.Dataset
 ) -> dict[str, tuple[splits.Range, ...]]:
-  """Returns the ranges that each stream reads, which share no example."""
+  """Returns the ranges that each stream reads, which share no example.
+
+  They are ranges of examples, where split strings count units.
+  """
   specs = {f'config.data.{k}': config[k] for k in _SPLIT_KEYS.values()}
   ranges = {
-    key: splits.parse(key, spec, split_sizes) for key, spec in specs.items()
+    key: splits.parse(key, spec, dataset.split_sizes)
+    for key, spec in specs.items()
   }
   splits.check_disjoint(specs, ranges)
-  return dict(zip(_SPLIT_KEYS, ranges.values()))
+  return {
+    stream: tuple(named.times(dataset.parts) for named in of)
+    for stream, of in zip(_SPLIT_KEYS, ranges.values())
+  }
 
 
 def _rows(

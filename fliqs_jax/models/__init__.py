@@ -10,7 +10,9 @@ import flax.linen as nn
 
 from fliqs_jax.layers import quant_layers
 from fliqs_jax.models import deit
+from fliqs_jax.models import edsr
 from fliqs_jax.models import efficientnet
+from fliqs_jax.models import espcn
 from fliqs_jax.models import inception_v3
 from fliqs_jax.models import mlp
 from fliqs_jax.models import mobilenet_v2
@@ -52,6 +54,8 @@ MODELS: dict[str, Network] = {
   'deit_s16': Network(deit.DeiT, dict(hidden=384, heads=6)),
   'deit_b16': Network(deit.DeiT, dict(hidden=768, heads=12)),
   'recommender': Network(recommender.Recommender),
+  'edsr': Network(edsr.EDSR),
+  'espcn': Network(espcn.ESPCN),
 }
 
 AS_PUBLISHED = sizes_lib.Sizes()  # Nothing is open.

@@ -23,6 +23,7 @@ from matplotlib.backends import backend_agg
 import numpy as np
 
 from fliqs_jax.numerics import formats
+from fliqs_jax.report import number_text
 
 DPI = 160
 WIDTH = 9.6  # Inches; a page shows 100 pixels for one.
@@ -289,13 +290,13 @@ def pareto(
     found: measurements of the selected model: the metric, `cost`, `cost_target`
       and `unit`; a number that is NaN is not drawn.
     references: {name: measurements of a reference}.
-    metric: name of the metric, a fraction of 1, such as `accuracy`.
+    metric: name of the metric, such as `accuracy`.
     tint: {format: colour}; a reference of another name is grey.
   """
   figure = figure_lib.Figure((5.8, 3.3))
   axes = figure.add_subplot()
   points = [
-    (model['cost'], 100 * model[metric], name)
+    (model['cost'], number_text.scale(metric) * model[metric], name)
     for name, model in {'found': found, **references}.items()
     if np.isfinite([model['cost'], model[metric]]).all()
   ]
@@ -333,7 +334,7 @@ def pareto(
       va=('center', 'bottom', 'top')[y],
       fontweight='bold' if name == 'found' else 'normal',
     )
-  axes.set(xlabel=f'cost, {found["unit"]}', ylabel=f'test {metric}, %')
+  axes.set(xlabel=f'cost, {found["unit"]}', ylabel=number_text.title(metric))
   axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
   axes.xaxis.set_major_formatter('{x:,.12g}')
   axes.xaxis.set_minor_formatter(ticker.NullFormatter())

@@ -89,7 +89,7 @@ class FinishedRun:
 
   @property
   def metric(self) -> str:
-    """The name of the metric, a fraction of 1: `accuracy` or `AUC`."""
+    """The name of the metric: `accuracy`, `AUC` or `PSNR`."""
     return self.result['metric']
 
   @property

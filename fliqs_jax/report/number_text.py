@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 import math
 
+from fliqs_jax import tasks
+
 UNKNOWN = '–'
 
 
@@ -32,6 +34,35 @@ def percent(fraction: float, places: int = 2) -> str:
   """Spells a fraction of 1 in percent."""
   known = math.isfinite(fraction)
   return f'{100 * fraction:.{places}f}%' if known else UNKNOWN
+
+
+def unit(metric: str) -> str:
+  """Returns the unit in which a task's metric is shown, '%' or 'dB'."""
+  units = {task.METRIC: task.UNIT for task in tasks.TASKS.values()}
+  return units.get(metric, '%')
+
+
+def scale(metric: str) -> float:
+  """Returns the factor from a task's metric to its unit."""
+  return 100.0 if unit(metric) == '%' else 1.0
+
+
+def title(metric: str) -> str:
+  """Returns the title of a column or axis of a metric of the test split."""
+  return f'test {metric}, {unit(metric)}'
+
+
+def points(metric: str) -> str:
+  """Returns the unit of a difference of a task's metric."""
+  return 'points' if unit(metric) == '%' else unit(metric)
+
+
+def quality(value: float, metric: str) -> str:
+  """Spells a task's metric with its unit: 97.10%, or 33.31 dB."""
+  if unit(metric) == '%':
+    return percent(value)
+  known = math.isfinite(value)
+  return f'{value:.2f} {unit(metric)}' if known else UNKNOWN
 
 
 def memory(bits: float) -> str:

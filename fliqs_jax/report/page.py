@@ -202,7 +202,7 @@ def _tiles(run: finished_run.FinishedRun) -> str:
   tiles = [
     (
       f'Test {html.escape(run.metric)}',
-      number_text.percent(found[run.metric]),
+      number_text.quality(found[run.metric], run.metric),
       f'{found["examples"]:,} examples, loss {loss}',
     ),
     ('Cost', f'{cost} {unit}', against),

@@ -46,10 +46,12 @@ def references(run: finished_run.FinishedRun) -> str:
   places = number_text.decimals(found['cost'])
   rows = []
   for name, model in models:
-    ahead = 100 * (model[run.metric] - found[run.metric])
+    ahead = number_text.scale(run.metric) * (
+      model[run.metric] - found[run.metric]
+    )
     points = f'{ahead:+.2f}'.replace('-', '−')
     cells = [
-      number_text.percent(model[run.metric]),
+      number_text.quality(model[run.metric], run.metric),
       '' if model is found or not math.isfinite(ahead) else points,
       number_text.fixed(model['cost'], places),
       f'{number_text.fixed(model["cost"] / found["cost"], 2)}×',
@@ -62,7 +64,8 @@ def references(run: finished_run.FinishedRun) -> str:
       + ''.join(f'<td>{cell}</td>' for cell in cells)
       + '</tr>'
     )
-  head = ['format', f'test {html.escape(run.metric)}', 'points']
+  head = ['format', f'test {html.escape(run.metric)}']
+  head += [number_text.points(run.metric)]
   head += [f'cost, {html.escape(found["unit"])}', 'of found']
   head += ['average bits', 'size, kB']
   return table(head, rows, left=[0])

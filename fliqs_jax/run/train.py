@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from fliqs_jax.report import number_text
 from fliqs_jax.report import report
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import evaluation
@@ -215,10 +216,9 @@ def _describe(experiment) -> None:
 
 def _log_found(metric: str, found: Mapping[str, Any]) -> None:
   _LOG.info(
-    'test %s %.2f %% of %d examples at %.4g %s (target %.4g), '
-    '%.2f bits a weight',
+    'test %s %s of %d examples at %.4g %s (target %.4g), %.2f bits a weight',
     metric,
-    100 * found[metric],
+    number_text.quality(found[metric], metric),
     found['examples'],
     found['cost'],
     found['unit'],
@@ -228,14 +228,15 @@ def _log_found(metric: str, found: Mapping[str, Any]) -> None:
 
 
 def _summarize(result) -> None:
-  found = result['found']
+  found, metric = result['found'], result['metric']
   if retrained := result['retrained']:
     _LOG.info(
-      'retrained from the beginning: test %s %.2f %%; served minus retrained '
-      '%+.2f points, loss %+.4f',
-      result['metric'],
-      100 * retrained[result['metric']],
-      100 * (found[result['metric']] - retrained[result['metric']]),
+      'retrained from the beginning: test %s %s; served minus retrained '
+      '%+.2f %s, loss %+.4f',
+      metric,
+      number_text.quality(retrained[metric], metric),
+      number_text.scale(metric) * (found[metric] - retrained[metric]),
+      number_text.points(metric),
       found['loss'] - retrained['loss'],
     )
   for warning in result['warnings']:

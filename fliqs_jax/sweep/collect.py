@@ -33,7 +33,7 @@ class Summary:
 
   Attributes:
     name: name of the sweep.
-    metric: name of the test metric, a fraction of 1, such as `accuracy`.
+    metric: name of the test metric, such as `accuracy`.
     unit: unit of the costs.
     points: points of the finished runs, by cost.
     runs: a mapping for each planned run: `name`, `swept`, `state`, `detail`,
@@ -195,20 +195,18 @@ def table(summary: Summary) -> list[list[str]]:
   # One number of decimals aligns the decimal points. The costs of a tiny model
   # would all be zeros.
   form = f',.{max(0, decimals)}f' if decimals <= 6 else '.3e'
-  head = [*summary.settings, 'runs', f'test {summary.metric}, %']
+  head = [*summary.settings, 'runs', number_text.title(summary.metric)]
+  scale = number_text.scale(summary.metric)
   rows = [head + [f'cost, {summary.unit}', 'not dominated', 'warnings']]
   for point in summary.points:
     count = str(len(point.values))
     if len(point.values) < point.planned:
       count += f' of {point.planned}'
-    spread = point.value_spread
     rows.append(
       [
         *(point.settings.get(key, '') for key in summary.settings),
         count,
-        _spread(
-          100 * point.value, None if spread is None else 100 * spread, '.2f'
-        ),
+        _spread(point.value, point.value_spread, '.2f', scale),
         _spread(point.cost, point.cost_spread, form),
         '*' if point.front else '',
         str(summary.warnings(point) or ''),
@@ -217,9 +215,11 @@ def table(summary: Summary) -> list[list[str]]:
   return rows
 
 
-def _spread(mean: float, spread: float | None, form: str) -> str:
-  text = f'{mean:{form}}'
-  return text if spread is None else f'{text} ± {spread:{form}}'
+def _spread(
+  mean: float, spread: float | None, form: str, scale: float = 1.0
+) -> str:
+  text = f'{scale * mean:{form}}'
+  return text if spread is None else f'{text} ± {scale * spread:{form}}'
 
 
 def markdown(summary: Summary) -> str:

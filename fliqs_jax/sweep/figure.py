@@ -9,6 +9,7 @@ from matplotlib import ticker
 import numpy as np
 
 from fliqs_jax.report import figures
+from fliqs_jax.report import number_text
 from fliqs_jax.sweep import pareto
 
 # A colour-blind reader can distinguish the first five; shapes differ, too.
@@ -31,14 +32,15 @@ def draw(
 
   Args:
     points: points of a sweep, at least one.
-    metric: name of the metric, a fraction of 1, such as `accuracy`.
+    metric: name of the metric, such as `accuracy`.
     unit: unit of the cost.
   """
   figure = figure_lib.Figure((7.2, 4.2))
   axes = figure.add_subplot()
   axes.set_xscale('log')
   axes.margins(0.1, 0.12)
-  _front(axes, points)
+  scale = number_text.scale(metric)
+  _front(axes, points, scale)
   curves: dict[tuple, list[pareto.Point]] = {}
   for point in points:
     curves.setdefault(tuple(point.series.items()), []).append(point)
@@ -49,7 +51,7 @@ def draw(
     named = len(curve) > 1 or 'method' in dict(series)
     named = named and len(handles) < _LEGEND
     colour, shape = next(looks) if named else (figures.GREY, 'o')
-    _curve(axes, curve, colour, shape)
+    _curve(axes, curve, scale, colour, shape)
     if named:
       handles.append(
         lines_lib.Line2D(
@@ -58,7 +60,7 @@ def draw(
       )
     else:
       alone += curve
-  _name(axes, alone)
+  _name(axes, alone, scale)
   handles.append(
     lines_lib.Line2D([], [], color=figures.GREY, ls=':', label='not dominated')
   )
@@ -69,7 +71,7 @@ def draw(
     frameon=False,
     labelspacing=0.8,
   )
-  axes.set(xlabel=f'cost, {unit}', ylabel=f'test {metric}, %')
+  axes.set(xlabel=f'cost, {unit}', ylabel=number_text.title(metric))
   axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
   axes.xaxis.set_major_formatter('{x:,.12g}')
   axes.xaxis.set_minor_formatter(ticker.NullFormatter())
@@ -88,12 +90,12 @@ def label(settings: Mapping[str, str]) -> str:
   )
 
 
-def _front(axes, points: Sequence[pareto.Point]) -> None:
+def _front(axes, points: Sequence[pareto.Point], scale: float) -> None:
   """Draws the best quality at or below each cost, as a staircase."""
   best = sorted((p for p in points if p.front), key=lambda p: p.cost)
   axes.step(
     [p.cost for p in best],
-    [100 * p.value for p in best],
+    [scale * p.value for p in best],
     where='post',
     color=figures.GREY,
     linestyle=':',
@@ -102,10 +104,12 @@ def _front(axes, points: Sequence[pareto.Point]) -> None:
   )
 
 
-def _curve(axes, curve: Sequence[pareto.Point], colour: str, shape: str):
+def _curve(
+  axes, curve: Sequence[pareto.Point], scale: float, colour: str, shape: str
+) -> None:
   axes.plot(
     [p.cost for p in curve],
-    [100 * p.value for p in curve],
+    [scale * p.value for p in curve],
     color=colour,
     linewidth=1,
     alpha=0.7,
@@ -117,7 +121,7 @@ def _curve(axes, curve: Sequence[pareto.Point], colour: str, shape: str):
     bar = [[min(spread, 0.9 * point.cost)], [spread]]
     axes.errorbar(
       point.cost,
-      100 * point.value,
+      scale * point.value,
       xerr=bar if spread else None,
       yerr=100 * (point.value_spread or 0) or None,
       color=colour,
@@ -130,11 +134,11 @@ def _curve(axes, curve: Sequence[pareto.Point], colour: str, shape: str):
     )
 
 
-def _name(axes, points: Sequence[pareto.Point]) -> None:
+def _name(axes, points: Sequence[pareto.Point], scale: float) -> None:
   """Writes names beside points, on different sides if points are close."""
   seen: list[np.ndarray] = []
   for point in points:
-    place = point.cost, 100 * point.value
+    place = point.cost, scale * point.value
     spot = axes.transData.transform(place)
     close = sum(np.all(np.abs(spot - other) < (60, 18)) for other in seen)
     seen.append(spot)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import html
 from typing import Any
 
+from fliqs_jax.report import number_text
 from fliqs_jax.report import page
 from fliqs_jax.report import tables
 
@@ -73,7 +74,7 @@ def finished_table(summary: Mapping[str, Any]) -> str:
   Args:
     summary: content of sweep.json.
   """
-  rows = []
+  rows, scale = [], number_text.scale(summary['metric'])
   for run in summary['runs']:
     if run['state'] != 'finished':
       continue
@@ -82,10 +83,10 @@ def finished_table(summary: Mapping[str, Any]) -> str:
     link = name.replace('=', '%3D').replace(',', '%2C').replace('+', '%2B')
     rows.append(
       f'<tr><td class=left><a href="{link}/report.html">{name}</a></td>'
-      f'<td>{100 * run["value"]:.2f}</td><td>{run["cost"]:.4g}</td>'
+      f'<td>{scale * run["value"]:.2f}</td><td>{run["cost"]:.4g}</td>'
       f'<td>{len(run["warnings"])}</td></tr>'
     )
   unit = html.escape(summary['unit'])
-  metric = html.escape(summary['metric'])
-  head = ['run', f'test {metric}, %', f'cost, {unit}', 'warnings']
+  metric = html.escape(number_text.title(summary['metric']))
+  head = ['run', metric, f'cost, {unit}', 'warnings']
   return tables.table(head, rows, [0])

@@ -7,14 +7,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fliqs_jax import data
+
 Batch = Mapping[str, jax.Array]
 
-METRIC, LEAST_CLASSES = 'accuracy', 1
+METRIC, UNIT, LEAST_CLASSES = 'accuracy', '%', 1
 
 
-def output_shape(num_classes: int) -> tuple[int, ...]:
-  """Returns the shape of a model's output for one example."""
-  return (num_classes,)
+def output_shape(streams: data.Streams) -> tuple[int, ...]:
+  """Returns the shape of a model's output for one example.
+
+  Raises:
+    ValueError: the labels of the data are no classes.
+  """
+  if streams.label.shape:
+    raise ValueError(
+      "task='classification' needs data whose labels are classes, not of shape "
+      f'{streams.label.shape}'
+    )
+  return (streams.num_classes,)
 
 
 def loss(label_smoothing: float) -> Callable[..., Any]:

@@ -8,23 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fliqs_jax import data
+
 Batch = Mapping[str, jax.Array]
 
-METRIC, LEAST_CLASSES = 'AUC', 2
+METRIC, UNIT, LEAST_CLASSES = 'AUC', '%', 2
 
 # Bins of the predicted probability, which give the ranks of a whole split.
 _BINS = 2**16
 
 
-def output_shape(num_classes: int) -> tuple[int, ...]:
+def output_shape(streams: data.Streams) -> tuple[int, ...]:
   """Returns the shape of a model's output for one example.
 
   Raises:
     ValueError: the data have more than two classes.
   """
-  if num_classes != 2:
+  if streams.num_classes != 2:
     raise ValueError(
-      f"task='click_through' needs data with two classes, not {num_classes}"
+      "task='click_through' needs data with two classes, not "
+      f'{streams.num_classes}'
     )
   return ()
 

@@ -34,6 +34,7 @@ def of(config: ml_collections.ConfigDict) -> types.ModuleType:
     raise ValueError(
       f'train.label_smoothing={config.train.label_smoothing} must be below 1'
     )
+  task.loss(config.train.label_smoothing)  # It may refuse the value.
   return task
 
 
@@ -89,17 +90,19 @@ def _check_inputs(config, model: nn.Module, streams: data.Streams) -> None:
       f'data.name={config.data.name!r} gives {", ".join(streams.inputs)}; use '
       'a model and data of one task'
     )
-  if 'buckets' in config.model and config.model.buckets != config.data.buckets:
-    raise ValueError(
-      f'model.buckets={config.model.buckets} and data.buckets='
-      f'{config.data.buckets} must be the same'
-    )
+  for key in ('buckets', 'scale'):
+    in_both = key in config.model and key in config.data
+    if in_both and config.model[key] != config.data[key]:
+      raise ValueError(
+        f'model.{key}={config.model[key]} and data.{key}={config.data[key]} '
+        'must be the same'
+      )
 
 
 def _check_outputs(config, task, model, streams: data.Streams) -> None:
   init = functools.partial(model.init_with_output, train=False)
   outputs, _ = jax.eval_shape(init, jax.random.key(0), example(streams))
-  expected = task.output_shape(streams.num_classes)
+  expected = task.output_shape(streams)
   if outputs.shape[1:] != expected:
     raise ValueError(
       f'model.name={config.model.name!r} gives an output of shape '

@@ -20,6 +20,8 @@ NETWORKS = {
   'efficientnet_b0': dict(width=1 / 8, depth=0.1),
   'deit_ti16': dict(width=0.25, depth=2),
   'recommender': dict(buckets=8, hidden=(32,), ranks=(8,)),
+  'edsr': dict(blocks=1, channels=8),
+  'espcn': {},
 }
 
 _PRODUCT = re.compile(

@@ -1,5 +1,7 @@
 """The two tasks: losses, qualities and metrics, against definitions."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,4 +135,4 @@ def test_smoothed_clicks_pull_towards_a_half():
 
 def test_clicks_need_two_classes():
   with pytest.raises(ValueError, match='two classes, not 3'):
-    click_through.output_shape(3)
+    click_through.output_shape(types.SimpleNamespace(num_classes=3))
