@@ -32,11 +32,14 @@ def opened(encoded: bytes) -> Image.Image:
 
 
 @contextlib.contextmanager
-def decoding(name: str) -> Iterator[None]:
+def decoding(
+  name: str, remedy: str = 'prepare the data set again'
+) -> Iterator[None]:
   """Names the image that is decoded inside, if that fails.
 
   Args:
     name: what the image is called.
+    remedy: what the user can do.
 
   Raises:
     ValueError: the image is damaged or too large.
@@ -44,9 +47,7 @@ def decoding(name: str) -> Iterator[None]:
   try:
     yield
   except _UNDECODABLE as error:
-    raise ValueError(
-      f'{name} cannot be decoded: {error}; prepare the data set again'
-    ) from error
+    raise ValueError(f'{name} cannot be decoded: {error}; {remedy}') from error
 
 
 def decode(encoded: bytes) -> np.ndarray:

@@ -60,6 +60,27 @@ def _synthetic_criteo(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
   return synthetic.clicks(config.buckets)
 
 
+def _pictures(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
+  from fliqs_jax.data import pictures
+
+  return pictures.dataset(
+    config.data_dir, config.patch, config.scale, config.crop, config.crops
+  )
+
+
+def _synthetic_pictures(
+  config: ml_collections.ConfigDict,
+) -> dataset_lib.Dataset:
+  from fliqs_jax.data import synthetic
+
+  return synthetic.pictures(
+    config.patch, config.scale, config.crop, config.crops
+  )
+
+
+_CUT = dict(patch=int, scale=int, crop=int, crops=int)
+
+
 @dataclasses.dataclass(frozen=True)
 class Known:
   """A data set that a config can name.
@@ -84,6 +105,8 @@ DATASETS = {
   'criteo': Known(_criteo, dict(buckets=int, max_bad_lines=int)),
   'synthetic': Known(_synthetic, dict(image_size=int, num_classes=int)),
   'synthetic_criteo': Known(_synthetic_criteo, dict(buckets=int)),
+  'pictures': Known(_pictures, _CUT),
+  'synthetic_pictures': Known(_synthetic_pictures, _CUT),
 }
 
 _SPLIT_KEYS = {
@@ -164,7 +187,8 @@ def make_streams(
       the data set: cifar10 and fashion_mnist `augment`; imagenet2012
       `image_size`, `augment`, `random_erasing`; criteo `buckets`,
       `max_bad_lines`; synthetic `image_size`, `num_classes`; synthetic_criteo
-      `buckets`.
+      `buckets`; pictures and synthetic_pictures `patch`, `scale`, `crop`,
+      `crops`.
     seed: number, at least 0, that determines order and augmentation.
     process_index: index of this process, which selects its part of each batch.
     process_count: number of processes, and so of parts of each batch.

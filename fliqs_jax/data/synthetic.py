@@ -1,6 +1,7 @@
 """Synthetic data, made of a pattern and noise, for trials without a disk.
 
-There are images, and rows like Criteo's; a model can learn both.
+There are images, rows like Criteo's, and pictures for super-resolution; a model
+can learn each.
 """
 
 import numpy as np
@@ -9,6 +10,7 @@ from fliqs_jax.data import criteo
 from fliqs_jax.data import criteo_store
 from fliqs_jax.data import dataset as dataset_lib
 from fliqs_jax.data import images as images_lib
+from fliqs_jax.data import pictures as pictures_lib
 from fliqs_jax.data import random_bits
 
 # Number of uniform blocks of a pattern in each direction: coarse enough for
@@ -126,3 +128,43 @@ def clicks(
   criteo.check_buckets(buckets)
   splits = dict(train=_clicks(num_train, 0), test=_clicks(num_test, 1))
   return criteo.table('synthetic_criteo', splits, buckets)
+
+
+def _picture(size: int, number: int) -> np.ndarray:
+  """Returns uint8 [size, size, 3]: edges in a random direction, slopes."""
+  words = random_bits.words(number, 0, 9)
+  angle, *rest = (words >> np.uint64(11)) * 2.0**-53
+  across = np.arange(size)[:, None], np.arange(size)[None, :]
+  along = np.cos(6.3 * angle) * across[0] + np.sin(6.3 * angle) * across[1]
+  colours = np.reshape(rest[:6], (2, 3)) * 200
+  edges = (along // (6 + 6 * rest[6]) % 2)[..., None]
+  slope = 55 * across[0][..., None] / size
+  return (edges * colours[0] + (1 - edges) * colours[1] + slope).astype(
+    np.uint8
+  )
+
+
+def pictures(
+  patch: int, scale: int, crop: int, crops: int, count: int = 20
+) -> dataset_lib.Dataset:
+  """Returns pictures of stripes, of which the edges can be sharpened.
+
+  Args:
+    patch: as in `pictures.dataset`, like the next three.
+    scale: factor between labels and inputs.
+    crop: height and width of what valid and test show.
+    crops: number of examples of a picture.
+    count: number of pictures.
+
+  Raises:
+    ValueError: a number is not allowed.
+  """
+  pictures_lib.check(patch, scale, crop, crops)
+  tiles = int(np.ceil(np.sqrt(crops)))
+  size = max(patch, tiles * crop)
+  return pictures_lib.of(
+    'synthetic_pictures',
+    count,
+    lambda: [_picture(size, i) for i in range(count)],
+    (patch, scale, crop, crops),
+  )

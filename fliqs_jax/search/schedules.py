@@ -156,7 +156,8 @@ def learning_rate(
 
   Args:
     kind: kind of the schedule: `cosine` to zero, `exponential` in 150 stairs of
-      0.97 (EfficientNet's 2.4 epochs each, of the paper's 360), or `constant`.
+      0.97 (EfficientNet's 2.4 epochs each, of the paper's 360), `halved` after
+      two thirds of training (EDSR), or `constant`.
     base: learning rate after the warm-up.
     steps: number of steps of training.
     warmup_steps: number of steps of the warm-up.
@@ -170,12 +171,15 @@ def learning_rate(
     # optax declares the length of a stair as int, but a fraction works.
     stair: Any = steps / _STAIRS
     decay = optax.exponential_decay(base, stair, _STAIR, staircase=True)
+  elif kind == 'halved':
+    after = 2 * steps // 3 - warmup_steps
+    decay = optax.piecewise_constant_schedule(base, {after: 0.5})
   elif kind == 'constant':
     decay = optax.constant_schedule(base)
   else:
     raise ValueError(
       f'optimizer.schedule={kind!r} is unknown; allowed: cosine, exponential, '
-      'constant'
+      'halved, constant'
     )
   if not warmup_steps:
     return decay

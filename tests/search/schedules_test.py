@@ -93,6 +93,8 @@ def test_a_negative_entropy_weight_is_an_error():
     # Warm-up over 20 of 100 steps; cosine is half-way down at step 60.
     ('cosine', [0, 0.05, 0.1, 0.05, 0]),
     ('constant', [0, 0.05, 0.1, 0.1, 0.1]),
+    # From step 66 on, two thirds.
+    ('halved', [0, 0.05, 0.1, 0.1, 0.05]),
   ],
 )
 def test_learning_rates_at_marked_points(kind, expected):
@@ -101,7 +103,9 @@ def test_learning_rates_at_marked_points(kind, expected):
   np.testing.assert_allclose(found, expected, atol=1e-7)
 
 
-@pytest.mark.parametrize(('kind', 'last'), [('cosine', 0), ('constant', 0.1)])
+@pytest.mark.parametrize(
+  ('kind', 'last'), [('cosine', 0), ('halved', 0.05), ('constant', 0.1)]
+)
 def test_without_warm_up_the_learning_rate_starts_at_its_full_height(
   kind, last
 ):
