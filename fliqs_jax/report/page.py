@@ -80,6 +80,8 @@ _CAPTIONS = {
   'architecture': 'Every cell is a layer, in the order of the model, from few '
   'bits (red) to many (green); layers on a shortcut are raised above the '
   'row.{sizes}',
+  'pictures': 'Crops of test pictures: the input enlarged (bicubic), what each '
+  'network makes of it, and what it should; below each the PSNR of its luma.',
   'pareto': 'Up and to the left is better. The star is the model that the run '
   'found, the dots are {same} with one format everywhere.',
   'curves': 'Logged metrics over the steps of the one training run; dashed '
@@ -122,6 +124,11 @@ def render(
     f'<h1>{html.escape(title)}</h1>',
     _lede(run),
     _tiles(run),
+    *(
+      ['<h2>Pictures</h2>', _figure('pictures', images)]
+      if 'pictures' in images
+      else []
+    ),
     f'<h2>{"Found architecture" if run.searched else "Architecture"}</h2>',
     _figure('architecture', images, sizes=_sizes(run)),
   ]

@@ -16,6 +16,7 @@ from fliqs_jax.report import architecture_figure
 from fliqs_jax.report import figures
 from fliqs_jax.report import finished_run
 from fliqs_jax.report import page
+from fliqs_jax.report import picture_figure
 from fliqs_jax.report import policy_figure
 from fliqs_jax.report import sensitivity_figure
 from fliqs_jax.runtime import files
@@ -48,7 +49,13 @@ def write_report(
   # One palette, so that a format has the same shade in every picture.
   tint = figures.palette(names - {None})
   images = {}
-  for name, draw in _drawings(run, tint).items():
+  drawings = _drawings(run, tint)
+  if shown := picture_figure.read(workdir, [*run.references]):
+    scale = finished_run.config_value(run.config, 'data.scale')
+    drawings['pictures'] = functools.partial(
+      picture_figure.pictures, shown, scale
+    )
+  for name, draw in drawings.items():
     light = figures.png(draw)
     files.write_bytes(os.path.join(workdir, f'{name}.png'), light)
     images[name] = light, figures.png(draw, dark=True)

@@ -23,12 +23,16 @@ from fliqs_jax.runtime import restoring
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import train_step
 from fliqs_jax.space import arch_file
+from fliqs_jax.tasks import super_resolution
 
 # Batches of the validation split on which a quality is measured.
 _BATCHES = 8
 # Examples of a batch by which statistics are settled, and the largest number of
 # training batches that make one.
 _SETTLED, _MOST_JOINED = 1024, 16
+# Test pictures that are kept, evenly spaced: crops of one picture are next to
+# each other.
+_PICTURES = 4
 
 
 class Settled(NamedTuple):
@@ -148,6 +152,7 @@ def test_metrics(
   experiment: experiment_lib.Experiment,
   state: Any,
   choices: Mapping[str, Any],
+  statistics: Mapping[str, Any],
   devices: devices_lib.Devices,
 ) -> dict[str, Any]:
   """Returns the metrics of the test split, and the costs, of an architecture.
@@ -156,19 +161,61 @@ def test_metrics(
     experiment: parts of the run.
     state: last `TrainState` of the run, on the devices.
     choices: {decision: [K] one-hot}.
+    statistics: the model's collections but the parameters, `settled` ones.
     devices: devices among which each batch is split.
   """
-  model_state = settled(experiment, state, choices, devices).statistics
   step = devices.jit(
     train_step.eval_step(experiment.model.apply, experiment.task.measure)
   )
   arch = experiment.space.expand(choices)
   totals: dict[str, np.ndarray] = {}
   for batch in devices.feed(experiment.streams.test()):
-    sums = jax.device_get(step(state.served_params, model_state, arch, batch))
+    sums = jax.device_get(step(state.served_params, statistics, arch, batch))
     for name, value in sums.items():
       totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
   return results.measurements(experiment, choices, totals)
+
+
+def pictures(
+  experiment: experiment_lib.Experiment,
+  state: Any,
+  choices: Mapping[str, Any],
+  statistics: Mapping[str, Any],
+  devices: devices_lib.Devices,
+) -> dict[str, np.ndarray]:
+  """Returns up to four test pictures: what goes in, comes out, and should.
+
+  Args:
+    experiment: parts of a run whose labels are pictures.
+    state: last `TrainState` of the run, on the devices.
+    choices: {decision: [K] one-hot}.
+    statistics: the model's collections but the parameters, `settled` ones.
+    devices: devices among which each batch is split.
+
+  Returns:
+    uint8 `low` [N, h, w, 3], `made` and `target` [N, H, W, 3].
+  """
+
+  def shown(outputs: Any, batch: Any) -> dict[str, jax.Array]:
+    low, result = map(super_resolution.quantized, (batch['image'], outputs))
+    kinds = dict(low=low, made=result, target=batch['label'])
+    return {name: jnp.asarray(x, jnp.uint8) for name, x in kinds.items()}
+
+  # All processes get all rows.
+  step = devices.jit_everywhere(
+    train_step.eval_step(experiment.model.apply, shown)
+  )
+  arch = experiment.space.expand(choices)
+  size = experiment.config.data.test_batch_size
+  count = experiment.streams.num_examples['test']
+  chosen = [i * count // _PICTURES for i in range(_PICTURES)]
+  rows: list[dict[str, np.ndarray]] = []
+  for number, batch in enumerate(devices.feed(experiment.streams.test())):
+    here = sorted({i - number * size for i in chosen if i // size == number})
+    if here:
+      made = step(state.served_params, statistics, arch, batch)
+      rows.append({k: x[here] for k, x in jax.device_get(made).items()})
+  return {k: np.concatenate([row[k] for row in rows]) for k in rows[0]}
 
 
 class RestoredRun(NamedTuple):
@@ -260,4 +307,5 @@ def evaluate(
   run = restore(workdir)
   choices = choose(run, arch_path, numeric_format)
   devices = devices_lib.one_device(run.experiment.config)
-  return test_metrics(run.experiment, run.state, choices, devices)
+  served = settled(run.experiment, run.state, choices, devices).statistics
+  return test_metrics(run.experiment, run.state, choices, served, devices)

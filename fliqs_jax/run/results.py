@@ -1,7 +1,8 @@
-"""Results of a run as data: arch.json and result.json."""
+"""Results of a run as data: arch.json, result.json and pictures.npz."""
 
 from collections.abc import Mapping
 import hashlib
+import io
 import json
 from typing import Any
 
@@ -55,6 +56,13 @@ def arch(
       for path, (weights, activations) in assigned.items()
     },
   )
+
+
+def packed(pictures: Mapping[str, np.ndarray]) -> bytes:
+  """Returns the content of pictures.npz, of `evaluation.pictures`."""
+  file = io.BytesIO()
+  np.savez_compressed(file, **pictures)
+  return file.getvalue()
 
 
 def measurements(

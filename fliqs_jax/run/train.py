@@ -43,7 +43,8 @@ def train_and_evaluate(
   each process must call this function.
 
   Afterwards `workdir` holds config.json, arch.json, result.json, history.jsonl,
-  TensorBoard files, checkpoints, heartbeats, report.html and its pictures.
+  TensorBoard files, checkpoints, heartbeats, report.html and its figures; and
+  pictures.npz, if the network makes pictures.
 
   Args:
     config: config from a file in `configs/`.
@@ -92,8 +93,14 @@ def train_and_evaluate(
         arch = results.arch(experiment, choices)
         files.write_json(path / workdir_lib.ARCH, arch)
     # Before other networks train, which may take as long again.
-    found = evaluation.test_metrics(experiment, run.state, choices, devices)
+    settled = evaluation.settled(experiment, run.state, choices, devices)
+    served = experiment, run.state, choices, settled.statistics, devices
+    found = evaluation.test_metrics(*served)
     _log_found(experiment.task.METRIC, found)
+    if len(experiment.streams.label.shape) == 3:
+      shown = results.packed(evaluation.pictures(*served))
+      if processes.index() == 0:
+        files.write_bytes(path / workdir_lib.PICTURES, shown)
     references = {
       name: _reference(config, name, path, stop) for name in config.references
     }
@@ -168,7 +175,7 @@ def _reference(
 ) -> dict[str, Any]:
   """Trains the published network with one format everywhere."""
   _LOG.info('reference: uniform %s', name)
-  folder = workdir / f'uniform_{name}'
+  folder = workdir / workdir_lib.reference(name)
   return _trained_fixed(config, folder, stop, formats=name)
 
 

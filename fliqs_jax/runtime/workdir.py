@@ -27,6 +27,9 @@ RESULT = 'result.json'
 # picture of them.
 SENSITIVITY = 'sensitivity.json'
 SENSITIVITY_FIGURE = 'sensitivity.png'
+# Some test pictures, if the network makes pictures: what goes in, what comes
+# out, and what should.
+PICTURES = 'pictures.npz'
 # A row of averaged metrics for each logging point.
 HISTORY = 'history.jsonl'
 # The workdir of the same network trained from the beginning.
@@ -56,6 +59,15 @@ _LOG = logging.getLogger(__name__)
 
 # A file server notices that a machine is gone after 90 s (NFSv4's usual lease).
 _LEASE = 120
+
+
+def reference(name: str) -> str:
+  """Returns the folder of a network beside the found one.
+
+  Args:
+    name: `retrained`, or the format of a uniform network.
+  """
+  return name if name == RETRAINED else f'uniform_{name}'
 
 
 @contextlib.contextmanager
