@@ -1,4 +1,4 @@
-r"""FLIQS search for super-resolution, EDSR or ESPCN on pictures of a directory.
+r"""FLIQS search for super-resolution, on pictures of a directory.
 
 python -m fliqs_jax.main --workdir=$DIR \
     --config=configs/super_resolution.py:data_dir=$DATA,space=int_l,target=1.5
@@ -9,10 +9,11 @@ photographs of Debian's package plasma-workspace-wallpapers.
 Arguments:
   data_dir: directory with PNGs or JPEGs, such as /usr/share/wallpapers. If it
     has folders, each is one picture of which the files are versions.
-  model: edsr or espcn.
+  model: edsr, espcn or rdn. --init_from=PACKAGE/models/x2/model.json starts the
+    small RDN from a trained network of the npm package @upscalerjs/esrgan-slim.
   size: small (EDSR of 4 blocks and 32 channels, patches of 48 pixels) or paper
-    (16 blocks and 64 channels, and the recipe of EDSR's paper). ESPCN has one
-    size, and the recipe of EDSR's.
+    (16 blocks and 64 channels, and the recipe of EDSR's paper, which the others
+    have, too). ESPCN has one size.
   scale: factor of enlargement, 2, 3 or 4.
   space: a named space (int_s, int_l, fp_s, fp_l), several formats joined by a
     plus, as INT4+INT6+INT8, or one format, which trains that uniform network.
@@ -44,6 +45,10 @@ _MODELS = {
     small=dict(blocks=4, channels=32), paper=dict(blocks=16, channels=64)
   ),
   'espcn': dict(small={}, paper={}),
+  'rdn': dict(
+    small=dict(blocks=2, convs=1, growth=4, channels=64),
+    paper=dict(blocks=16, convs=8, growth=64, channels=64),
+  ),
 }
 _ADAM = dict(name='adamw', momentum=0.9, weight_decay=0.0, ema_decay=0.0)
 _OPTIMIZERS = {

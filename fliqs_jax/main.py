@@ -47,7 +47,8 @@ _INIT_FROM = flags.DEFINE_string(
   'init_from',
   '',
   'Checkpoint of a trained network to start from: the workdir of a finished '
-  'run, a .safetensors file or a directory that Orbax wrote.',
+  'run, a .safetensors file, a directory that Orbax wrote or a model.json of '
+  'TensorFlow.js.',
 )
 _COMPILATION_CACHE = flags.DEFINE_string(
   'compilation_cache',

@@ -16,6 +16,7 @@ from fliqs_jax.models import espcn
 from fliqs_jax.models import inception_v3
 from fliqs_jax.models import mlp
 from fliqs_jax.models import mobilenet_v2
+from fliqs_jax.models import rdn
 from fliqs_jax.models import recommender
 from fliqs_jax.models import resnet
 from fliqs_jax.models import resnet_cifar
@@ -56,6 +57,7 @@ MODELS: dict[str, Network] = {
   'recommender': Network(recommender.Recommender),
   'edsr': Network(edsr.EDSR),
   'espcn': Network(espcn.ESPCN),
+  'rdn': Network(rdn.RDN),
 }
 
 AS_PUBLISHED = sizes_lib.Sizes()  # Nothing is open.

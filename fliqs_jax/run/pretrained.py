@@ -1,9 +1,10 @@
 """Parameters of a trained network, from which a run starts (`--init_from`).
 
-A checkpoint is the workdir of a finished run, a safetensors file, or a
-directory that Orbax wrote. It holds `params` and perhaps other collections of
-the network, such as `batch_stats`, or the parameters themselves. Names of a
-safetensors file are paths, joined by slashes or dots.
+A checkpoint is the workdir of a finished run, a safetensors file, a directory
+that Orbax wrote, or a model.json of TensorFlow.js (`rdn.published`). It holds
+`params` and perhaps other collections of the network, such as `batch_stats`, or
+the parameters themselves. Names of a safetensors file are paths, joined by
+slashes or dots.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from typing import Any
 from flax import traverse_util
 import jax
 
+from fliqs_jax.models import rdn
 from fliqs_jax.run import evaluation
 from fliqs_jax.runtime import array_files
 from fliqs_jax.runtime import workdir as workdir_lib
@@ -27,21 +29,23 @@ def load(path: str) -> dict[str, Any]:
     path: path of the checkpoint.
 
   Raises:
-    ValueError: it is none of the three kinds, or cannot be read.
+    ValueError: it is none of the four kinds, or cannot be read.
   """
   place = pathlib.Path(path)
   if not place.exists():
     raise ValueError(
       f'--init_from={path} does not exist; name the workdir of a finished run, '
-      'a .safetensors file or a directory that Orbax wrote'
+      'a .safetensors file, a directory that Orbax wrote or a model.json'
     )
   if (place / workdir_lib.CONFIG).exists():
     state = evaluation.restore(path).state
     others = {k: v for k, v in state.model_state.items() if k != 'quant_stats'}
     return dict(params=state.served_params, **others)
-  if place.is_file():
+  if place.suffix == '.json':
+    tree: Any = rdn.published(place)
+  elif place.is_file():
     flat = export_files.safetensors_of(place)
-    tree: Any = traverse_util.unflatten_dict(
+    tree = traverse_util.unflatten_dict(
       {tuple(name.replace('.', '/').split('/')): x for name, x in flat.items()}
     )
   else:

@@ -22,6 +22,7 @@ NETWORKS = {
   'recommender': dict(buckets=8, hidden=(32,), ranks=(8,)),
   'edsr': dict(blocks=1, channels=8),
   'espcn': {},
+  'rdn': {},
 }
 
 _PRODUCT = re.compile(

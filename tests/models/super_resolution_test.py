@@ -1,4 +1,6 @@
-"""EDSR and ESPCN: shapes, sizes known from elsewhere, and order of pixels."""
+"""EDSR, ESPCN and RDN: shapes, sizes known from elsewhere, order of pixels."""
+
+import json
 
 import flax.linen as nn
 import jax
@@ -9,6 +11,7 @@ import pytest
 from fliqs_jax import models
 from fliqs_jax.models import edsr
 from fliqs_jax.models import espcn
+from fliqs_jax.models import rdn
 
 
 def _init(model, size=4):
@@ -31,6 +34,8 @@ def test_parameters_are_those_of_the_papers():
   assert round(_count(edsr.EDSR(scale=4)) / 1e6, 1) == 1.5
   large = edsr.EDSR(scale=4, blocks=32, channels=256)
   assert round(_count(large) / 1e6) == 43
+  # The published RDN for x2 has files of 888,300 bytes of float32.
+  assert _count(rdn.RDN()) == 888_300 / 4
   # By hand; of x3 and RGB: 25 x 3 x 64, 9 x 64 x 32 and 9 x 32 x 27, biases.
   weights = 25 * 3 * 64 + 9 * 64 * 32 + 9 * 32 * 27
   assert _count(espcn.ESPCN()) == weights + 64 + 32 + 27
@@ -43,6 +48,7 @@ def test_parameters_are_those_of_the_papers():
     edsr.EDSR(scale=3, blocks=1, channels=4),
     edsr.EDSR(scale=4, blocks=1, channels=4),
     espcn.ESPCN(scale=3),
+    rdn.RDN(scale=3, growth=2, channels=4),
   ],
 )
 def test_a_picture_grows_by_the_scale(model):
@@ -112,3 +118,52 @@ def test_a_scale_that_a_network_lacks_is_refused():
     models.construct(models.published('edsr') | dict(scale=5), 0, conv=nn.Conv)
   with pytest.raises(ValueError, match='scale=1 must be at least 2'):
     espcn.ESPCN(scale=1)
+
+
+@pytest.fixture(name='published')
+def _published(tmp_path):
+  """A tiny RDN as TensorFlow.js stores it, in two files, and its parameters."""
+  model = rdn.RDN(growth=2, channels=4)
+  x, variables = _init(model)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32),
+    variables['params'],
+  )
+  raw, weights = b'', []
+  for layer in sorted(params):
+    for name in ('kernel', 'bias'):
+      value = params[layer][name]
+      raw += value.tobytes()
+      weights.append(
+        dict(name=f'{layer}/{name}', shape=value.shape, dtype='float32')
+      )
+  (tmp_path / 'a.bin').write_bytes(raw[:1000])
+  (tmp_path / 'b.bin').write_bytes(raw[1000:])
+  group = dict(paths=['a.bin', 'b.bin'], weights=weights)
+  path = tmp_path / 'model.json'
+  path.write_text(json.dumps(dict(weightsManifest=[group])))
+  return path, model, x, params
+
+
+def test_a_published_network_is_read_and_works_in_0_to_1(published):
+  path, model, x, params = published
+  read = rdn.published(path)
+  made = model.apply({'params': read}, x, train=False)
+  large = model.apply({'params': params}, 255 * x, train=False)
+  np.testing.assert_allclose(255 * made, large, rtol=1e-4, atol=1e-2)
+  np.testing.assert_array_equal(read['SR']['kernel'], params['SR']['kernel'])
+
+
+def test_a_published_network_with_missing_weights_is_refused(published):
+  path, *_ = published
+  b = path.with_name('b.bin')
+  b.write_bytes(b.read_bytes() + b'1234')
+  with pytest.raises(ValueError, match='model.json is no .* bytes, files'):
+    rdn.published(path)
+  b.unlink()
+  with pytest.raises(ValueError, match=r'model.json is no .*b\.bin'):
+    rdn.published(path)
+  path.write_text('{}')
+  with pytest.raises(ValueError, match='model.json is no .*weightsManifest'):
+    rdn.published(path)

@@ -1,5 +1,7 @@
 """Runs that start from the parameters of a trained network."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +96,22 @@ def test_another_network_is_named_parameter_by_parameter(state, tmp_path):
   safetensors.numpy.save_file(given, path)
   with pytest.raises(ValueError, match=f'{second} has the shape'):
     pretrained.started(state, str(path))
+
+
+def test_a_model_json_is_read_with_the_weights_beside_it(tmp_path):
+  kernel = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
+  bias = np.float32([255, 0, -51])
+  (tmp_path / 'a.bin').write_bytes(kernel.tobytes() + bias.tobytes())
+  weights = [
+    dict(name='SR/kernel', shape=[1, 2, 3], dtype='float32'),
+    dict(name='SR/bias', shape=[3], dtype='float32'),
+  ]
+  group = dict(paths=['a.bin'], weights=weights)
+  path = tmp_path / 'model.json'
+  path.write_text(json.dumps(dict(weightsManifest=[group])))
+  layer = pretrained.load(str(path))['params']['SR']
+  np.testing.assert_array_equal(layer['kernel'], kernel)
+  np.testing.assert_allclose(layer['bias'], [1, 0, -0.2])  # Of 0 .. 255.
 
 
 def test_what_is_no_checkpoint_is_refused(state, tmp_path):
