@@ -67,8 +67,8 @@ class Row:
     """Returns the known reason why such a layer gains nothing."""
     if self.macs_per_number < _FEW:
       return 'few MACs for each number that is rounded, copied or scaled'
-    if not int8_ops.prefers_unsigned():
-      return 'the CPU has no product of uint8 by int8 (VNNI)'
+    if not int8_ops.instructions():
+      return 'the CPU has no fast product of int8 (VNNI, AMX)'
     return 'unknown: profile it'
 
 

@@ -176,6 +176,17 @@ def _computed_once_bwd(one: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
 _computed_once.defvjp(_computed_once_fwd, _computed_once_bwd)
 
 
+def written_once(y: jax.Array) -> jax.Array:
+  """Returns `y` [...], floats that several readers read, computed once.
+
+  XLA on CPU would fuse what is before `y` into each of its readers: a block of
+  a residual network would compute those before it anew. Its rule for divisions
+  is that of `computed_once`, but it turns a divisor that is one number into a
+  factor, so here each element has its own: 1, and 2 if it is NaN.
+  """
+  return y / jnp.where(jnp.isnan(y), 2.0, 1.0) if _on_cpu() else y
+
+
 def _on_cpu() -> bool:
   return jax.default_backend() == 'cpu'
 

@@ -45,6 +45,8 @@ class Rewriter:
     rule: what they are replaced by.
     every_branch: whether both branches of a `cond` run, so that each product
       notes its values.
+    shared: what becomes of floats that a replaced product and another equation
+      read; None: they stay.
   """
 
   def __init__(
@@ -52,6 +54,7 @@ class Rewriter:
     products: Iterable[products_lib.Product],
     rule: Rule,
     every_branch: bool = False,
+    shared: Callable[[jax.Array], jax.Array] | None = None,
   ):
     self.products = {product.place: product for product in products}
     # {place of an equation: the products inside of it}.
@@ -61,6 +64,7 @@ class Rewriter:
         self.inside.setdefault(place[:n], []).append(product)
     self.rule = rule
     self.every_branch = every_branch
+    self.shared = shared
 
   def __call__(
     self,
@@ -86,6 +90,7 @@ class Rewriter:
     values.update(zip(body.jaxpr.invars, operands, strict=True))
     wide = _Wide(values, {body.jaxpr.invars[i]: x for i, x in before.items()})
     statistics, noted = dict(statistics), {}
+    shared = self._shared(body.jaxpr, place) if self.shared else frozenset()
     for i, eqn in enumerate(body.jaxpr.eqns):
       at = (*place, i)
       with equations.context(eqn):
@@ -108,8 +113,26 @@ class Rewriter:
           noted |= note
         else:
           results = wide.followed(eqn, equations.bind(eqn, wide.operands(eqn)))
+      results = [
+        self.shared(x) if v in shared else x
+        for v, x in zip(eqn.outvars, results, strict=True)
+      ]
       values.update(zip(eqn.outvars, results, strict=True))
     return [_read(values, v) for v in body.jaxpr.outvars], statistics, noted
+
+  def _shared(self, jaxpr: Any, place: products_lib.Place) -> set[core.Var]:
+    """Returns the floats that a product and another equation read."""
+    readers: dict[core.Var, set[int]] = {}
+    by_products = set()
+    for i, eqn in enumerate(jaxpr.eqns):
+      at = (*place, i)
+      for v in eqn.invars:
+        if isinstance(v, core.Literal) or not _is_float(v):
+          continue
+        readers.setdefault(v, set()).add(i)
+        if at in self.products or at in self.inside:
+          by_products.add(v)
+    return {v for v in by_products if len(readers[v]) > 1}
 
   def _call(self, eqn, operands, before, given, statistics, place) -> Any:
     match equations.name(eqn):
@@ -268,6 +291,10 @@ class _Wide:
     if not isinstance(atom, core.Literal) and atom in self.wide:
       return self.wide[atom]
     return _read(self.values, atom)
+
+
+def _is_float(v: core.Var) -> bool:
+  return jnp.issubdtype(v.aval.dtype, jnp.floating)
 
 
 def _read(values: Mapping[core.Var, Any], atom: Any) -> Any:

@@ -57,6 +57,7 @@ class Served:
         f'because the model needs that as a number; use at_once={batch}'
       )
     self._run = jax.jit(program.call)
+    self._checked: set[Any] = set()
 
   def __call__(self, *inputs: Any, rngs: Any = None) -> Any:
     """Returns the model's outputs for its inputs; compiles once per shape.
@@ -69,17 +70,16 @@ class Served:
       ValueError: the inputs have another structure, type or shape than the
         example inputs.
     """
-    description = pytrees.describe((inputs, rngs))
-    if pytrees.shape(description) != pytrees.shape(self.manifest['inputs']):
-      raise ValueError(
-        'the inputs have another structure than those of the export: got '
-        f'{pytrees.shape(description)}, expected '
-        f'{pytrees.shape(self.manifest["inputs"])}'
-      )
-    leaves = [served_program.raw(x) for x in jax.tree.leaves((inputs, rngs))]
-    self._check(leaves)
+    leaves, structure = jax.tree.flatten((inputs, rngs))
+    leaves = [served_program.raw(x) for x in leaves]
+    kind = structure, *((np.shape(x), jax.typeof(x)) for x in leaves)
+    if kind not in self._checked:  # The checks take as long as a small model.
+      self._check_structure(inputs, rngs)
+      self._check(leaves)
+      self._checked.add(kind)
     step = self.at_once
-    if step is None or len(leaves[0]) == step:
+    examples = step if self._fixed else 1
+    if step is None or examples <= len(leaves[0]) <= step:
       outputs = self._run(self.operands, *leaves)
     else:
       parts = [
@@ -100,6 +100,15 @@ class Served:
       for x in leaves
     ]
     return [y[:examples] for y in self._run(self.operands, *filled)]
+
+  def _check_structure(self, inputs: Any, rngs: Any) -> None:
+    description = pytrees.describe((inputs, rngs))
+    if pytrees.shape(description) != pytrees.shape(self.manifest['inputs']):
+      raise ValueError(
+        'the inputs have another structure than those of the export: got '
+        f'{pytrees.shape(description)}, expected '
+        f'{pytrees.shape(self.manifest["inputs"])}'
+      )
 
   def _check(self, leaves: list[Any]) -> None:
     for i, (x, expected) in enumerate(zip(leaves, self._expected)):

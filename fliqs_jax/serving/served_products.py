@@ -9,11 +9,11 @@ import functools
 from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 
 from fliqs_jax.numerics import float_ops
 from fliqs_jax.numerics import formats
+from fliqs_jax.numerics import int8_ops
 from fliqs_jax.numerics import quantize
 from fliqs_jax.program import contractions
 from fliqs_jax.program import products as products_lib
@@ -67,7 +67,7 @@ class Served:
       self._operand(product, side, pair[i], given) for side, i in sides.items()
     )
     if product.path in self.in_integers:
-      operands = [x.values.astype(jnp.int8), w.values]
+      operands = [x.values, w.values]
       if not right:
         operands.reverse()
       y = contraction.integers(*operands, given.get('shift'))
@@ -99,11 +99,18 @@ class Served:
     x = x * (1.0 / scale)
     if product.path in self.in_integers:
       # Equals `round_to_grid`, since all steps of the grid are 1.
-      x = jnp.clip(x, -grid.max_value, grid.max_value)
-      x = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+      x = self._integers(jnp.clip(x, -grid.max_value, grid.max_value))
     else:
       x = self._rounded(x, grid)
     return quantize.Quantized(x, scale)
+
+  def shared(self, x: jax.Array) -> jax.Array:
+    """Returns a value that a product and another equation read."""
+    return float_ops.written_once(x)
+
+  def _integers(self, x: jax.Array) -> jax.Array:
+    """Returns clipped x on a grid of integers."""
+    return int8_ops.rounded(x)
 
   def _rounded(self, x: jax.Array, grid: quantize.Grid) -> jax.Array:
     """Returns x on a grid of floats."""

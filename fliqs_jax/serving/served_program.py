@@ -139,7 +139,7 @@ def _served(
   """Returns the leaves of the outputs of the served program."""
   traced = model.trace(variables, args, call, rngs, [])
   replaced = [part.product for part in model.replaced(traced.parts)]
-  rewriter = rewrite.Rewriter(replaced, rule)
+  rewriter = rewrite.Rewriter(replaced, rule, shared=rule.shared)
   return rewriter(traced.program, traced.operands, given, {})[0]
 
 

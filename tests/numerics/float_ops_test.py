@@ -1,5 +1,7 @@
 """The fast forms compute what XLA's own convolution computes."""
 
+import re
+
 import jax
 from jax import lax
 from jax.extend import core as extend_core
@@ -186,3 +188,31 @@ def test_gradients_are_multiplied_in_the_type_of_the_operands(dtype):
       theirs / scale,
       atol=0.05 if dtype == jnp.bfloat16 else 1e-6,
     )
+
+
+def _maxima(settled):
+  """Returns how often a program of three residual blocks computes a ReLU."""
+
+  def blocks(x, w):
+    for _ in range(3):
+      rounded = jnp.round(x).astype(jnp.int8)
+      sums = lax.dot(rounded, w, preferred_element_type=jnp.int32)
+      x = settled(jnp.maximum(sums.astype(jnp.float32) + x, 0.0))
+    return x
+
+  x, w = (jax.ShapeDtypeStruct((64, 64), t) for t in (jnp.float32, jnp.int8))
+  program = jax.jit(blocks).lower(x, w).compile()
+  return len(re.findall(r' maximum\(', program.as_text()))
+
+
+def test_what_is_written_once_is_not_computed_by_each_reader():
+  # Without it each block computes those before it anew: 1 + 2 + 3.
+  assert _maxima(lambda y: y) == 6
+  assert _maxima(float_ops.written_once) == 3
+
+
+def test_what_is_written_once_keeps_its_values():
+  x = jnp.asarray([1.5, -0.0, jnp.inf, -jnp.inf, jnp.nan, 1e-37], jnp.float32)
+  y = jax.jit(float_ops.written_once)(x)
+  np.testing.assert_array_equal(y, x)
+  np.testing.assert_array_equal(jnp.signbit(y)[:-2], jnp.signbit(x)[:-2])

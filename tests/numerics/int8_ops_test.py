@@ -30,6 +30,22 @@ _CASES = {
   'patches': ((2, 6, 4, 3), (3, 2, 3, 4), (3, 2), 'VALID', 1),
   'patches with a rest': ((2, 7, 5, 3), (3, 2, 3, 4), (3, 2), 'VALID', 1),
   'pointwise padded': ((2, 3, 4, 3), (1, 1, 3, 4), (1, 1), ((1, 0),) * 2, 1),
+  'wide': ((2, 5, 6, 8), (3, 3, 8, 20), (1, 1), 'SAME', 1),
+  # Up to 16 channels, of which two pixels have more.
+  'pairs of pixels': ((2, 5, 6, 9), (3, 3, 9, 12), (1, 1), 'SAME', 1),
+  'pairs, strided': ((2, 5, 6, 9), (3, 2, 9, 12), (2, 1), ((1, 1), (0, 1)), 1),
+  'pairs, even kernel': ((1, 4, 8, 3), (2, 4, 3, 9), (1, 1), 'SAME', 1),
+  'pairs, no padding': ((1, 5, 8, 9), (3, 3, 9, 3), (1, 1), 'VALID', 1),
+  'pairs, one side': (
+    (1, 4, 8, 9),
+    (3, 5, 9, 3),
+    (1, 1),
+    ((0, 2), (4, 0)),
+    1,
+  ),
+  'odd width': ((1, 4, 7, 9), (3, 3, 9, 3), (1, 1), 'SAME', 1),
+  'larger result': ((1, 4, 6, 9), (3, 3, 9, 3), (1, 1), ((2, 2),) * 2, 1),
+  'larger kernel': ((1, 2, 2, 9), (3, 3, 9, 3), (1, 1), 'SAME', 1),
   'depthwise': ((2, 5, 6, 3), (3, 3, 1, 3), (2, 1), ((2, 0), (1, 1)), 3),
   'grouped': ((2, 5, 6, 4), (3, 3, 2, 6), (1, 1), 'SAME', 2),
 }
@@ -128,12 +144,27 @@ def test_a_product_with_batch_axes_is_signed_and_needs_no_shift():
   np.testing.assert_array_equal(y, x.astype(int) @ w.astype(int))
 
 
+def test_integers_are_rounded_to_the_nearest_ties_to_even():
+  eighths = np.arange(-127 * 8, 127 * 8 + 1, dtype=np.float32) / 8
+  x = np.concatenate([eighths, np.nextafter(eighths, np.float32(0)), [-0.0]])
+  x = x.astype(np.float32)
+  y = jax.jit(int8_ops.rounded)(x)
+  assert y.dtype == jnp.int8
+  np.testing.assert_array_equal(y, np.rint(x))
+  assert int8_ops.rounded(jnp.float32(np.nan)) == 0
+
+
 @pytest.mark.parametrize(
-  ('flags', 'prefers'),
-  [('flags: avx512_vnni', True), ('flags: avx2', False), (None, False)],
+  ('flags', 'instructions'),
+  [
+    ('flags: avx512_vnni amx_tile amx_int8', 'amx'),
+    ('flags: avx512_vnni', 'vnni'),
+    ('flags: avx2', ''),
+    (None, ''),
+  ],
 )
-def test_the_unsigned_form_is_for_processors_with_vnni(
-  monkeypatch, flags, prefers
+def test_a_processor_has_the_products_of_its_flags(
+  monkeypatch, flags, instructions
 ):
   def read_text(path, encoding):
     assert path == pathlib.Path('/proc/cpuinfo')
@@ -142,4 +173,12 @@ def test_the_unsigned_form_is_for_processors_with_vnni(
     return flags
 
   monkeypatch.setattr(pathlib.Path, 'read_text', read_text)
-  assert int8_ops.prefers_unsigned.__wrapped__() is prefers
+  assert int8_ops.instructions.__wrapped__() == instructions
+
+
+def test_the_unsigned_form_is_for_processors_with_vnni_alone(monkeypatch):
+  for instructions, prefers in {'vnni': True, 'amx': False, '': False}.items():
+    monkeypatch.setattr(
+      int8_ops, 'instructions', lambda name=instructions: name
+    )
+    assert int8_ops.prefers_unsigned() is prefers

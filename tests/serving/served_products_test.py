@@ -18,6 +18,7 @@ from fliqs_jax.numerics import int8_ops
 from fliqs_jax.program import contractions
 from fliqs_jax.program import equations
 from fliqs_jax.program import products as products_lib
+from fliqs_jax.serving import served_products
 from fliqs_jax.serving import served_program
 from fliqs_jax.serving import stored_layers
 from fliqs_jax.serving import stored_products
@@ -340,6 +341,40 @@ def test_a_network_of_mixed_formats_is_served_bit_for_bit(name, dtype):
   np.testing.assert_array_equal(run.expected, expected)
   layers = run.check(forms=[int8_ops.prefers_unsigned()])
   assert {layer.arithmetic for layer in layers.values()} == {'int8', 'float32'}
+
+
+class _Shared(nn.Module):
+  """A residual block: the sum reads what the second layer reads."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Dense(4, name='first')(x))
+    y = nn.Dense(4, name='second')(x)
+    return x + nn.Dense(4, name='third')(nn.relu(y))
+
+
+def test_only_what_a_product_and_another_equation_read_is_shared():
+  spec = fliqs.QuantSpec('INT8')
+  model = fliqs.searchable(_Shared(), spec)
+  x = jnp.asarray(helpers.random((2, 3)))
+  variables = model.init(jax.random.key(0), x)
+  variables = dict(
+    variables,
+    quant_stats=statistics(variables['quant_stats'], formats.menu(('INT8',))),
+  )
+  layers = dict.fromkeys(('first', 'second', 'third'), ('INT8', 'INT8'))
+  run = Searched(model, variables, layers, x)
+  shared = []
+
+  class Noting(served_products.Served):
+    def shared(self, x):
+      shared.append(x.shape)
+      return super().shared(x)
+
+  operands = run.served.unpack(run.served.tensors, False)
+  (y,) = run.served.run(operands, x, kind=Noting)
+  np.testing.assert_array_equal(y, run.expected)
+  assert shared == [(2, 4)]
 
 
 def test_the_iterations_of_a_product_are_in_their_order():

@@ -102,6 +102,13 @@ class Nodes(served_products.Served):
       largest = grid.max_value.astype(jnp.uint8)
     return _in_uint8(x.astype(jnp.float32), given[side], largest)
 
+  def shared(self, x: jax.Array) -> jax.Array:
+    """Returns x: a node computes it once."""
+    return x
+
+  def _integers(self, x: jax.Array) -> jax.Array:
+    return lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+
   def _rounded(self, x: jax.Array, grid: quantize.Grid) -> jax.Array:
     """`quantize.round_to_grid` without the bits of a float, which ONNX lacks.
 

@@ -11,9 +11,10 @@ returns the leaves of the outputs. So tensors are not stored twice, and scales
 are not constants, which XLA would reassociate. The batch size is symbolic if
 the model allows it.
 
-Products are int8 x int8 -> int32, which every platform has; convolutions become
-such products, except on TPU, which has an int8 convolution. The programs whose
-names end in `.vnni` are the same for CPUs that multiply uint8 by int8 faster.
+Products are int8 x int8 -> int32, which every platform has. Convolutions become
+such products, except where there is an int8 convolution: on TPU, and on CPU if
+windows overlap. The programs whose names end in `.vnni` are the same for CPUs
+that multiply uint8 by int8 faster.
 """
 
 from collections.abc import Callable, Iterator, Sequence
