@@ -16,6 +16,10 @@ import numpy as np
 _MEAN = np.array([0.4488, 0.4371, 0.4040], np.float32)
 # The paper scales residuals of wide networks, which are unstable otherwise.
 _WIDE, _RESIDUAL = 256, 0.1
+# PyTorch's initial weights, as in the authors' code. Linen's have three times
+# their variance, and the residuals of a new network are mostly noise: a small
+# one is 1.3 dB worse (RGB) after 600 steps.
+_INITIAL = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 # The factors of enlargement, one after the other, by scale.
 _STAGES = {2: (2,), 3: (3,), 4: (2, 2)}
 
@@ -53,7 +57,9 @@ class EDSR(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns pictures [N, scale H, scale W, 3] of pictures [N, H, W, 3]."""
     del train  # Nothing is random, and there are no norms.
-    conv = functools.partial(self.conv, kernel_size=(3, 3), dtype=self.dtype)
+    conv = functools.partial(
+      self.conv, kernel_size=(3, 3), dtype=self.dtype, kernel_init=_INITIAL
+    )
     factor = _RESIDUAL if self.channels >= _WIDE else 1.0
     mean = _MEAN.reshape(1, 1, 1, 3)
     x = jnp.asarray(x - mean, self.dtype)

@@ -166,6 +166,18 @@ def test_patches_are_turned_and_mirrored_in_all_ways(tmp_path):
   assert places == ends | {(b, a) for a, b in ends}
 
 
+def test_patches_are_those_with_most_texture_of_four_places(tmp_path):
+  for i in range(10):
+    picture = np.full((32, 64, 3), 90, np.uint8)
+    picture[:, 32:] = _noise(i, 32, 32)
+    _save(tmp_path / f'{i}.png', picture)
+  streams = _streams(tmp_path, valid_batch_size=2, crop=16)
+  labels = np.concatenate([b['label'] for b in _take(streams.train(0), 50)])
+  smooth = np.mean([np.ptp(x) == 0 for x in labels])
+  # Of 49 columns the first 17 are smooth: (17 / 49)^4 is 1.4 %.
+  assert smooth < 0.06
+
+
 def test_test_crops_are_those_with_most_texture(tmp_path):
   for i in range(10):
     picture = np.full((60, 60, 3), 90, np.uint8)
