@@ -159,7 +159,8 @@ def construct(
   for key, value in keys.items():
     if problem := _problem(value, fields[key].type):
       raise ValueError(f'model.{key}={value!r} {problem}')
-  if sizes != AS_PUBLISHED and 'sizes' not in fields:
+  as_trained = dataclasses.replace(sizes, is_served=False)
+  if as_trained != AS_PUBLISHED and 'sizes' not in fields:
     raise ValueError(
       f'model {name} has no sizes to search; set sizes.widths and '
       'sizes.kernels to ()'

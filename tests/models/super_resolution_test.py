@@ -12,6 +12,7 @@ from fliqs_jax import models
 from fliqs_jax.models import edsr
 from fliqs_jax.models import espcn
 from fliqs_jax.models import rdn
+from fliqs_jax.space import sizes
 
 
 def _init(model, size=4):
@@ -111,6 +112,16 @@ def test_the_mean_of_div2k_is_what_a_network_of_zeros_makes():
   zeros = jax.tree.map(jnp.zeros_like, variables)
   made = model.apply(zeros, x, train=False)
   np.testing.assert_allclose(made[0, 0, 0], [0.4488, 0.4371, 0.4040])
+
+
+@pytest.mark.parametrize('name', ['edsr', 'deit_ti16'])
+def test_a_network_without_sizes_is_served(name):
+  served = sizes.Sizes(is_served=True)
+  models.construct(models.published(name), 10, sizes=served, conv=nn.Conv)
+  with pytest.raises(ValueError, match='has no sizes to search'):
+    models.construct(
+      models.published(name), 10, sizes=sizes.Sizes((0.5, 1.0)), conv=nn.Conv
+    )
 
 
 def test_a_scale_that_a_network_lacks_is_refused():

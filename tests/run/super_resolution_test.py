@@ -88,6 +88,12 @@ def test_classes_are_refused_by_the_task():
     experiment_lib.build(config)
 
 
+@pytest.mark.parametrize(('model', 'layers'), [('espcn', 3), ('rdn', 12)])
+def test_other_networks_fit_the_task(model, layers):
+  config = super_resolution.get_config(f'smoke,model={model},scale=3')
+  assert len(experiment_lib.build(config).space.formats) == layers
+
+
 def test_an_unknown_network_is_refused():
   with pytest.raises(
     ValueError, match="model='unet' is unknown; allowed: edsr"
