@@ -9,16 +9,19 @@ The benchmark compares inference of one network, in one process:
   fake     the model of the search at INT8: grid values in float32
   int8     the export, loaded: int8 x int8 -> int32
 
-`--onnx` measures, instead of layers, the ONNX models of the export and of the
-float32 network in ONNX Runtime, on as many threads as the process has cores,
-and prints the sizes of the files and how far the outputs are apart.
+`--onnx` measures, instead of layers, networks in ONNX Runtime, on as many
+threads as the process has cores: the ONNX model of the export (`onnx`) and the
+float32 network, converted in the same way; where `onnx_networks` has it, also
+that network as ONNX Runtime likes it, in float32 (`onnx own`) and quantized by
+its own tool (`onnx static`). It prints the sizes of the files and how far the
+outputs are apart.
 
-`/16` runs a batch in slices of 16, as `serving.load` does on a CPU. All are
-compiled first and then run interleaved. A number is the median over rounds of
-the ratio of times within a round (above 1: faster than float32), with the
-quartiles.
+`/8` runs a batch in slices of 8, as `serving.load` does on a CPU. All are
+compiled first and then run interleaved. Times are CPU times of the process. A
+number is the median over rounds of the ratio of times within a round (above 1:
+faster than float32), with the quartiles.
 
-A table for each batch size follows: each layer alone, `int8/16` against
+A table for each batch size follows: each layer alone, `int8/8` against
 float32, and the reason if it gains nothing.
 """
 
@@ -58,7 +61,7 @@ NETWORKS = {
 
 _FORMAT = 'INT8'
 # Number of images that run together, as `serving.load` has it on a CPU.
-SLICE = 16
+SLICE = 8
 
 
 def variants(config, size: int, onnx: bool = False):
@@ -108,6 +111,7 @@ def variants(config, size: int, onnx: bool = False):
     f'int8/{SLICE}': sliced,
   }
   if onnx:
+    from benchmarks import onnx_networks
     from fliqs_jax.serving.portable import onnx_model
 
     files = int8.manifest['files']
@@ -115,6 +119,11 @@ def variants(config, size: int, onnx: bool = False):
       print(f'{name}: {files[name]["bytes"]} bytes')
     print(f'ONNX Runtime: {int8.manifest["onnx"]["reference"]}', flush=True)
     functions['onnx'] = _session(model)
+    make = onnx_networks.NETWORKS.get(config['name'])
+    if make is not None:
+      own = make(jax.tree.map(np.asarray, floats), size)
+      functions['onnx own'] = _session(own)
+      functions['onnx static'] = _session(onnx_networks.static(own, size))
     functions['onnx float32'] = _session(
       onnx_model.converted(
         lambda x: [stock.apply(floats, x, train=False)],
@@ -160,10 +169,10 @@ def _ratios(functions, x, rounds: int) -> dict[str, tuple[float, ...]]:
   times = {name: [] for name in functions}
   for round_ in range(rounds + 1):
     for name, function in functions.items():
-      began = time.perf_counter()
+      began = time.process_time()
       jax.block_until_ready(function(x))
       if round_:  # The first compiles.
-        times[name].append(time.perf_counter() - began)
+        times[name].append(time.process_time() - began)
   result = {}
   for name in functions:
     ratios = [a / b for a, b in zip(times['float32'], times[name])]

@@ -83,6 +83,7 @@ NETWORKS = {
     8,
   ),
   'inceptionv3': (dict(), 80, 8),
+  'mlp': (dict(hidden=(512, 512, 512)), 16, 256),
 }
 
 STEPS = {
