@@ -35,6 +35,7 @@ def weights(
   clip: str | float,
   contracted: tuple[int, ...],
   active: jax.Array | None = None,
+  ratios: jax.Array | None = None,
 ) -> mixture.OnGrid:
   """Returns weights as a function of their format.
 
@@ -45,6 +46,7 @@ def weights(
     contracted: axes of `w` that the product sums over; the others are channels,
       each of which has a scale.
     active: bool, broadcasts to `w`: which weights are active; None: all.
+    ratios: [K, channels], by which thresholds are multiplied; None: 1.
   """
   peak = jnp.max(jnp.abs(w), axis=contracted, keepdims=True)
   multiples = clipping.multiples(clip, menu)
@@ -57,6 +59,8 @@ def weights(
       over = dict(axis=contracted, keepdims=True, where=where)
       mean, std = jnp.mean(w, **over), jnp.std(w, **over)
       threshold = _threshold(multiple, mean, std, peak)
+    if ratios is not None:
+      threshold *= one_hot_lib.pick(one_hot, ratios).reshape(peak.shape)
     return quantize.quantize(w, quantize.select(menu, one_hot), threshold)
 
   return on_grid
@@ -73,8 +77,10 @@ def first_statistics(menu: Menu, clip: str | float) -> dict[str, np.ndarray]:
     `mean`, `variance`, `largest` [] float32, running means over batches of the
     mean, of the variance about it, and of the largest magnitude; `count` []
     int32, batches seen; `active` [] bool, whether activations are quantized
-    yet; `clip` [K] float32, the multiple of each format.
+    yet; `clip` [K] float32, the multiple of each format; and, if a format has a
+    strategy, `ratio` [K] float32, by which thresholds are multiplied.
   """
+  ratio = np.ones(len(menu), np.float32)
   return dict(
     mean=np.zeros((), np.float32),
     variance=np.zeros((), np.float32),
@@ -82,13 +88,14 @@ def first_statistics(menu: Menu, clip: str | float) -> dict[str, np.ndarray]:
     count=np.zeros((), np.int32),
     active=np.ones((), np.bool_),
     clip=np.asarray(clipping.multiples(clip, menu), np.float32),
+    **(dict(ratio=ratio) if formats.has_strategies(menu) else {}),
   )
 
 
 def observed(
   statistics: Statistics, x: jax.Array, active: jax.Array | None = None
 ) -> dict[str, Any]:
-  """Returns the statistics after a batch; `clip` and `active` do not change.
+  """Returns the statistics after a batch; what was set does not change.
 
   A batch that is empty or holds a number that is not finite, or of which the
   square is not, changes nothing.
@@ -151,6 +158,8 @@ def activations(
       threshold = _threshold(multiple, mean, std, largest)
     else:
       threshold = jnp.where(jnp.isfinite(multiple), multiple * std, largest)
+    if 'ratio' in statistics:
+      threshold *= one_hot_lib.pick(one_hot, statistics['ratio'])
     quantized = quantize.quantize(x, quantize.select(menu, one_hot), threshold)
     return quantize.Quantized(
       jnp.where(on, quantized.values, x),

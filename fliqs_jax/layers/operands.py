@@ -6,6 +6,7 @@ the moments of the input (`quant_stats`) and the cost of the op (`cost`).
 """
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,8 @@ import numpy as np
 
 from fliqs_jax.layers import channel_masks
 from fliqs_jax.layers import grids
+from fliqs_jax.layers import ratios
+from fliqs_jax.numerics import formats
 from fliqs_jax.numerics import mixture
 from fliqs_jax.numerics import one_hot as one_hot_lib
 from fliqs_jax.numerics import quantize
@@ -67,6 +70,7 @@ class Operands:
       inputs: [...] the layer's input; only its dtype is read.
     """
     self.module = module
+    self._declared: dict[str, nn.Variable] = {}
     self.spec: quant_spec.QuantSpec = module.spec
     self.choices = self.spec.choices('/'.join(module.path))
     # As in linen: the given type, or that to which inputs and weights promote.
@@ -128,6 +132,8 @@ class Operands:
       w: [...] weights.
       contracted: the axes of `w` that the op sums over.
     """
+    # The outputs of one row of a matrix have no direction of their own.
+    self.calibrate(op, x, w, contracted, has_examples=x.ndim > 2)
     menu = self.choices.weights
     is_branched = self.spec.mix == 'branched' and self.choices.tied
     if menu is None or not (is_branched and self._is_relaxed(menu)):
@@ -141,6 +147,41 @@ class Operands:
       return op(*(self._compute_dtype(of(one_hot)) for of in on_grids))
 
     return mixture.branched(at, self._decision('weights', menu))
+
+  def calibrate(
+    self,
+    op: Callable[[quantize.Quantized, quantize.Quantized], jax.Array],
+    x: jax.Array,
+    w: jax.Array,
+    contracted: tuple[int, ...],
+    has_examples: bool,
+  ) -> None:
+    """Finds the thresholds of strategies, in a call that calibrates.
+
+    Args:
+      op: as in `apply`.
+      x: [...] activations.
+      w: [...] weights.
+      contracted: the axes of `w` that the op sums over.
+      has_examples: whether the first axis of x and of the result are examples.
+    """
+    if not self._is_calibrating:
+      return
+    operands = dict(activations=x, weights=w)
+    values = {side: v.astype(jnp.float32) for side, v in operands.items()}
+    menus = {side: getattr(self.choices, side) for side in operands}
+    if menus['activations'] is not None:
+      self._observe(values['activations'], menus['activations'])
+    axes = dict(activations=tuple(range(x.ndim)), weights=contracted)
+    found = ratios.found(op, values, menus, axes, has_examples)
+    for side, new in found.items():
+      if side == 'weights':
+        self._weight_ratios(*new.shape).value = new
+      else:
+        stats = self._statistics(menus[side])
+        stats['ratio'].value = ratios.of_activations(
+          new, values[side], stats['largest'].value
+        )
 
   def weights(
     self, w: jax.Array, contracted: tuple[int, ...]
@@ -279,12 +320,34 @@ class Operands:
     active, zero = self._active_weights(values.shape)
     if active is not None:
       values = jnp.where(active, values, zero)
-    menu = self.choices.weights
+    menu, found = self.choices.weights, None
+    if menu is not None and formats.has_strategies(menu):
+      channels = math.prod(
+        n for i, n in enumerate(values.shape) if i not in contracted
+      )
+      found = self._weight_ratios(len(menu), channels).value
     # Initialisation needs variables, not values: this halves its program.
     if menu is None or self.module.is_initializing():
       return lambda one_hot: quantize.unquantized(values)
     return grids.weights(
-      values, menu, self.spec.weight_clip, contracted, active
+      values, menu, self.spec.weight_clip, contracted, active, found
+    )
+
+  def _weight_ratios(self, options: int, channels: int) -> nn.Variable:
+    """Returns the variable [K, channels] of the weights' ratios."""
+    first = np.ones((options, channels), np.float32)
+    return self._variable('weight_ratio', first)
+
+  @property
+  def _is_calibrating(self) -> bool:
+    """Whether this call finds the thresholds of strategies."""
+    module, choices = self.module, self.choices
+    menus = (*(choices.weights or ()), *(choices.activations or ()))
+    return (
+      formats.has_strategies(menus)
+      and module.scope.mutable is not True  # It names no collection.
+      and module.is_mutable_collection(ratios.COLLECTION)
+      and not module.is_initializing()
     )
 
   def _activations_on_grid(self, x: jax.Array) -> mixture.OnGrid:
@@ -296,10 +359,15 @@ class Operands:
 
   def _statistics(self, menu: Menu) -> dict[str, nn.Variable]:
     first = grids.first_statistics(menu, self.spec.first_act_clip)
-    return {
-      name: self.module.variable('quant_stats', name, jnp.asarray, value)
-      for name, value in first.items()
-    }
+    return {name: self._variable(name, value) for name, value in first.items()}
+
+  def _variable(self, name: str, first: Any) -> nn.Variable:
+    """Returns a variable of `quant_stats`; linen declares each only once."""
+    if name not in self._declared:
+      self._declared[name] = self.module.variable(
+        'quant_stats', name, jnp.asarray, first
+      )
+    return self._declared[name]
 
   def profiled(self, x: jax.Array, menu: Menu) -> mixture.OnGrid:
     """Updates the moments of the input; returns it by its format.
@@ -308,10 +376,19 @@ class Operands:
       x: [...] float32 activations.
       menu: [K] formats.
     """
-    stats = self._statistics(menu)
     if self.module.is_initializing():
+      self._statistics(menu)
       return lambda one_hot: quantize.unquantized(x)
     self.module.sow('act_inputs', 'x', x)  # Stored only while calibrating.
+    if not self._is_calibrating:  # Otherwise they were observed before.
+      self._observe(x, menu)
+    stats = self._statistics(menu)
+    statistics = {name: variable.value for name, variable in stats.items()}
+    return grids.activations(x, menu, statistics, self.spec.act_threshold)
+
+  def _observe(self, x: jax.Array, menu: Menu) -> None:
+    """Updates the moments of the input, if they may change."""
+    stats = self._statistics(menu)
     statistics = {name: variable.value for name, variable in stats.items()}
     if self.module.is_mutable_collection('quant_stats'):
       active = None
@@ -321,7 +398,6 @@ class Operands:
       statistics = grids.observed(statistics, x, active)
       for name, value in statistics.items():
         stats[name].value = value
-    return grids.activations(x, menu, statistics, self.spec.act_threshold)
 
   def _compute_dtype(self, q: quantize.Quantized) -> quantize.Quantized:
     # Grid values are exact in bfloat16, so this rounds only unquantized values.

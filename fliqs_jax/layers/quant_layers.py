@@ -15,7 +15,8 @@ Collections, per layer:
   quant_stats: `mean`, `variance`, `largest` [], running statistics of the
     input; `count` [], batches seen; `active` [], whether activations are
     quantized yet; `clip` [K], the multiple of the standard deviation for each
-    format.
+    format. With strategies, `ratio` [K] and `weight_ratio` [K, channels], the
+    thresholds over the largest magnitudes.
   cost: `ops`, a static `ops.OpShape` per call.
 """
 
@@ -370,7 +371,7 @@ def apply_einsum(
   Returns:
     [...] of the layer's dtype: the scaled result plus the bias.
   """
-  after = []
+  module, after = operands.module, []
 
   def quantized(x, w, bias, dtype):
     del dtype
@@ -378,26 +379,33 @@ def apply_einsum(
     x_labels, w_labels = labels.split(',')
     sizes = dict(zip(x_labels + w_labels, (*x.shape, *w.shape)))
     contracted = tuple(i for i, c in enumerate(w_labels) if c not in result)
-    x_q, w_q = operands(x, w, contracted)
-    summed = math.prod(w.shape[i] for i in contracted)
-    macs = math.prod(sizes.values())
-    operands.record('einsum', macs, w.size, w.size // summed)
-
     channels = [c for c in w_labels if c in result]
     broadcast = [sizes[c] if c in channels else 1 for c in result]
     in_order = sorted(
       range(len(channels)), key=lambda i: result.index(channels[i])
     )
-    w_scale = w_q.scale
-    if w_scale.ndim:
-      w_scale = jnp.squeeze(w_scale, contracted).transpose(in_order)
-      w_scale = w_scale.reshape(broadcast)
+
+    def spread(scale):
+      if not scale.ndim:
+        return scale
+      scale = jnp.squeeze(scale, contracted).transpose(in_order)
+      return scale.reshape(broadcast)
+
+    def op(x, w):
+      y = jnp.einsum(einsum_str, x.values, w.values, precision=module.precision)
+      return quantize.rescale(y, x.scale, spread(w.scale))
+
+    apart = x_labels[0] in result and x_labels[0] not in w_labels
+    operands.calibrate(op, x, w, contracted, has_examples=apart and x.ndim > 2)
+    x_q, w_q = operands(x, w, contracted)
+    summed = math.prod(w.shape[i] for i in contracted)
+    macs = math.prod(sizes.values())
+    operands.record('einsum', macs, w.size, w.size // summed)
     if bias is not None:
       bias = bias.reshape(broadcast)
-    after.extend((x_q.scale, w_scale, bias))
+    after.extend((x_q.scale, spread(w_q.scale), bias))
     return x_q.values, w_q.values, None
 
-  module = operands.module
   y = twin(
     module,
     nn.Einsum,

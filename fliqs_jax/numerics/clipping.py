@@ -61,7 +61,8 @@ def multiples(
     name: `absmax` for no clipping (the multiple is inf), `gaussian` or
       `laplacian` for the table, or a positive number, the multiple of every
       format (Table 4: 4).
-    menu: [K] formats. The multiple of an unscaled one (BF16) is inf.
+    menu: [K] formats. The multiple of an unscaled one (BF16) is inf, and so is
+      that of one with a strategy, whose threshold has nothing to do with it.
 
   Raises:
     ValueError: the name is another one, or the table lacks a format.
@@ -78,13 +79,14 @@ def multiples(
       f'unknown clipping {name!r}; allowed: absmax, '
       f'{", ".join(DISTRIBUTIONS)}, or a positive number of standard deviations'
     )
-  for fmt in menu:
-    if fmt.scaled and fmt.name not in by_format:
+  clipped = [fmt for fmt in menu if fmt.scaled and not fmt.strategy]
+  for fmt in clipped:
+    if fmt.name not in by_format:
       raise ValueError(
         f'clipping {name!r} has no multiple for the format {fmt}; it has: '
         f'{", ".join(by_format)}'
       )
-  return tuple(by_format[fmt.name] if fmt.scaled else math.inf for fmt in menu)
+  return tuple(by_format[f.name] if f in clipped else math.inf for f in menu)
 
 
 def profiled_multiples(

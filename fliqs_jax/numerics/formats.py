@@ -5,6 +5,10 @@ import dataclasses
 import re
 
 
+# The candidates of DQSS; `numerics.strategies` computes their thresholds.
+STRATEGIES = ('max_abs', 'kl', 'eq', 'admm')
+
+
 @dataclasses.dataclass(frozen=True)
 class NumericFormat:
   """A symmetric numeric format, described as a float with subnormals.
@@ -13,8 +17,11 @@ class NumericFormat:
   whose whole range is subnormal, with a step of 1 (`min_exponent` equals
   `mantissa_bits`). Formats have no infinities and no NaN codes.
 
+  It may name a strategy, a rule that finds the threshold in the numbers
+  themselves (`numerics.strategies`); otherwise a rule of the layer applies.
+
   Attributes:
-    name: canonical spelling, `INT4`, `E4M3` or `BF16`.
+    name: canonical spelling, `INT4`, `E4M3`, `BF16`, or `INT4:kl`.
     bits: bits of one stored value, sign included; what BOPs count (Eq. 1).
     mantissa_bits: number of explicit mantissa bits.
     min_exponent: exponent of the smallest normal number; below
@@ -22,6 +29,7 @@ class NumericFormat:
     max_value: largest representable magnitude on the unscaled grid.
     scaled: whether a scale maps values to the grid. Only BF16 has none; its
       exponent covers the range by itself.
+    strategy: one of `STRATEGIES`; empty: none.
   """
 
   name: str
@@ -30,6 +38,16 @@ class NumericFormat:
   min_exponent: int
   max_value: float
   scaled: bool = True
+  strategy: str = ''
+
+  @property
+  def grid_format(self) -> 'NumericFormat':
+    """The format of the same grid without a strategy."""
+    if not self.strategy:
+      return self
+    return dataclasses.replace(
+      self, name=self.name.partition(':')[0], strategy=''
+    )
 
   @property
   def is_integer(self) -> bool:
@@ -75,12 +93,79 @@ def parse(name: str | NumericFormat) -> NumericFormat:
   """Returns the format that `name` spells, in any case.
 
   Raises:
-    ValueError: for anything but INT2..INT8, an ExMy of 4 to 8 bits, or BF16.
+    ValueError: for anything but INT2..INT8, an ExMy of 4 to 8 bits, or BF16; a
+      colon and a strategy may follow, but not behind BF16, and `kl` only behind
+      an integer.
   """
   if isinstance(name, NumericFormat):
     return name
   # A config may hold a number where a name is due; it gets the error below.
-  text = f'{name}'.strip().upper()
+  grid_name, colon, strategy = f'{name}'.strip().partition(':')
+  if colon:
+    return with_strategy(_grid_format(grid_name, name), strategy.lower())
+  return _grid_format(grid_name, name)
+
+
+def with_strategy(
+  numeric_format: NumericFormat, strategy: str
+) -> NumericFormat:
+  """Returns a format whose thresholds a strategy finds.
+
+  Args:
+    numeric_format: a format without a strategy.
+    strategy: one of `STRATEGIES`.
+
+  Raises:
+    ValueError: the strategy is unknown, or the format cannot have it.
+  """
+  name = f'{numeric_format}:{strategy}'
+  if strategy not in STRATEGIES:
+    raise ValueError(
+      f'unknown strategy in {name!r}; allowed: {", ".join(STRATEGIES)}'
+    )
+  if not numeric_format.scaled:
+    raise ValueError(f'{name!r}: {numeric_format} has no threshold to choose')
+  if strategy == 'kl' and not numeric_format.is_integer:
+    raise ValueError(
+      f'{name!r}: kl merges a histogram into equal steps, which only integers '
+      'have; use max_abs, eq or admm with floats'
+    )
+  return dataclasses.replace(numeric_format, name=name, strategy=strategy)
+
+
+def with_strategies(
+  formats: Sequence[NumericFormat], strategies: Sequence[str]
+) -> tuple[NumericFormat, ...]:
+  """Returns each format with each strategy; BF16 and those that have one stay.
+
+  Args:
+    formats: a menu.
+    strategies: names of strategies; empty: the menu stays as it is.
+
+  Raises:
+    ValueError: a strategy is unknown, or a format cannot have it.
+  """
+  if not strategies:
+    return tuple(formats)
+  return tuple(
+    option
+    for fmt in formats
+    for option in (
+      (with_strategy(fmt, strategy) for strategy in strategies)
+      if fmt.scaled and not fmt.strategy
+      else (fmt,)
+    )
+  )
+
+
+def has_strategies(formats: Sequence[NumericFormat]) -> bool:
+  """Returns whether any format of a menu has a strategy."""
+  return any(fmt.strategy for fmt in formats)
+
+
+def _grid_format(text: str, name: str) -> NumericFormat:
+  """Returns the format of a text; an error repeats the whole name."""
+  text = text.strip().upper()
   if text == 'BF16':
     return BF16
   if match := re.fullmatch(r'INT([2-8])', text):

@@ -27,19 +27,20 @@ def check(name: str, one_hot: jax.Array | np.ndarray) -> None:
 
 
 def pick(one_hot: jax.Array, values: jax.Array) -> jax.Array:
-  """Returns the one of K positive numbers at the entry above 0.5.
+  """Returns those of K positive numbers or arrays at the entry above 0.5.
 
   A masked sum is exact; a matrix product would round to bfloat16 on TPU.
 
   Args:
     one_hot: [K] entries in [0, 1].
-    values: [K] positive numbers, infinity included.
+    values: [K, ...] positive numbers, infinity included.
 
   Returns:
-    [] float32; NaN if no entry is above 0.5, so that a traced vector that is
+    [...] float32; NaN if no entry is above 0.5, so that a traced vector that is
     not one-hot shows in every result instead of giving plausible numbers.
   """
-  return or_nan(jnp.sum(jnp.where(one_hot > 0.5, values, 0.0)))
+  picks = (one_hot > 0.5).reshape(-1, *(1,) * (jnp.ndim(values) - 1))
+  return or_nan(jnp.sum(jnp.where(picks, values, 0.0), axis=0))
 
 
 def or_nan(picked: jax.Array) -> jax.Array:

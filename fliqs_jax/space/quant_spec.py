@@ -58,6 +58,10 @@ class QuantSpec:
       (Table 4: 4), `profiled`, a multiple per layer and format that
       `calibration.profiled_clips` measures, or `absmax`, the running mean of
       the largest magnitudes.
+    strategies: rules that find thresholds in the numbers themselves, of which
+      each format of a menu gets each one: `max_abs`, `kl`, `eq` or `admm`
+      (DQSS), in place of `weight_clip` and `act_clip`. A menu may name them,
+      too: `INT4:kl`.
     act_threshold: `magnitude`, the running mean's magnitude plus the multiple,
       at most the running mean of the largest magnitudes; or `deviation`, the
       multiple alone (A.2), for activations whose mean is near zero.
@@ -73,6 +77,7 @@ class QuantSpec:
   groups: tuple[tuple[str, str], ...] = ()
   weight_clip: str | float = 'absmax'
   act_clip: str | float = 'laplacian'
+  strategies: tuple[str, ...] = ()
   act_threshold: str = 'magnitude'
   assignment: Any = None
   mix: str = 'sampled'
@@ -96,9 +101,20 @@ class QuantSpec:
     def set_field(name: str, value: Any) -> None:
       object.__setattr__(self, name, value)
 
-    set_field('formats', formats.menu(self.formats))
+    def menu(names: Any) -> Menu:
+      try:
+        return formats.with_strategies(formats.menu(names), self.strategies)
+      except ValueError as error:
+        if not self.strategies:
+          raise
+        raise ValueError(
+          f'quant.strategies={self.strategies}: {error}'
+        ) from None
+
+    set_field('strategies', tuple(self.strategies))
+    set_field('formats', menu(self.formats))
     set_field('exclude', tuple(self.exclude))
-    set_field('menus', tuple((p, formats.menu(menu)) for p, menu in self.menus))
+    set_field('menus', tuple((p, menu(names)) for p, names in self.menus))
     set_field('groups', tuple((name, p) for name, p in self.groups))
     if self.assignment is not None:
       set_field('assignment', _freeze(self.assignment, self.mode))
