@@ -122,6 +122,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     exclude=(),
     menus=(),
     groups=(),
+    strategies=(),
     weight_clip='absmax',
     act_clip='laplacian',
     act_threshold='deviation' if arg.preset == 'paper' else 'magnitude',
@@ -161,6 +162,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     checkpoint_every=10 * log_every,
     checkpoints_kept=2,
     settle_batches=3 if arg.smoke else _SETTLE.get(arg.model, 20),
+    frozen=False,
+    teacher=False,
   )
   config.parallel = dict(
     mode='pjit', shard_params=False, accumulate=1, leave_one_out=False

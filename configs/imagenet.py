@@ -155,6 +155,7 @@ def recipe(
     exclude=() if arg.arch else exclude,  # An arch.json fixes every layer.
     menus=(),
     groups=(),
+    strategies=(),
     weight_clip='absmax',
     act_clip='4',  # A number as text, so that a name may replace it.
     act_threshold='deviation' if arg.preset == 'paper' else 'magnitude',
@@ -189,6 +190,8 @@ def recipe(
     checkpoint_every=checkpoint_every,
     checkpoints_kept=2,
     settle_batches=2 if arg.smoke else settle_batches,
+    frozen=False,
+    teacher=False,
   )
   config.parallel = dict(
     mode='pjit', shard_params=False, accumulate=1, leave_one_out=False

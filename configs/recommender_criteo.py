@@ -98,6 +98,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     exclude=(),
     menus=(),
     groups=(),
+    strategies=(),
     weight_clip='absmax',
     act_clip='4',  # A number as text, so that a name may replace it.
     act_threshold='deviation' if arg.preset == 'paper' else 'magnitude',
@@ -140,6 +141,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     checkpoint_every=checkpoint_every,
     checkpoints_kept=2,
     settle_batches=3 if arg.smoke else 20,
+    frozen=False,
+    teacher=False,
   )
   config.parallel = dict(
     mode='pjit', shard_params=False, accumulate=1, leave_one_out=False

@@ -96,7 +96,7 @@ def export(
   variables = dict(
     params=run.state.served_params,
     arch=experiment.space.expand(choices),
-    **evaluation.settled(
+    **evaluation.served(
       experiment,
       run.state,
       choices,

@@ -20,8 +20,8 @@ import jax
 from ml_collections import config_flags
 
 from fliqs_jax.run import loop
-from fliqs_jax.run import run_log
 from fliqs_jax.run import train
+from fliqs_jax.run.records import run_log
 from fliqs_jax.runtime import checkpoint
 from fliqs_jax.runtime import commands
 from fliqs_jax.runtime import devices

@@ -28,8 +28,8 @@ FLOORS = (
 # which `digits` is a builder and `tfds_records` a reader.
 ROOMS = {
   'orbax': ('runtime/array_files.py',),
-  'clu': ('run/metrics.py',),
-  'tensorboardX': ('run/metrics.py',),
+  'clu': ('run/records/metrics.py',),
+  'tensorboardX': ('run/records/metrics.py',),
   'tensorflow_datasets': ('data/digits.py', 'data/tfds_records.py'),
   'sklearn': ('data/digits.py',),
   'grain': ('data/pipeline.py',),

@@ -12,9 +12,9 @@ from fliqs_jax.comparison import methods as methods_lib
 from fliqs_jax.comparison import plan as plan_lib
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import results
-from fliqs_jax.run import run_log
 from fliqs_jax.run import sensitivity_table
 from fliqs_jax.run import train
+from fliqs_jax.run.records import run_log
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import presets

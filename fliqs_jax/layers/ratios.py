@@ -6,7 +6,7 @@ layer, in the order of the program, finds its own in the call's input, which the
 layers before have quantized with theirs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import functools
 import math
 from typing import Any
@@ -59,16 +59,13 @@ def found(
     {side: [K, number of scales] ratios of the largest magnitudes}, 1 for
     formats without a strategy.
   """
-  sides = {
-    side: _Side(side, x, axes[side]) for side, x in operands.items()
-  }
+  sides = {side: _Side(side, x, axes[side]) for side, x in operands.items()}
 
   @functools.cache
   def directions(grid_format: formats.NumericFormat) -> dict[str, jax.Array]:
     x, w = sides['activations'], sides['weights']
     on_grids = tuple(
-      side.on_grid(grid_format if menus[side.name] else None)
-      for side in (x, w)
+      side.on_grid(grid_format if menus[side.name] else None) for side in (x, w)
     )
     starts = (x.start(grid_format), jnp.ones_like(w.peak))
     ratios = strategies.eq(
@@ -136,7 +133,7 @@ class _Side:
     of_row = functools.partial(strategies.kl, numeric_format=option)
     if size < strategies.LEAST_VALUES:
       return jnp.ones_like(self.peak)
-    return lax.map(of_row, rows).reshape(self.peak.shape)
+    return lax.map(of_row, rows, batch_size=8).reshape(self.peak.shape)
 
   def admm(self, option: formats.NumericFormat) -> jax.Array:
     """Returns the ratio of `admm` of each scale."""

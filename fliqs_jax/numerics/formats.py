@@ -4,7 +4,6 @@ from collections.abc import Sequence
 import dataclasses
 import re
 
-
 # The candidates of DQSS; `numerics.strategies` computes their thresholds.
 STRATEGIES = ('max_abs', 'kl', 'eq', 'admm')
 

@@ -8,6 +8,7 @@ of the grid, as ratios of the largest magnitude; so `max_abs` is 1.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import lax
@@ -33,7 +34,6 @@ _EQUAL = 1e-6
 
 Product = Callable[[quantize.Quantized, quantize.Quantized], jax.Array]
 OnGrid = Callable[[jax.Array], quantize.Quantized]  # From ratios.
-_Three = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def kl(x: jax.Array, numeric_format: formats.NumericFormat) -> jax.Array:
@@ -64,54 +64,71 @@ def kl(x: jax.Array, numeric_format: formats.NumericFormat) -> jax.Array:
   place = jnp.minimum(place.astype(jnp.int32), _BINS - 1)
   histogram = jnp.zeros(_BINS, jnp.int32).at[place].add(magnitudes > 0)
   kept = jnp.arange(groups, _BINS)
-  divergences = lax.map(
-    lambda bins: _divergence(histogram, bins, groups), kept, batch_size=64
-  )
+  divergences = _divergences(histogram, kept, groups)
   filled = jnp.cumsum(histogram > 0)[kept - 1]
   divergences = jnp.where(filled >= groups, divergences, jnp.inf)
-  best = (kept[jnp.argmin(divergences)] + 0.5) / _BINS
+  best = (kept[0] + jnp.argmin(divergences) + 0.5) / _BINS
   return jnp.where(jnp.isfinite(jnp.min(divergences)), best, 1.0)
 
 
-def _divergence(
-  histogram: jax.Array, bins: jax.Array, groups: int
+def _divergences(
+  histogram: jax.Array, kept: jax.Array, groups: int
 ) -> jax.Array:
-  """Returns the divergence of a histogram whose first bins are merged.
+  """Returns the divergence for each number of bins that is kept, [M] float32.
+
+  With the share P of a bin and Q of its candidate it is the sum of P log P/Q.
+  Bins within a group have the same Q, so a group needs only their sum.
 
   Args:
     histogram: [_BINS] int32.
-    bins: [] int32, how many are kept; the others are clipped.
-    groups: how many groups they are merged into, a power of two.
+    kept: [M] numbers of bins; what lies beyond is added to the last of them.
+    groups: G, the number of groups that they are merged into, a power of two.
   """
-  index = jnp.arange(_BINS)
-  is_kept = index < bins
-  inside = jnp.where(is_kept, histogram, 0)
-  clipped = jnp.sum(histogram) - jnp.sum(inside)
-  reference = inside + jnp.where(index == bins - 1, clipped, 0)
-  # Exact: the number of groups is a power of two.
-  edges = jnp.arange(groups + 1) * (bins / groups)
-  per_bin = _between(inside, edges) / jnp.maximum(
-    _between(jnp.sign(inside), edges), 1e-30
+  sums = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(histogram)])
+  filled = (histogram > 0).astype(jnp.int32)
+  filled_sums = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(filled)])
+  # [M, G + 1] the ends of groups, exact: G is a power of two.
+  edges = jnp.arange(groups + 1)[None] * (kept[:, None] / groups)
+  floor = jnp.floor(edges).astype(jnp.int32)
+  ceiling = jnp.ceil(edges).astype(jnp.int32)
+  part = edges - floor
+  cut_bin = jnp.minimum(floor, _BINS - 1)
+
+  def of_groups(sums: jax.Array, counts: jax.Array) -> jax.Array:
+    # The difference of integers comes first: it is exact.
+    whole = jnp.diff(sums[floor]).astype(jnp.float32)
+    return whole + jnp.diff(part * counts[cut_bin])
+
+  level = of_groups(sums, histogram) / jnp.maximum(
+    of_groups(filled_sums, filled), 1e-30
   )
-  # A group is at least as wide as a bin, which so lies in two groups at most.
-  first = jnp.minimum(index * groups // bins, groups - 1)
-  second = jnp.minimum(first + 1, groups - 1)
-  share = jnp.clip(edges[first + 1] - index, 0.0, 1.0)
-  merged = share * per_bin[first] + (1.0 - share) * per_bin[second]
-  merged = jnp.where(inside > 0, merged, 0.0)
-  p = reference / jnp.maximum(jnp.sum(histogram), 1)
-  q = merged / jnp.maximum(jnp.sum(inside), 1)
-  term = jnp.where(q > 0, p * jnp.log(p / jnp.where(q > 0, q, 1.0)), _MISSING)
-  return jnp.sum(jnp.where(p > 0, term, 0.0))
+  within = sums[floor[:, 1:]] - sums[jnp.minimum(ceiling[:, :-1], floor[:, 1:])]
+  # A group is at least as wide as a bin, which so lies in two at most.
+  mixed = part[:, 1:-1] * level[:, :-1] + (1 - part[:, 1:-1]) * level[:, 1:]
+  cut = jnp.where(part[:, 1:-1] > 0, histogram[cut_bin[:, 1:-1]], 0)
+  log_q = jnp.sum(_times_log(within, level), axis=1) + jnp.sum(
+    _times_log(cut, mixed), axis=1
+  )
+  total = jnp.maximum(sums[-1], 1).astype(jnp.float32)
+  inside = jnp.maximum(sums[kept], 1).astype(jnp.float32)
+  own = _times_log(histogram, histogram / total)
+  log_p = jnp.concatenate([jnp.zeros(1), jnp.cumsum(own)])[kept]
+  divergence = (log_p - log_q + sums[kept] * jnp.log(inside)) / total
+  # So far without what is clipped: the last bin gets it.
+  last = histogram[kept - 1]
+  whole_last = part[:, -2] * (floor[:, -2] == kept - 1)
+  q = jnp.where(whole_last > 0, mixed[:, -1], level[:, -1]) / inside
+  p, before = (last + sums[-1] - sums[kept]) / total, last / total
+  changed = _times_log(p, p / jnp.where(last > 0, q, 1.0)) - _times_log(
+    before, before / jnp.where(last > 0, q, 1.0)
+  )
+  missing = jnp.where(p > 0, _MISSING, 0.0)
+  return divergence + jnp.where(last > 0, changed, missing)
 
 
-def _between(counts: jax.Array, edges: jax.Array) -> jax.Array:
-  """Returns the counts [N] between edges [M + 1] that may cut bins, [M]."""
-  whole = jnp.floor(edges).astype(jnp.int32)
-  sums = jnp.concatenate([jnp.zeros(1, counts.dtype), jnp.cumsum(counts)])
-  cut = (edges - whole) * counts[jnp.minimum(whole, _BINS - 1)]
-  # The difference of integers comes first: it is exact.
-  return jnp.diff(sums[whole]).astype(jnp.float32) + jnp.diff(cut)
+def _times_log(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Returns x log y, and 0 where x is 0."""
+  return jnp.where(x > 0, x * jnp.log(jnp.where(x > 0, y, 1.0)), 0.0)
 
 
 def admm(
@@ -189,68 +206,25 @@ def eq(
     Ratios of the activations and of the weights.
   """
   on_x, on_w = on_grids
-  exact = quantize.Quantized(w, jnp.ones_like(starts[1]))
+  layer = _Directions(product, x, w, jnp.ones_like(starts[1]), has_examples)
   multiples = jnp.linspace(_LEAST, _MOST, _CANDIDATES)
-
-  def sums(x_q: quantize.Quantized, w_q: quantize.Quantized) -> _Three:
-    """Returns <y, y'>, <y, y> and <y', y'> [examples, *scales]; y' is exact."""
-
-    def one(values: jax.Array, exact_values: jax.Array) -> _Three:
-      # The gradient with respect to the scale of a channel is the sum of its
-      # outputs times the cotangent: it knows the channels of any product.
-      def outputs(scale: jax.Array) -> jax.Array:
-        return product(
-          quantize.Quantized(values, x_q.scale),
-          quantize.Quantized(w_q.values, scale),
-        )
-
-      def exact_outputs(scale: jax.Array) -> jax.Array:
-        return product(
-          quantize.unquantized(exact_values), exact._replace(scale=scale)
-        )
-
-      y, pull = jax.vjp(outputs, w_q.scale)
-      y_exact, pull_exact = jax.vjp(exact_outputs, exact.scale)
-      return (
-        pull(y_exact)[0] * w_q.scale,
-        pull(y)[0] * w_q.scale,
-        pull_exact(y_exact)[0],
-      )
-
-    if not has_examples:
-      return tuple(s[None] for s in one(x_q.values, x))
-    return jax.vmap(lambda v, e: one(v[None], e[None]))(x_q.values, x)
-
-  def cosine(dot: jax.Array, own: jax.Array, other: jax.Array) -> jax.Array:
-    norm = jnp.sqrt(own * other)
-    return jnp.mean(jnp.where(norm > 0, dot / norm, 0.0), axis=0)
-
-  def of_channels(ratios: jax.Array, x_q: quantize.Quantized) -> jax.Array:
-    return cosine(*sums(x_q, on_w(ratios)))
-
-  def of_all(ratio: jax.Array, w_q: quantize.Quantized) -> jax.Array:
-    totals = (s.reshape(len(s), -1).sum(1) for s in sums(on_x(ratio), w_q))
-    return cosine(*totals)
-
-  def best(cosines: jax.Array, start: jax.Array) -> jax.Array:
-    """Returns the least of the best candidates; the start if all are equal."""
-    is_best = cosines >= jnp.max(cosines, axis=0, keepdims=True) - _EQUAL
-    found = start * multiples[jnp.argmax(is_best, axis=0)]
-    return jnp.where(jnp.all(is_best, axis=0), start, found)
 
   def turn(carry: tuple) -> tuple:
     count, ratio, ratios, _, before = carry
     x_q = on_x(ratio)
-    new_ratios = best(
-      lax.map(lambda m: of_channels(m * starts[1], x_q), multiples), starts[1]
+    of_channels = lax.map(
+      lambda m: layer.of_channels(x_q, on_w(m * starts[1])), multiples
     )
+    new_ratios = _best(of_channels, multiples, starts[1])
     w_q = on_w(new_ratios)
-    cosines = lax.map(lambda m: of_all(m * starts[0], w_q), multiples)
-    after = jnp.max(cosines)
+    of_all = lax.map(
+      lambda m: layer.of_all(on_x(m * starts[0]), w_q), multiples
+    )
+    after = jnp.max(of_all)
     rose = after > before + _EQUAL
     return (
       count + 1,
-      jnp.where(rose, best(cosines, starts[0]), ratio),
+      jnp.where(rose, _best(of_all, multiples, starts[0]), ratio),
       jnp.where(rose, new_ratios, ratios),
       rose,
       jnp.maximum(after, before),
@@ -262,3 +236,92 @@ def eq(
   first = (0, *starts, jnp.array(True), jnp.array(-jnp.inf))
   _, ratio, ratios, _, _ = lax.while_loop(rises, turn, first)
   return ratio, ratios
+
+
+def _best(
+  cosines: jax.Array, multiples: jax.Array, start: jax.Array
+) -> jax.Array:
+  """Returns the least of the best candidates; the start if all are equal."""
+  is_best = cosines >= jnp.max(cosines, axis=0, keepdims=True) - _EQUAL
+  found = start * multiples[jnp.argmax(is_best, axis=0)]
+  return jnp.where(jnp.all(is_best, axis=0), start, found)
+
+
+class _Directions:
+  """Compares a layer's output with that of unquantized operands."""
+
+  def __init__(
+    self,
+    product: Product,
+    x: jax.Array,
+    w: jax.Array,
+    ones: jax.Array,
+    has_examples: bool,
+  ):
+    """Computes the exact output.
+
+    Args:
+      product: (activations, weights) -> output.
+      x: [...] activations.
+      w: [...] weights.
+      ones: ones of the shape of the scales of the weights.
+      has_examples: whether the first axis of x and of the output are examples.
+    """
+    self._product, self._has_examples = product, has_examples
+
+    def exact(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+      y, pull = self._pulled(quantize.unquantized(values), w, ones)
+      return y, pull(y)
+
+    y, self._squares = self._each(exact, x)
+    self._y = y.reshape(-1, *y.shape[2:]) if has_examples else y[0]
+
+  def of_channels(
+    self, x_q: quantize.Quantized, w_q: quantize.Quantized
+  ) -> jax.Array:
+    """Returns the cosine of each channel, the mean over examples."""
+    return _cosine(*self._sums(x_q, w_q), self._squares)
+
+  def of_all(
+    self, x_q: quantize.Quantized, w_q: quantize.Quantized
+  ) -> jax.Array:
+    """Returns the cosine of the whole output, the mean over examples."""
+    sums = (*self._sums(x_q, w_q), self._squares)
+    return _cosine(*(s.reshape(len(s), -1).sum(1) for s in sums))
+
+  def _sums(
+    self, x_q: quantize.Quantized, w_q: quantize.Quantized
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns <y, y'> and <y, y> [examples, *scales]; y' is exact."""
+
+    def sums(values: jax.Array, exact: jax.Array) -> tuple:
+      x = quantize.Quantized(values, x_q.scale)
+      y, pull = self._pulled(x, w_q.values, w_q.scale)
+      return pull(exact) * w_q.scale, pull(y) * w_q.scale
+
+    return self._each(sums, x_q.values, self._y)
+
+  def _pulled(
+    self, x: quantize.Quantized, values: jax.Array, scale: jax.Array
+  ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Returns the output, and sums of it times another one by channels.
+
+    The gradient with respect to the scale of a channel is the sum of its
+    outputs, without the scale, times the cotangent: so it knows the channels of
+    any product.
+    """
+    y, pull = jax.vjp(
+      lambda scale: self._product(x, quantize.Quantized(values, scale)), scale
+    )
+    return y, lambda other: pull(other)[0]
+
+  def _each(self, function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """Calls a function on each example; results have an axis in front."""
+    if not self._has_examples:
+      return jax.tree.map(lambda s: s[None], function(*arrays))
+    return jax.vmap(lambda *one: function(*(a[None] for a in one)))(*arrays)
+
+
+def _cosine(dot: jax.Array, own: jax.Array, other: jax.Array) -> jax.Array:
+  norm = jnp.sqrt(own * other)
+  return jnp.mean(jnp.where(norm > 0, dot / norm, 0.0), axis=0)

@@ -59,6 +59,15 @@ class Contraction:
     """Returns the axes of an operand that share a scale as weights."""
     raise NotImplementedError
 
+  def has_examples(self, side: int) -> bool:
+    """Returns whether the first axis of an operand may be examples.
+
+    Args:
+      side: which operand is the activations.
+    """
+    del side
+    return False
+
   def slices(self) -> tuple[int, ...]:
     """Returns the lengths of axes of which each entry is a product apart."""
     return ()
@@ -142,6 +151,11 @@ class Dot(Contraction):
   def summed(self, side: int) -> tuple[int, ...]:
     """The contracted axes."""
     return tuple(self.numbers[0][side])
+
+  def has_examples(self, side: int) -> bool:
+    """If it is neither summed nor a batch axis, and not the only other one."""
+    own = (*self.numbers[0][side], *self.numbers[1][side])
+    return 0 not in own and len(self.shapes[side]) > 2
 
   def slices(self) -> tuple[int, ...]:
     """The lengths of the batch axes."""
@@ -240,6 +254,11 @@ class Conv(Contraction):
     """All axes but the output channels."""
     assert side == 1
     return tuple(i for i in range(len(self.shapes[1])) if i != self._kernel[0])
+
+  def has_examples(self, side: int) -> bool:
+    """The first axis of images is their number."""
+    del side
+    return self.options['dimension_numbers'].lhs_spec[0] == 0
 
   def floats(self, lhs: Any, rhs: Any) -> Any:
     """The convolution of floats."""

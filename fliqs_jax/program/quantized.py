@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.layers import grids
+from fliqs_jax.layers import ratios
 from fliqs_jax.numerics import float_ops
+from fliqs_jax.numerics import formats
 from fliqs_jax.numerics import mixture
 from fliqs_jax.numerics import quantize
 from fliqs_jax.program import contractions
@@ -35,6 +37,7 @@ class Quantized:
     spec: the rules for thresholds and mixtures.
     choices: the formats of each product.
     learns: whether statistics learn from the operands.
+    calibrates: whether strategies find their thresholds in the operands.
     notes: what is noted of each product: `operands`, `inputs` or nothing.
   """
 
@@ -44,10 +47,12 @@ class Quantized:
     choices: Choices,
     learns: bool = False,
     notes: str = '',
+    calibrates: bool = False,
   ):
     self.spec = spec
     self.choices = choices
     self.learns = learns
+    self.calibrates = calibrates
     self.notes = notes
 
   def first_statistics(self, product: products_lib.Product) -> dict[str, Any]:
@@ -63,6 +68,11 @@ class Quantized:
     }
     if product.side is not None:
       first = first.get('activations', {})
+      if product.kind != 'embed' and formats.has_strategies(
+        weights := menus['weights'] or ()
+      ):
+        ones = np.ones((len(weights), product.channels), np.float32)
+        first = {**first, 'weight_ratio': ones}
     return jax.tree.map(
       lambda x: np.broadcast_to(x, product.stack + x.shape), first
     )
@@ -101,10 +111,6 @@ class Quantized:
     values = dict(activations=x, weights=w)
     if self.learns:
       statistics = self._observed(product, values, statistics)
-    on_grids = {
-      side: self._on_grid(product, contraction, side, value, statistics)
-      for side, value in values.items()
-    }
     right = sides['weights']
 
     def op(x: quantize.Quantized, w: quantize.Quantized) -> jax.Array:
@@ -115,6 +121,14 @@ class Quantized:
         return y
       return float_ops.computed_once(y, w.scale)
 
+    if self.calibrates:
+      statistics = self._calibrated(
+        product, contraction, op, values, statistics
+      )
+    on_grids = {
+      side: self._on_grid(product, contraction, side, value, statistics)
+      for side, value in values.items()
+    }
     tied = self.choices[product.path].tied
     if (
       self.spec.mix == 'branched'
@@ -152,11 +166,42 @@ class Quantized:
 
   def _observed(self, product, values, statistics) -> Any:
     if product.side is not None:
-      return statistics and grids.observed(statistics, values['activations'])
+      if 'count' not in statistics:  # Activations are not quantized.
+        return statistics
+      return grids.observed(statistics, values['activations'])
     return {
       side: grids.observed(own, values[side])
       for side, own in statistics.items()
     }
+
+  def _calibrated(self, product, contraction, op, values, statistics) -> Any:
+    """Returns the statistics with the ratios that strategies find."""
+    summed = {
+      side: tuple(range(x.ndim))
+      if _is_activation(product, side)
+      else contraction.summed(product.side)
+      for side, x in values.items()
+    }
+    found = ratios.found(
+      op,
+      values,
+      self._menus(product),
+      summed,
+      contraction.has_examples(1 - product.sides()['weights']),
+    )
+    statistics = dict(statistics)
+    for side, new in found.items():
+      if not _is_activation(product, side):
+        statistics['weight_ratio'] = new
+        continue
+      own = statistics if product.side is not None else statistics[side]
+      ratio = ratios.of_activations(new, values[side], own['largest'])
+      changed = {**own, 'ratio': ratio}
+      if product.side is not None:
+        statistics = {**statistics, **changed}
+      else:
+        statistics[side] = changed
+    return statistics
 
   def _on_grid(self, product, contraction, side, x, statistics) -> Any:
     """Returns an operand as a function of its format."""
@@ -165,7 +210,13 @@ class Quantized:
       return lambda one_hot: quantize.unquantized(x)
     if not _is_activation(product, side):
       summed = contraction.summed(product.side)
-      return grids.weights(x, menu, self.spec.weight_clip, summed)
+      return grids.weights(
+        x,
+        menu,
+        self.spec.weight_clip,
+        summed,
+        ratios=(statistics or {}).get('weight_ratio'),
+      )
     own = statistics if product.side is not None else statistics[side]
     return grids.activations(x, menu, own, self.spec.act_threshold)
 

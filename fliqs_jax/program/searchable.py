@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fliqs_jax.layers import ratios
 from fliqs_jax.numerics import one_hot as one_hot_lib
 from fliqs_jax.program import equations
 from fliqs_jax.program import finder
@@ -30,7 +31,7 @@ STACKS = ('separate', 'shared')
 # Collections of the search; `operands` and `act_inputs` are only noted.
 _ARCH, _STATS, _COST = 'arch', 'quant_stats', 'cost'
 _NOTES = {'operands': 'operands', 'act_inputs': 'inputs'}
-OWN = frozenset((_ARCH, _STATS, _COST, *_NOTES))
+OWN = frozenset((_ARCH, _STATS, _COST, ratios.COLLECTION, *_NOTES))
 
 
 def searchable(
@@ -188,7 +189,8 @@ class Searchable:
       mutable: False, True, or the names of the collections that may change.
         With `quant_stats` among them, the running statistics are updated; with
         `operands`, the scales and stored weights of each product are noted
-        there, and with `act_inputs` its activations.
+        there, and with `act_inputs` its activations. With `calibration`,
+        strategies find their thresholds, and nothing is put there.
       rngs: {name: typed PRNG key []} of a model that draws random numbers.
       **kwargs: keyword arguments of the model's call, static or arrays.
 
@@ -210,7 +212,9 @@ class Searchable:
     )
     notes = ''.join(_NOTES[name] for name in wanted if name in _NOTES)
     replaced = self.replaced(traced.parts)
-    rule = self._rule(replaced, _STATS in wanted, notes)
+    rule = self._rule(
+      replaced, _STATS in wanted, notes, ratios.COLLECTION in wanted
+    )
     given, stats = self._state(replaced, variables, rule)
     run = rewrite.Rewriter(
       [part.product for part in replaced], rule, every_branch=bool(notes)
@@ -368,10 +372,14 @@ class Searchable:
     return dict(core.unfreeze(self.model.init(rngs, *args, **kwargs)))
 
   def _rule(
-    self, parts: Any, learns: bool = False, notes: str = ''
+    self,
+    parts: Any,
+    learns: bool = False,
+    notes: str = '',
+    calibrates: bool = False,
   ) -> quantized.Quantized:
     choices = {part.product.path: part.choices for part in parts}
-    return quantized.Quantized(self.spec, choices, learns, notes)
+    return quantized.Quantized(self.spec, choices, learns, notes, calibrates)
 
   def _state(
     self,

@@ -99,7 +99,7 @@ class Allocator:
       return {}
     mixture = policy_lib.probabilities(policy)
     soft, hard = (
-      evaluation.settled(experiment, state, each, devices, model).quality
+      evaluation.served(experiment, state, each, devices, model).quality
       for each, model in (
         (mixture, experiment.step_model),
         (choices, experiment.model),

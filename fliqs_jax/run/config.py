@@ -153,6 +153,7 @@ SCHEMA: dict[str, Any] = {
     'exclude': _list_of('patterns of layers', _TEXT),
     'menus': _list_of('pairs (pattern, formats)', _pair(_TEXT, _FORMATS)),
     'groups': _list_of('pairs (name, pattern)', _pair(_TEXT, _TEXT)),
+    'strategies': _list_of('names of strategies', _TEXT),
     'weight_clip': _either(_TEXT, _FINITE),
     'act_clip': _either(_TEXT, _FINITE),
     'act_threshold': _TEXT,
@@ -202,6 +203,8 @@ SCHEMA: dict[str, Any] = {
     'checkpoint_every': _count(1),
     'checkpoints_kept': _count(1),
     'settle_batches': _count(0),
+    'frozen': _of_type(bool),
+    'teacher': _of_type(bool),
   },
   'parallel': {
     'mode': _TEXT,
@@ -218,8 +221,8 @@ SCHEMA: dict[str, Any] = {
 _ADDED = {
   'cost': {'bound': 'near'},
   'search': {'scores': '', 'scorings': 0},
-  'quant': {'act_threshold': 'deviation'},
-  'train': {'dtype': 'float32'},
+  'quant': {'act_threshold': 'deviation', 'strategies': ()},
+  'train': {'dtype': 'float32', 'frozen': False, 'teacher': False},
 }
 
 # Keys on which the training of the network does not depend.

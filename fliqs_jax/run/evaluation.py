@@ -4,9 +4,8 @@ The running statistics are first settled for the architecture; then the test
 split is read. A finished run is restored from its last checkpoint.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import itertools
-import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import numpy as np
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import results
+from fliqs_jax.run import statistics as statistics_lib
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import restoring
 from fliqs_jax.runtime import workdir as workdir_lib
@@ -27,15 +27,12 @@ from fliqs_jax.tasks import super_resolution
 
 # Batches of the validation split on which a quality is measured.
 _BATCHES = 8
-# Examples of a batch by which statistics are settled, and the largest number of
-# training batches that make one.
-_SETTLED, _MOST_JOINED = 1024, 16
 # Test pictures that are kept, evenly spaced: crops of one picture are next to
 # each other.
 _PICTURES = 4
 
 
-class Settled(NamedTuple):
+class Served(NamedTuple):
   """Statistics of one architecture, and how good it is with them.
 
   Attributes:
@@ -47,13 +44,13 @@ class Settled(NamedTuple):
   quality: float
 
 
-def settled(
+def served(
   experiment: experiment_lib.Experiment,
   state: Any,
   choices: Mapping[str, Any],
   devices: devices_lib.Devices,
   model: nn.Module | None = None,
-) -> Settled:
+) -> Served:
   """Returns the statistics with which an architecture is served.
 
   Of those that training left and of settled ones, those with the better
@@ -76,76 +73,20 @@ def settled(
   step = devices.jit(train_step.eval_step(model.apply, measure))
   arch = experiment.space.expand(choices)
 
-  def measured(statistics: Mapping[str, Any]) -> Settled:
+  def measured(statistics: Mapping[str, Any]) -> Served:
     batches = itertools.islice(experiment.streams.valid(0), _BATCHES)
     qualities = [
       step(state.served_params, statistics, arch, batch)['quality']
       for batch in devices.feed(batches)
     ]
-    return Settled(statistics, float(np.mean(jax.device_get(qualities))))
+    return Served(statistics, float(np.mean(jax.device_get(qualities))))
 
-  moved = measured(_settled(experiment, state, arch, devices, model))
+  moved = measured(
+    statistics_lib.settled(experiment, state, choices, devices, model)
+  )
   trained = measured(state.model_state)
   # A quality that is not finite is never better.
   return trained if trained.quality > moved.quality else moved
-
-
-def _settled(
-  experiment: experiment_lib.Experiment,
-  state: Any,
-  arch: Any,
-  devices: devices_lib.Devices,
-  model: nn.Module,
-) -> Mapping[str, Any]:
-  """Returns statistics after `train.settle_batches` batches, weights fixed.
-
-  That is the mean over the second half of the batches. A small training batch
-  is joined with the next ones, because its statistics are too noisy.
-  """
-  settle = devices.jit(train_step.settle_step(model.apply))
-  steps = experiment.phases.steps
-  count = experiment.config.train.settle_batches
-  batches = devices.feed(_joined(experiment, steps))
-  mean = model_state = state.model_state
-  for i in range(count):
-    key = jax.random.fold_in(state.key, steps + i)
-    model_state = settle(
-      state.served_params, model_state, arch, next(batches), key
-    )
-    seen = i - count // 2
-    mean = _averaged(mean, model_state, seen) if seen > 0 else model_state
-  return mean
-
-
-def _joined(
-  experiment: experiment_lib.Experiment, step: int
-) -> Iterator[Mapping[str, Any]]:
-  """Yields training batches from a step on, small ones joined to larger ones.
-
-  They have some `_SETTLED` examples, if that takes at most `_MOST_JOINED`
-  training batches: the forward pass needs no more memory than training then.
-  """
-  size = experiment.config.data.batch_size
-  number = min(math.ceil(_SETTLED / size), _MOST_JOINED)
-  batches = iter(experiment.streams.train(step))
-  while True:
-    parts = list(itertools.islice(batches, number))
-    yield jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
-
-
-@jax.jit
-def _averaged(mean: Any, new: Any, seen: Any) -> Any:
-  """Returns the mean of `seen` values and a new one; of integers the new one.
-
-  What does not change, such as an infinite threshold, stays bit for bit.
-  """
-
-  def averaged(mean: jax.Array, new: jax.Array) -> jax.Array:
-    if not jnp.issubdtype(new.dtype, jnp.floating):
-      return new
-    return jnp.where(new == mean, new, mean + (new - mean) / (seen + 1))
-
-  return jax.tree.map(averaged, mean, new)
 
 
 def test_metrics(
@@ -307,5 +248,5 @@ def evaluate(
   run = restore(workdir)
   choices = choose(run, arch_path, numeric_format)
   devices = devices_lib.one_device(run.experiment.config)
-  served = settled(run.experiment, run.state, choices, devices).statistics
-  return test_metrics(run.experiment, run.state, choices, served, devices)
+  statistics = served(run.experiment, run.state, choices, devices).statistics
+  return test_metrics(run.experiment, run.state, choices, statistics, devices)

@@ -55,6 +55,7 @@ class Experiment:
     model: the network.
     step_model: network of the training step, with the same parameters; its
       layers are relaxed ones for some presets.
+    teacher_model: the network without formats, whose outputs may be labels.
     space: the decisions and ops of the network.
     cost: the cost model of the network.
     target: the cost target C_T, in the cost's unit.
@@ -72,6 +73,7 @@ class Experiment:
   spec: quant_spec.QuantSpec
   model: nn.Module
   step_model: nn.Module
+  teacher_model: nn.Module
   space: search_space.SearchSpace
   cost: cost_model.Cost
   target: float
@@ -121,8 +123,16 @@ class Experiment:
       mix=self.mix,
       ema_decay=self.config.optimizer.ema_decay,
       accumulate=self.config.parallel.accumulate,
+      frozen=self.config.train.frozen,
+      teacher=self._labels if self.config.train.teacher else None,
       replicas=devices_lib.replicas(self.config.parallel),
     )
+
+  def _labels(self, variables: Mapping[str, Any], inputs: Any) -> Any:
+    """Returns the labels that the network without formats gives to inputs."""
+    kept = {k: v for k, v in variables.items() if k != 'quant_stats'}
+    outputs = self.teacher_model.apply(kept, inputs, train=False)
+    return self.task.labels_of(outputs)
 
   @property
   def binding(self) -> dict[str, Any]:
@@ -142,6 +152,18 @@ class Experiment:
   def is_scored(self) -> bool:
     """Whether options are scored and the budget is solved from the scores."""
     return self.config.search.scorings > 0 and not self.space.is_fixed
+
+  @property
+  def calibrations(self) -> tuple[int, ...]:
+    """The steps before which strategies find their thresholds.
+
+    They do so, too, when an architecture was allocated, and at the end.
+    """
+    if not self.spec.has_strategies:
+      return ()
+    phases = self.phases
+    fixed = (phases.freeze,) if self.space.is_fixed else ()
+    return (phases.act_start, phases.search_start, *fixed)
 
   @property
   def allocations(self) -> tuple[int, ...]:
@@ -219,6 +241,7 @@ def build(
   )
   optimizer = _optimizer(config, phases.steps)
   task = fitting.of(config)
+  _check_frozen(config)
   if arch is None and config.quant.arch:
     arch = arch_file.read(config.quant.arch)
   _check_formats(config)
@@ -256,6 +279,7 @@ def build(
     spec=spec,
     model=model,
     step_model=build_model(dataclasses.replace(spec, mix=mixing)),
+    teacher_model=build_model(_unquantized(space)),
     space=space,
     cost=cost,
     target=target,
@@ -265,6 +289,10 @@ def build(
     task=task,
     mix=mix,
   )
+
+
+def _unquantized(space: search_space.SearchSpace) -> quant_spec.QuantSpec:
+  return quant_spec.QuantSpec(exclude=tuple(op.path for op in space.ops))
 
 
 def _sizes(
@@ -323,6 +351,7 @@ def _spec(
     exclude=tuple(quant.exclude),
     menus=tuple(quant.menus),
     groups=tuple(quant.groups),
+    strategies=tuple(quant.strategies),
     weight_clip=_clip(quant.weight_clip),
     act_clip=_clip(quant.act_clip),
     act_threshold=quant.act_threshold,
@@ -358,6 +387,24 @@ def _check_formats(config) -> None:
       formats.parse(name)
 
 
+def _check_frozen(config) -> None:
+  if config.train.frozen and not config.init_from:
+    raise ValueError(
+      'train.frozen=True keeps the weights as they are, so there must be '
+      'trained ones: name a checkpoint with --init_from'
+    )
+  if config.train.frozen and config.quant.act_start:
+    raise ValueError(
+      f'quant.act_start={config.quant.act_start} must be 0 with train.frozen: '
+      'a trained network needs no steps without quantized activations'
+    )
+  if config.train.teacher and not config.train.frozen:
+    raise ValueError(
+      'train.teacher=True learns from the same network without formats, whose '
+      'weights must not move: set train.frozen=True, too'
+    )
+
+
 def _check_search(keys: ml_collections.ConfigDict, steps: int) -> None:
   presets.check_keys(keys, steps)
   if keys.scorings and keys.scores not in sensitivity.METRICS:
@@ -382,6 +429,8 @@ def _target(
       target *= cost_model.uniform(cost, keys.relative_to)
   least, most = cost_model.bounds(cost)
   slack = _TOLERANCE * most
+  if most - least <= slack and target >= least - slack:
+    return target  # Strategies cost nothing.
   if not space.is_fixed and not least - slack <= target <= most + slack:
     relative = f' x {keys.relative_to}' if keys.relative_to else ''
     raise ValueError(

@@ -10,23 +10,19 @@ from typing import Any
 
 import jax
 
-from fliqs_jax import data
 from fliqs_jax.run import allocator
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import pretrained
-from fliqs_jax.run import run_log
+from fliqs_jax.run import statistics
+from fliqs_jax.run.records import run_log
 from fliqs_jax.runtime import checkpoint
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import monitoring
 from fliqs_jax.runtime import processes
 from fliqs_jax.runtime import workdir as workdir_lib
-from fliqs_jax.search import calibration
-from fliqs_jax.search import policy as policy_lib
 from fliqs_jax.search import train_state
 
 _LOG = logging.getLogger(__name__)
-
-_PROFILE_BATCHES = 10  # Table 10c: from 5 on, their number does not matter.
 
 
 class PreemptedError(RuntimeError):
@@ -183,38 +179,23 @@ def _steps(
   """Takes the steps one by one; yields how many are taken after each."""
   config, phases = experiment.config, experiment.phases
   allocate = allocator.Allocator(experiment, devices)
+  calibrate = statistics.Calibrator(experiment, devices)
   with trace:
     for step, batch in zip(range(first, phases.steps), batches):
       if step == phases.act_start and config.quant.act_clip == 'profiled':
-        result.state = _profile(experiment, devices, result.state)
+        result.state = statistics.profiled(experiment, result.state, devices)
+      if step == 0 and config.train.frozen:
+        result.state = statistics.observed(experiment, result.state, devices)
+      if step in experiment.calibrations:
+        result.state = calibrate(result.state, step)
       if step in experiment.allocations:
         result.state = allocate(result.state, step)
+        # Again, with the formats that were chosen in the layers before.
+        if experiment.spec.has_strategies:
+          result.state = calibrate(result.state, step)
       trace.before(step)
       with jax.transfer_guard_device_to_host('disallow'):
         result.state, metrics = step_fn(result.state, *batch)
         log.add(metrics)
       trace.after(step, metrics)
       yield step + 1
-
-
-def _profile(experiment, devices, state):
-  """Sets each layer's clipping multiples from its own activations."""
-  policy = jax.device_get(state.search_state.policy)
-  variables = {
-    'params': state.params,
-    'arch': experiment.space.expand(policy_lib.argmax(policy)),
-    **state.model_state,
-  }
-  batches = itertools.islice(
-    experiment.streams.train(experiment.phases.act_start), _PROFILE_BATCHES
-  )
-  stats = calibration.profiled_clips(
-    experiment.model.apply,
-    experiment.space,
-    variables,
-    map(data.model_inputs, devices.feed(batches)),
-    experiment.spec.act_threshold,
-    devices.jit_everywhere,
-  )
-  stats = jax.device_put(stats, devices.everywhere)
-  return state.replace(model_state={**state.model_state, 'quant_stats': stats})

@@ -77,7 +77,7 @@ def measure(
     )
   devices = devices_lib.one_device(experiment.config)
   dearest = space.dearest()
-  settled = evaluation.settled(experiment, state, dearest, devices)
+  settled = evaluation.served(experiment, state, dearest, devices)
   examples = experiment.streams.valid(experiment.phases.steps)
   scores = _scorer(experiment, metric, devices)(
     {'params': state.served_params, **settled.statistics},

@@ -93,8 +93,8 @@ def train_and_evaluate(
         arch = results.arch(experiment, choices)
         files.write_json(path / workdir_lib.ARCH, arch)
     # Before other networks train, which may take as long again.
-    settled = evaluation.settled(experiment, run.state, choices, devices)
-    served = experiment, run.state, choices, settled.statistics, devices
+    served = evaluation.served(experiment, run.state, choices, devices)
+    served = experiment, run.state, choices, served.statistics, devices
     found = evaluation.test_metrics(*served)
     _log_found(experiment.task.METRIC, found)
     if len(experiment.streams.label.shape) == 3:

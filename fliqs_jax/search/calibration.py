@@ -1,8 +1,9 @@
-"""Clipping multiples from real activations, at the end of phase one.
+"""Thresholds from the activations of a network.
 
-They are the alternative to the pre-computed table ("Switchable Clipping",
-section 3): for each format of a layer, the multiple of the standard deviation
-with which the threshold quantizes the layer's own activations best.
+Clipping multiples, at the end of phase one, are the alternative to the
+pre-computed table ("Switchable Clipping", section 3): for each format of a
+layer, the multiple of the standard deviation with which the threshold quantizes
+the layer's own activations best. Strategies are those of DQSS.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fliqs_jax import data
+from fliqs_jax.layers import ratios
 from fliqs_jax.numerics import clipping
 from fliqs_jax.numerics import formats
 from fliqs_jax.space import search_space
@@ -90,6 +93,30 @@ def profiled_clips(
   return traverse_util.unflatten_dict(stats, sep='/')
 
 
+def strategy_step(apply: Any) -> Callable[..., Any]:
+  """Returns `(params, model_state, arch, batch) -> model_state`.
+
+  In the inputs of each layer, in order, strategies find their thresholds for
+  its activations and its weights; the layers before have theirs already.
+
+  Args:
+    apply: the model's `apply`, called with (variables, inputs, train=False).
+  """
+
+  def step(
+    params: Any, model_state: Mapping[str, Any], arch: Any, batch: Any
+  ) -> Mapping[str, Any]:
+    _, changed = apply(
+      {'params': params, 'arch': arch, **model_state},
+      data.model_inputs(batch),
+      train=False,
+      mutable=['quant_stats', ratios.COLLECTION],
+    )
+    return {**model_state, 'quant_stats': changed['quant_stats']}
+
+  return step
+
+
 def _multiples(
   values: np.ndarray,
   mean: float,
@@ -103,6 +130,8 @@ def _multiples(
   unit = float(np.hypot(mean, std))
   thresholds = unit * clipping.profiled_multiples(values, unit, menu)
   beyond = np.maximum(thresholds - mean, 0)
+  # A strategy needs no multiple.
+  beyond[[bool(fmt.strategy) for fmt in menu]] = np.inf
   return np.divide(beyond, std) if std else np.where(beyond < np.inf, 0, beyond)
 
 

@@ -16,6 +16,8 @@ _START = 0.25
 # When options are scored if sizes are among them: the weights of a network that
 # is cut out of the largest one need longer than those of other formats.
 _START_OF_SIZES = 0.2
+# Of Adam on the importances; DQSS's is not published.
+_DQSS_RATE = 1e-2
 # The steps for which A.4 gives its learning rate.
 _PAPER_STEPS, _PAPER_RATE = 30_200, 4.6e-3
 
@@ -110,11 +112,15 @@ def _relaxed_keys(steps: int) -> dict[str, Any]:
   )
 
 
+def _dqss_keys(steps: int) -> dict[str, Any]:
+  return _relaxed_keys(steps) | dict(learning_rate=_DQSS_RATE)
+
+
 # The names of `search.preset`. `paper` is the published controller (A.4; gamma
 # is not published), `default` the better one of its kind; `sensitivity` scores
-# each format a few times and solves the budget exactly; `edmips` and `dnas`
-# train mixtures of formats. WORKSPACE.md has the source of each number. Another
-# preset is another row.
+# each format a few times and solves the budget exactly; `edmips`, `dnas` and
+# `dqss` train mixtures of formats. WORKSPACE.md has the source of each number.
+# Another preset is another row.
 PRESETS: dict[str, Preset] = {
   'paper': Preset(
     reinforce.paper, _paper_keys, has_leave_one_out=True, unused=_SCORES
@@ -128,6 +134,9 @@ PRESETS: dict[str, Preset] = {
   ),
   'dnas': Preset(
     relaxed.controller, _relaxed_keys, unused=_NOT_RELAXED, mix='branched'
+  ),
+  'dqss': Preset(
+    relaxed.controller, _dqss_keys, unused=_NOT_RELAXED, mix='composite'
   ),
 }
 

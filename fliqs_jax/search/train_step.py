@@ -49,6 +49,8 @@ def search_step(
   mix: Callable[[jax.Array, Batch], Batch] | None = None,
   ema_decay: float = 0.0,
   accumulate: int = 1,
+  frozen: bool = False,
+  teacher: Callable[[Mapping[str, Any], Any], Any] | None = None,
   replicas: replicas_lib.Replicas = replicas_lib.ONE,
 ) -> Step:
   """Returns the step `(state, train_batch, valid_batch) -> (state, metrics)`.
@@ -74,6 +76,10 @@ def search_step(
     accumulate: number of parts of the training batch, which are taken one after
       another to save memory; must divide the batch. Running statistics see each
       part.
+    frozen: whether weights and running statistics stay as they are, and only
+      the controller learns; the model is then called with train=False.
+    teacher: (variables, inputs) -> labels that replace those of the training
+      batch; None: the batch's own.
     replicas: the copies of this step, if it runs inside `jax.shard_map`; the
       same as the controller's.
 
@@ -99,6 +105,11 @@ def search_step(
     model_state = _in_phase(state.model_state, state.step >= phases.act_start)
     if mix is not None:
       train_batch = mix(jax.random.fold_in(dropout_key, 1), train_batch)
+    if teacher is not None:
+      labels = teacher(
+        {'params': state.params, **model_state}, data.model_inputs(train_batch)
+      )
+      train_batch = {**train_batch, 'label': labels}
 
     (gradients, chosen_gradient), model_state, metrics = replicas.mean(
       _gradients(
@@ -112,13 +123,14 @@ def search_step(
         train_batch,
         dropout_key,
         accumulate,
+        frozen,
       )
     )
-    updates, opt_state = optimizer.update(
-      gradients, state.opt_state, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
     metrics['grad_norm'] = optax.tree.norm(gradients)
+    params, opt_state = state.params, state.opt_state
+    if not frozen:
+      updates, opt_state = optimizer.update(gradients, opt_state, params)
+      params = optax.apply_updates(params, updates)
     average = state.average
     if ema_decay:
       average = optimizers.averaged(average, params, ema_decay, state.step)
@@ -178,13 +190,14 @@ def _gradients(
   batch: Batch,
   key: jax.Array,
   accumulate: int,
+  frozen: bool,
 ) -> tuple[tuple[Any, Any], ModelState, Metrics]:
-  """Returns gradients, the collections that changed, and metrics.
+  """Returns gradients, the collections after the batch, and metrics.
 
-  The gradients are those with respect to the parameters and, if
-  `differentiates`, to the choices; None otherwise.
+  The gradients are those with respect to the parameters, unless they are
+  `frozen`, and to the choices, if it `differentiates`; None otherwise.
   """
-  arguments = (0, 1) if differentiates else (0,)
+  arguments = (*((0,) * (not frozen)), *((1,) * differentiates))
 
   def of(
     model_state: ModelState, batch: Batch, key: jax.Array
@@ -193,17 +206,21 @@ def _gradients(
       outputs, changed = apply(
         {'params': params, 'arch': expand(choices), **model_state},
         data.model_inputs(batch),
-        train=True,
-        mutable=list(model_state),
+        train=not frozen,
+        mutable=[] if frozen else list(model_state),
         rngs={'dropout': key},
       )
       value, metrics = loss(outputs, batch)
-      return value, (changed, metrics)
+      return value, ({**model_state, **changed}, metrics)
 
-    gradients, (changed, metrics) = jax.grad(
-      train_loss, arguments, has_aux=True
-    )(params, choices)
-    return changed, ((*gradients, None)[:2], metrics)
+    if not arguments:
+      _, (changed, metrics) = train_loss(params, choices)
+      return changed, ((None, None), metrics)
+    found, (changed, metrics) = jax.grad(train_loss, arguments, has_aux=True)(
+      params, choices
+    )
+    gradients = dict(zip(arguments, found))
+    return changed, ((gradients.get(0), gradients.get(1)), metrics)
 
   if accumulate == 1:
     changed, (gradients, metrics) = of(model_state, batch, key)
@@ -309,7 +326,7 @@ def eval_step(
 
 
 def settle_step(
-  apply: Apply,
+  apply: Apply, frozen: bool = False
 ) -> Callable[[Any, ModelState, Any, Batch, jax.Array], ModelState]:
   """Returns the step `(params, model_state, arch, batch, key) -> model_state`.
 
@@ -318,6 +335,8 @@ def settle_step(
 
   Args:
     apply: the model's `apply`, called with (variables, inputs, train=True).
+    frozen: whether only the statistics of activations move; the model is then
+      called with train=False.
   """
 
   def step(
@@ -327,13 +346,14 @@ def settle_step(
     batch: Batch,
     key: jax.Array,
   ) -> ModelState:
+    moving = ('quant_stats',) if frozen else tuple(model_state)
     _, settled = apply(
       {'params': params, 'arch': arch, **model_state},
       data.model_inputs(batch),
-      train=True,
-      mutable=list(model_state),
+      train=not frozen,
+      mutable=[name for name in moving if name in model_state],
       rngs={'dropout': key},
     )
-    return settled
+    return {**model_state, **settled}
 
   return step

@@ -125,16 +125,24 @@ class QuantSpec:
     """The `act_clip` that is used until activations are profiled."""
     return 'laplacian' if self.act_clip == 'profiled' else self.act_clip
 
-  def _check_clips(self) -> None:
+  @property
+  def has_strategies(self) -> bool:
+    """Whether any format has a strategy, which a calibration must serve."""
+    return any(map(formats.has_strategies, self._menus()))
+
+  def _menus(self) -> list[Menu]:
     menus = [self.formats, *(menu for _, menu in self.menus)]
     for _, sides in self.assignment or ():
       menus += [menu for menu in sides if menu]
+    return menus
+
+  def _check_clips(self) -> None:
     for key, clip in (
       ('weight_clip', self.weight_clip),
       ('act_clip', self.first_act_clip),
     ):
       try:
-        for menu in menus:
+        for menu in self._menus():
           clipping.multiples(clip, menu)
       except ValueError as error:
         raise ValueError(f'quant.{key}: {error}') from None

@@ -2,8 +2,9 @@
 
 A task is a module with `METRIC`, `UNIT` (of the metric: '%' of a fraction of 1,
 or 'dB'), `LEAST_CLASSES` (of how many classes the test split must have
-examples), `output_shape`, `loss`, `QUALITIES`, `measure` and `summarize`;
-`classification` is an example.
+examples), `output_shape`, `loss`, `QUALITIES`, `labels_of` (what the outputs of
+a teacher are as labels), `measure` and `summarize`; `classification` is an
+example.
 """
 
 from fliqs_jax.tasks import classification

@@ -70,6 +70,11 @@ def minus_cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
 QUALITIES = {'accuracy': accuracy, 'cross_entropy': minus_cross_entropy}
 
 
+def labels_of(outputs: jax.Array) -> jax.Array:
+  """Returns what a network teaches with its logits [N, C]: probabilities."""
+  return jax.nn.softmax(outputs)
+
+
 def measure(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
   """Returns sums over the real examples of a padded batch.
 

@@ -73,6 +73,11 @@ def minus_cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
 QUALITIES = {'auc': auc, 'cross_entropy': minus_cross_entropy}
 
 
+def labels_of(outputs: jax.Array) -> jax.Array:
+  """Returns what a network teaches with its logits [N]: probabilities."""
+  return jax.nn.sigmoid(outputs)
+
+
 def measure(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
   """Returns sums over the real examples of a padded batch.
 

@@ -80,6 +80,11 @@ def mean_psnr(outputs: jax.Array, batch: Batch) -> jax.Array:
 QUALITIES = {'psnr': mean_psnr, 'l1': minus_l1}
 
 
+def labels_of(outputs: jax.Array) -> jax.Array:
+  """Returns what a network teaches with its pictures: 0 to 255, unrounded."""
+  return outputs * _PEAK
+
+
 def measure(outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
   """Returns sums over the real examples of a padded batch.
 

@@ -18,9 +18,9 @@ import pytest
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import loop
-from fliqs_jax.run import metrics
-from fliqs_jax.run import run_log
 from fliqs_jax.run import train
+from fliqs_jax.run.records import metrics
+from fliqs_jax.run.records import run_log
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import restoring
 from tests import helpers
@@ -154,7 +154,7 @@ def test_statistics_are_the_settled_or_the_trained_ones(finished, monkeypatch):
   devices = devices_lib.one_device(run.experiment.config)
 
   def chosen(state):
-    found = evaluation.settled(run.experiment, state, run.choices, devices)
+    found = evaluation.served(run.experiment, state, run.choices, devices)
     return found.statistics
 
   # All activations are clipped to nearly nothing, so every class is as likely.

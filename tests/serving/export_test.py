@@ -98,7 +98,7 @@ def test_the_export_is_the_evaluated_model_bit_for_bit(workdir, exported):
   variables = dict(
     params=run.state.served_params,
     arch=run.experiment.space.expand(choices),
-    **evaluation.settled(
+    **evaluation.served(
       run.experiment,
       run.state,
       choices,

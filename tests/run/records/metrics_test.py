@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from fliqs_jax.run import metrics
+from fliqs_jax.run.records import metrics
 from fliqs_jax.runtime import checkpoint
 from fliqs_jax.runtime import files
 
@@ -337,7 +337,7 @@ sys.meta_path.insert(0, Watch())
 import fliqs_jax
 assert not Watch.tried & {'orbax', 'clu', 'tensorboardX', 'tensorflow'}
 import fliqs_jax.runtime.checkpoint
-import fliqs_jax.run.metrics
+import fliqs_jax.run.records.metrics
 assert {'orbax', 'clu', 'tensorboardX'} <= Watch.tried
 assert 'tensorflow' not in Watch.tried
 """

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from fliqs_jax.run import experiment as experiment_lib
-from fliqs_jax.run import metrics as metrics_lib
+from fliqs_jax.run.records import metrics as metrics_lib
 from fliqs_jax.runtime import monitoring
 from fliqs_jax.runtime import processes
 from fliqs_jax.runtime import workdir as workdir_lib

@@ -6,8 +6,8 @@ import types
 import jax.numpy as jnp
 import pytest
 
-from fliqs_jax.run import metrics
-from fliqs_jax.run import run_log
+from fliqs_jax.run.records import metrics
+from fliqs_jax.run.records import run_log
 
 # A run of 60 steps with nothing to search; a loss may reach 3.
 EXPERIMENT = types.SimpleNamespace(
