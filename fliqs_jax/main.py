@@ -7,7 +7,7 @@ or training diverged. 75: SIGTERM or Ctrl-C stopped the run; the same command
 goes on. Any other: the run crashed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import gc
 import logging
 import os
@@ -17,6 +17,7 @@ from absl import app
 from absl import flags
 from absl import logging as absl_logging
 import jax
+import ml_collections
 from ml_collections import config_flags
 
 from fliqs_jax.run import loop
@@ -71,6 +72,18 @@ flags.mark_flags_as_required(['config', 'workdir'])
 
 def main(argv: Sequence[str]) -> None:
   """Runs the search; a user's mistake gives one line and status 2."""
+  start(argv, lambda config: None)
+
+
+def start(
+  argv: Sequence[str], adapt: Callable[[ml_collections.ConfigDict], None]
+) -> None:
+  """Runs the search that the flags describe.
+
+  Args:
+    argv: arguments that are no flags, the name of the program first.
+    adapt: changes the config before it is used.
+  """
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
   # Tracing makes many small objects; by default an eighth of a start would be
@@ -101,6 +114,7 @@ def main(argv: Sequence[str]) -> None:
     )
     if _INIT_FROM.value:
       config.init_from = _INIT_FROM.value
+    adapt(config)
     train.train_and_evaluate(
       config,
       _WORKDIR.value,
@@ -129,7 +143,7 @@ def main(argv: Sequence[str]) -> None:
     os._exit(commands.CRASHED)
 
 
-def _parsed(argv: Sequence[str]) -> list[str]:
+def parsed(argv: Sequence[str]) -> list[str]:
   """Returns the arguments that are no flags; a mistake gives one line.
 
   absl ends with status 1, for which launchers start the command again.
@@ -153,4 +167,4 @@ def _parsed(argv: Sequence[str]) -> list[str]:
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=_parsed)
+  app.run(main, flags_parser=parsed)

@@ -29,6 +29,8 @@ WEIGHTS_START, ACTIVATIONS_START = 1.25, 2.5
 _ITERATIONS, _SETTLED = 300, 1e-6
 # Of `eq` (EasyQuant): candidates as multiples of the start, and most rounds.
 _LEAST, _MOST, _CANDIDATES, _ROUNDS = 0.5, 2.0, 100, 3
+# Candidates that are tried at once: XLA joins their products into one.
+_AT_ONCE = 5
 # Cosines this near are equal: several candidates may round all values alike.
 _EQUAL = 1e-6
 
@@ -213,12 +215,16 @@ def eq(
     count, ratio, ratios, _, before = carry
     x_q = on_x(ratio)
     of_channels = lax.map(
-      lambda m: layer.of_channels(x_q, on_w(m * starts[1])), multiples
+      lambda m: layer.of_channels(x_q, on_w(m * starts[1])),
+      multiples,
+      batch_size=_AT_ONCE,
     )
     new_ratios = _best(of_channels, multiples, starts[1])
     w_q = on_w(new_ratios)
     of_all = lax.map(
-      lambda m: layer.of_all(on_x(m * starts[0]), w_q), multiples
+      lambda m: layer.of_all(on_x(m * starts[0]), w_q),
+      multiples,
+      batch_size=_AT_ONCE,
     )
     after = jnp.max(of_all)
     rose = after > before + _EQUAL

@@ -219,7 +219,8 @@ def warnings(
   choices = experiment.selected(policy)
   cost = float(experiment.cost_of(choices))
   error = cost / experiment.target - 1
-  if abs(error) > 0.05:
+  least, most = cost_model.bounds(experiment.cost)
+  if abs(error) > 0.05 and most > least:
     lines.append(
       f'the selected architecture costs {cost:.4g} {experiment.cost.unit}, '
       f'{error:+.1%} of the target {experiment.target:.4g}'

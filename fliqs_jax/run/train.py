@@ -94,11 +94,11 @@ def train_and_evaluate(
         files.write_json(path / workdir_lib.ARCH, arch)
     # Before other networks train, which may take as long again.
     served = evaluation.served(experiment, run.state, choices, devices)
-    served = experiment, run.state, choices, served.statistics, devices
-    found = evaluation.test_metrics(*served)
+    evaluated = experiment, run.state, choices, served.statistics, devices
+    found = evaluation.test_metrics(*evaluated)
     _log_found(experiment.task.METRIC, found)
     if len(experiment.streams.label.shape) == 3:
-      shown = results.packed(evaluation.pictures(*served))
+      shown = results.packed(evaluation.pictures(*evaluated))
       if processes.index() == 0:
         files.write_bytes(path / workdir_lib.PICTURES, shown)
     references = {

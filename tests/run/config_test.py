@@ -388,7 +388,7 @@ def test_nonsense_among_the_flags_is_a_line_and_a_mistake(
   monkeypatch.setattr(main, '_CONFIG', config)
   monkeypatch.setattr(sys, 'argv', ['main', '--config=tests/tiny.py', argument])
   with pytest.raises(SystemExit, match='^2$'):
-    main._parsed(sys.argv)
+    main.parsed(sys.argv)
   out, line = capsys.readouterr()
   assert (out, line.count('\n')) == ('', 1)
   assert re.search(words, line)

@@ -25,12 +25,14 @@ def test_a_step_gets_the_batches_of_its_number(
 ):
   ns = types.SimpleNamespace
   experiment = ns(
-    config=ns(quant=ns(act_clip=act_clip)),
+    config=ns(quant=ns(act_clip=act_clip), train=ns(frozen=False)),
+    spec=ns(has_strategies=False),
     phases=ns(steps=5, act_start=3),
     streams=ns(
       train=itertools.count, valid=lambda step: itertools.count(-step, -1)
     ),
     search_step=lambda: None,
+    calibrations=(),
     allocations=(),
   )
   taken, profiled, metrics = [], [], []
@@ -39,13 +41,14 @@ def test_a_step_gets_the_batches_of_its_number(
     taken.append((state, train_batch, valid_batch))
     return state + 1, 'metrics'
 
-  def profile(experiment, devices, state):
+  def profile(experiment, state, devices):
     profiled.append(state)
     return state + 100
 
-  monkeypatch.setattr(loop, '_profile', profile)
+  monkeypatch.setattr(loop.statistics, 'profiled', profile)
   step.memory_analysis = lambda: ns(temp_size_in_bytes=7)
   monkeypatch.setattr(loop.allocator, 'Allocator', lambda *args: None)
+  monkeypatch.setattr(loop.statistics, 'Calibrator', lambda *args: None)
   result = loop.Run(state=first)
   devices = ns(feed=iter, mesh=ns(size=1), compile=lambda *args: step)
   done = loop._steps(

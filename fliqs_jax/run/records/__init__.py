@@ -1,1 +1,1 @@
-"""What a run writes down while it trains."""
+"""Records that a run writes while it trains."""
