@@ -17,7 +17,7 @@ Arguments:
   steps: number of steps of training.
   seed: seed of all randomness.
   gamma: weight of the cost against the quality; the preset's own if not given.
-  preset: default, paper, sensitivity, edmips or dnas, the search.
+  preset: default, paper, sensitivity, edmips, dnas or dqss, the search.
   arch: an arch.json, to train that assignment.
   references: also train the uniform networks at 4, 8 and 16 bits.
   smoke: a few steps, as a trial.

@@ -18,12 +18,14 @@ Arguments:
   nas: also search the channels of each layer: 0.5, 1, 1.5 or 2 times for the
     ResNet, 1 or 2 times for the MobileNetV2, which has multiples of 8 only.
     The transformer has no sizes to search.
+  strategies: rules for thresholds, joined by a plus, of which each format gets
+    each one: max_abs, kl, eq, admm; none if not given.
   mode: tied, weights, activations or separate.
   target: cost target, as a multiple of uniform 4-bit.
   steps: number of steps of training.
   seed: seed of all randomness.
   gamma: weight of the cost against the quality; the preset's own if not given.
-  preset: the search: sensitivity, default, paper, edmips or dnas.
+  preset: the search: sensitivity, default, paper, edmips, dnas or dqss.
   arch: an arch.json, to train that assignment.
   references: also train the uniform networks at 4, 8 and 16 bits.
   smoke: a few steps on synthetic images, as a trial.
@@ -66,6 +68,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     model='resnet',
     space='int_s',
     nas=False,
+    strategies='',
     mode='tied',
     target=1.5,
     steps=2000,
@@ -122,7 +125,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     exclude=(),
     menus=(),
     groups=(),
-    strategies=(),
+    strategies=tuple(filter(None, arg.strategies.split('+'))),
     weight_clip='absmax',
     act_clip='laplacian',
     act_threshold='deviation' if arg.preset == 'paper' else 'magnitude',

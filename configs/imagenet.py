@@ -13,7 +13,7 @@ arguments:
   steps: number of steps of training; the recipe's if not given.
   seed: seed of all randomness.
   gamma: weight of the cost against the quality; the preset's own if not given.
-  preset: default, paper, sensitivity, edmips or dnas, the search.
+  preset: default, paper, sensitivity, edmips, dnas or dqss, the search.
   arch: an arch.json, to train that assignment.
   references: also train the uniform networks at 4, 8 and 16 bits.
   smoke: a few steps of a tiny network on synthetic images, as a trial.
@@ -176,6 +176,8 @@ def recipe(
   config.search = presets.search_keys(
     arg.preset, steps, arg.gamma, sizes=bool(widths or kernels)
   )
+  # A Pareto point quantizes activations late in its short training.
+  config.search.start = max(config.search.start, start)
   config.optimizer = dict(optimizer, warmup=warmup_epochs / epochs)
   if arg.smoke:  # The learning rate is proportional to the batch size.
     config.optimizer.learning_rate *= config.data.batch_size / BATCH_SIZE

@@ -17,12 +17,14 @@ Arguments:
   scale: factor of enlargement, 2, 3 or 4.
   space: a named space (int_s, int_l, fp_s, fp_l), several formats joined by a
     plus, as INT4+INT6+INT8, or one format, which trains that uniform network.
+  strategies: rules for thresholds, joined by a plus, of which each format gets
+    each one: max_abs, kl, eq, admm; none if not given.
   mode: tied, weights, activations or separate.
   target: cost target, as a multiple of uniform 4-bit.
   steps: number of steps of training; of the size if not given.
   seed: seed of all randomness.
   gamma: weight of the cost against the quality, which is the PSNR in dB.
-  preset: the search: sensitivity, default, paper, edmips or dnas.
+  preset: the search: sensitivity, default, paper, edmips, dnas or dqss.
   arch: an arch.json, to train that assignment.
   references: also train the uniform networks at 4, 8 and 16 bits.
   smoke: a few steps of a tiny network on synthetic pictures, as a trial.
@@ -69,6 +71,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     size='small',
     scale=2,
     space='int_l',
+    strategies='',
     mode='tied',
     target=1.5,
     steps=int,
@@ -118,7 +121,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     exclude=(),
     menus=(),
     groups=(),
-    strategies=(),
+    strategies=tuple(filter(None, arg.strategies.split('+'))),
     weight_clip='absmax',
     act_clip='laplacian',
     act_threshold='deviation' if arg.preset == 'paper' else 'magnitude',

@@ -13,9 +13,11 @@ from fliqs_jax.search import scored
 
 # The start of the search, a fraction of training (A.4).
 _START = 0.25
+# When options are scored: at this step, but within these fractions of training.
+_SCORED_AT, _SCORED_FIRST, _SCORED_LAST = 300, 0.2, 0.375
 # When options are scored if sizes are among them: the weights of a network that
 # is cut out of the largest one need longer than those of other formats.
-_START_OF_SIZES = 0.2
+_START_OF_SIZES = _SCORED_FIRST
 # Of Adam on the importances; DQSS's is not published.
 _DQSS_RATE = 1e-2
 # The steps for which A.4 gives its learning rate.
@@ -84,9 +86,9 @@ def _default_keys(steps: int) -> dict[str, Any]:
 
 
 def _sensitivity_keys(steps: int) -> dict[str, Any]:
-  del steps
   return dict(
-    start=0.375,
+    # Scores need some steps, and the weights need time for what they decide.
+    start=min(max(_SCORED_AT / steps, _SCORED_FIRST), _SCORED_LAST),
     freeze=0.5,
     gamma=0.0,
     quality='cross_entropy',
@@ -200,9 +202,9 @@ def make(
   Args:
     preset: `paper` (the published REINFORCE: Eq. 1, 3, 8; A.4), `default` (four
       architectures in each step, cost in closed form), `sensitivity` (scores of
-      each option, budget solved exactly), `edmips` or `dnas` (the gradient of
-      the loss; the step needs the `apply` of a model with the preset's `mix` in
-      its spec), or another key of `PRESETS`.
+      each option, budget solved exactly), `edmips`, `dnas` or `dqss` (the
+      gradient of the loss; the step needs the `apply` of a model with the
+      preset's `mix` in its spec), or another key of `PRESETS`.
     relative_cost: {decision: [K]} -> C / C_T [], the result of
       `SearchSpace.relative_cost`.
     phases: the steps at which the search starts and ends.
