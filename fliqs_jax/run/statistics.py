@@ -16,6 +16,7 @@ import numpy as np
 
 from fliqs_jax import data
 from fliqs_jax.layers import operands as operands_lib
+from fliqs_jax.numerics import strategies
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.search import calibration
@@ -47,7 +48,7 @@ def observed(
     state: state before the first step.
     devices: devices among which each batch is split.
   """
-  settle = devices.jit(
+  settle = devices.jit_everywhere(
     train_step.settle_step(experiment.model.apply, frozen=True)
   )
   arch = experiment.space.expand(experiment.space.dearest())
@@ -117,6 +118,7 @@ class Calibrator:
     """
     self._experiment, self._devices = experiment, devices
     self._steps: dict[int, Any] = {}
+    self._warned = False
 
   def __call__(
     self, state: train_state.TrainState, step: int
@@ -155,12 +157,24 @@ class Calibrator:
     """
     devices = self._devices
     if id(model) not in self._steps:
-      self._steps[id(model)] = devices.jit(
+      self._steps[id(model)] = devices.jit_everywhere(
         calibration.strategy_step(model.apply)
       )
     batches = _joined(self._experiment, step, _CALIBRATED)
     batch = next(devices.feed(batches))
     arch = self._experiment.space.expand(choices)
+    if not self._warned:
+      self._warned = True
+      variables = {'params': params, 'arch': arch, **model_state}
+      if few := calibration.few_values(
+        model.apply, self._experiment.space, variables, batch
+      ):
+        _LOG.warning(
+          'kl needs at least %d numbers that share a threshold, and is max_abs '
+          'where there are fewer: %s',
+          strategies.LEAST_VALUES,
+          ', '.join(few),
+        )
     _LOG.info('before step %d: thresholds of strategies', step)
     return self._steps[id(model)](params, model_state, arch, batch)
 

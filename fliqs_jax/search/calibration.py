@@ -8,6 +8,7 @@ the layer's own activations best. Strategies are those of DQSS.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import logging
+import math
 from typing import Any
 
 from flax import traverse_util
@@ -19,6 +20,7 @@ from fliqs_jax import data
 from fliqs_jax.layers import ratios
 from fliqs_jax.numerics import clipping
 from fliqs_jax.numerics import formats
+from fliqs_jax.numerics import strategies
 from fliqs_jax.space import search_space
 
 _LOG = logging.getLogger(__name__)
@@ -91,6 +93,47 @@ def profiled_clips(
       ) from None
     stats[f'{prefix}clip'] = jnp.asarray(clip, jnp.float32)
   return traverse_util.unflatten_dict(stats, sep='/')
+
+
+def few_values(
+  apply: Any,
+  space: search_space.SearchSpace,
+  variables: Mapping[str, Any],
+  batch: Any,
+) -> list[str]:
+  """Returns the operands that are too small for the strategy `kl`.
+
+  Args:
+    apply: the model's `apply`.
+    space: the model's decisions.
+    variables: its collections.
+    batch: the batch in which thresholds are found.
+
+  Returns:
+    Their names, such as `weights of stem`.
+  """
+
+  def inputs(variables: Any) -> Any:
+    _, sown = apply(
+      variables, data.model_inputs(batch), train=False, mutable=['act_inputs']
+    )
+    return sown['act_inputs']
+
+  flat = traverse_util.flatten_dict(jax.eval_shape(inputs, variables), sep='/')
+  sizes = {
+    path.removesuffix('x').rstrip('/'): sum(x.size for x in jax.tree.leaves(x))
+    for path, x in flat.items()
+  }
+  names = []
+  for path, shape in ((op.path, op.shape) for op in space.ops):
+    for side, menu, size in (
+      ('activations', shape.act_menu, sizes.get(path, math.inf)),
+      ('weights', shape.weight_menu, shape.weights // shape.channels),
+    ):
+      is_kl = any(fmt.strategy == 'kl' for fmt in menu or ())
+      if is_kl and size < strategies.LEAST_VALUES:
+        names.append(f'{side} of {path}')
+  return names
 
 
 def strategy_step(apply: Any) -> Callable[..., Any]:
