@@ -242,6 +242,7 @@ def build(
   optimizer = _optimizer(config, phases.steps)
   task = fitting.of(config)
   _check_frozen(config)
+  fitting.check_scores(config, 'search.scores', config.search.scores)
   if arch is None and config.quant.arch:
     arch = arch_file.read(config.quant.arch)
   _check_formats(config)

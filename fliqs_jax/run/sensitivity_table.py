@@ -25,6 +25,7 @@ from fliqs_jax.runtime import versions
 from fliqs_jax.search import sensitivity
 from fliqs_jax.space import allocation
 from fliqs_jax.space import cost_model
+from fliqs_jax.tasks import fitting
 
 _SCHEMA = 1
 
@@ -68,6 +69,7 @@ def measure(
     raise ValueError(
       f'--scores={metric} is unknown; allowed: {", ".join(METRICS)}'
     )
+  fitting.check_scores(experiment.config, '--scores', metric)
   if batches < 1:
     raise ValueError(f'--batches={batches} must be at least 1')
   if space.is_fixed:

@@ -57,6 +57,21 @@ def mixing(
   return augment.mixing(streams.num_classes, mixup, cutmix)
 
 
+def check_scores(
+  config: ml_collections.ConfigDict, key: str, scores: str
+) -> None:
+  """Checks that scores of options fit the task.
+
+  Raises:
+    ValueError: they compare softmax outputs, and the task has none.
+  """
+  if scores == 'kl' and config.task != 'classification':
+    raise ValueError(
+      f'{key}={scores!r} compares softmax outputs, which task={config.task!r} '
+      "does not have; use 'fisher' or 'loss'"
+    )
+
+
 def example(streams: data.Streams) -> Any:
   """Returns the shapes of the model's input for one example."""
   return jax.tree.map(

@@ -42,9 +42,10 @@ def test_the_default_s_learning_rate_follows_the_steps_of_the_search():
   ('preset', 'start', 'freeze', 'scorings'),
   [
     # What docs/results.md was measured with.
-    ('sensitivity', 0.375, 0.5, 1),
+    ('sensitivity', 0.3, 0.5, 1),  # Step 300.
     ('edmips', 0.25, 0.75, 0),
     ('dnas', 0.25, 0.75, 0),
+    ('dqss', 0.25, 0.75, 0),
   ],
 )
 def test_searches_without_a_policy_gradient_start_and_end_as_measured(
@@ -53,6 +54,15 @@ def test_searches_without_a_policy_gradient_start_and_end_as_measured(
   keys = presets.search_keys(preset, 1000)
   assert (keys['start'], keys['freeze']) == (start, freeze)
   assert keys['scorings'] == scorings
+
+
+def test_options_are_scored_between_a_fifth_and_three_eighths_of_training():
+  starts = [
+    presets.search_keys('sensitivity', steps)['start']
+    for steps in (1, 350, 800, 1200, 1500, 100_000)
+  ]
+  assert starts == [0.375, 0.375, 0.375, 0.25, 0.2, 0.2]
+  assert presets.search_keys('sensitivity', 800, sizes=True)['start'] == 0.2
 
 
 @pytest.mark.parametrize('preset', ['paper', 'default'])
