@@ -328,6 +328,13 @@ def _check_sizes(config, space: search_space.SearchSpace) -> None:
       'mean: set sizes.widths and sizes.kernels to (), or use search.preset='
       "'default'"
     )
+  menus = [decision.menu for decision in space.formats]
+  if open_sizes and any(map(formats.has_strategies, menus)):
+    raise ValueError(
+      'the strategies of quant.strategies or quant.formats find thresholds in '
+      'all channels, and this config searches sizes: use no strategies, or set '
+      'sizes.widths and sizes.kernels to ()'
+    )
   kind = config.cost.kind
   if open_sizes and cost_model.KINDS[kind].is_per_weight:
     raise ValueError(

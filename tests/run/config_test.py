@@ -247,6 +247,13 @@ def test_bits_per_weight_cannot_steer_sizes_of_which_one_is_open(labels):
     experiment_lib._check_sizes(config, space)
 
 
+def test_strategies_are_refused_where_sizes_are_open():
+  config = digits.get_config('nas=True,target=2')
+  config.quant.strategies = ('admm',)
+  with pytest.raises(ValueError, match='thresholds in all channels'):
+    experiment_lib.build(config)
+
+
 def test_a_mixture_of_formats_is_refused_where_sizes_are_open():
   config = digits.get_config('preset=edmips,nas=True,target=2')
   with pytest.raises(ValueError, match="'edmips' trains a mean over formats"):
