@@ -21,8 +21,9 @@ from fliqs_jax.numerics import quantize
 LEAST_VALUES = 100
 
 _BINS = 2048
-# Of `kl`: what a bin costs that the candidate lacks (MNN).
-_MISSING = 1.0
+# Of `kl`: what a bin costs that the candidate lacks (MNN), and the share of the
+# numbers that may be clipped.
+_MISSING, _CLIPPED = 1.0, 0.25
 # Of `admm` (MNN): what the largest magnitude is divided by at the start.
 WEIGHTS_START, ACTIVATIONS_START = 1.25, 2.5
 # Of `admm`: most iterations, and the relative change at which they end.
@@ -45,9 +46,11 @@ def kl(x: jax.Array, numeric_format: formats.NumericFormat) -> jax.Array:
   groups as the format has magnitudes, and each group is spread evenly over its
   bins that are not empty. The threshold is the middle of bin i for the i of the
   least Kullback-Leibler divergence to the histogram that is clipped there. Only
-  those i count whose bins hold numbers in at least as many bins as there are
-  groups: fewer are merged without loss wherever they are clipped, and layers
-  before may have left only a few different numbers.
+  those i count that keep three quarters of the numbers, in at least as many
+  filled bins as there are groups. In histograms of floats the least divergence
+  does; but fewer bins are merged without loss wherever they are clipped, and
+  where half of the numbers are the same, such as the background of images, no
+  coarse group is like them.
 
   Args:
     x: [...] the numbers of one scale.
@@ -68,7 +71,9 @@ def kl(x: jax.Array, numeric_format: formats.NumericFormat) -> jax.Array:
   kept = jnp.arange(groups, _BINS)
   divergences = _divergences(histogram, kept, groups)
   filled = jnp.cumsum(histogram > 0)[kept - 1]
-  divergences = jnp.where(filled >= groups, divergences, jnp.inf)
+  inside = jnp.cumsum(histogram)[kept - 1] / jnp.sum(histogram)
+  allowed = (filled >= groups) & (inside >= 1 - _CLIPPED)
+  divergences = jnp.where(allowed, divergences, jnp.inf)
   best = (kept[0] + jnp.argmin(divergences) + 0.5) / _BINS
   return jnp.where(jnp.isfinite(jnp.min(divergences)), best, 1.0)
 

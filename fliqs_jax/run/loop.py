@@ -180,6 +180,8 @@ def _steps(
   config, phases = experiment.config, experiment.phases
   allocate = allocator.Allocator(experiment, devices)
   calibrate = statistics.Calibrator(experiment, devices)
+  if experiment.calibrations and first < phases.steps:
+    calibrate.warn(result.state)
   with trace:
     for step, batch in zip(range(first, phases.steps), batches):
       if step == phases.act_start and config.quant.act_clip == 'profiled':

@@ -4,6 +4,7 @@ They are thresholds of activations and, where the model has it, batch norm.
 """
 
 from collections.abc import Iterator, Mapping
+import functools
 import itertools
 import logging
 import math
@@ -102,8 +103,14 @@ def profiled(
   return state.replace(model_state={**state.model_state, 'quant_stats': stats})
 
 
+@functools.lru_cache(maxsize=2)
+def _strategy_step(model: nn.Module, devices: devices_lib.Devices) -> Any:
+  """Returns the jitted `calibration.strategy_step`; it is long to compile."""
+  return devices.jit_everywhere(calibration.strategy_step(model.apply))
+
+
 class Calibrator:
-  """Finds the thresholds of strategies; compiles once for each model."""
+  """Finds the thresholds of strategies."""
 
   def __init__(
     self,
@@ -117,8 +124,6 @@ class Calibrator:
       devices: devices among which each batch is split.
     """
     self._experiment, self._devices = experiment, devices
-    self._steps: dict[int, Any] = {}
-    self._warned = False
 
   def __call__(
     self, state: train_state.TrainState, step: int
@@ -155,28 +160,30 @@ class Calibrator:
       model: the network.
       step: the training batches from this step on are read.
     """
-    devices = self._devices
-    if id(model) not in self._steps:
-      self._steps[id(model)] = devices.jit_everywhere(
-        calibration.strategy_step(model.apply)
-      )
     batches = _joined(self._experiment, step, _CALIBRATED)
-    batch = next(devices.feed(batches))
+    batch = next(self._devices.feed(batches))
     arch = self._experiment.space.expand(choices)
-    if not self._warned:
-      self._warned = True
-      variables = {'params': params, 'arch': arch, **model_state}
-      if few := calibration.few_values(
-        model.apply, self._experiment.space, variables, batch
-      ):
-        _LOG.warning(
-          'kl needs at least %d numbers that share a threshold, and is max_abs '
-          'where there are fewer: %s',
-          strategies.LEAST_VALUES,
-          ', '.join(few),
-        )
     _LOG.info('before step %d: thresholds of strategies', step)
-    return self._steps[id(model)](params, model_state, arch, batch)
+    find = _strategy_step(model, self._devices)
+    return find(params, model_state, arch, batch)
+
+  def warn(self, state: train_state.TrainState) -> None:
+    """Logs which operands are too small for the strategy `kl`."""
+    space, model = self._experiment.space, self._experiment.model
+    batch = next(self._devices.feed(_joined(self._experiment, 0, _CALIBRATED)))
+    choices = policy_lib.argmax(jax.device_get(state.search_state.policy))
+    variables = {
+      'params': state.params,
+      'arch': space.expand(choices),
+      **state.model_state,
+    }
+    if few := calibration.few_values(model.apply, space, variables, batch):
+      _LOG.warning(
+        'kl needs at least %d numbers that share a threshold, and is max_abs '
+        'where there are fewer: %s',
+        strategies.LEAST_VALUES,
+        ', '.join(few),
+      )
 
 
 def settled(

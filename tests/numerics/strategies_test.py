@@ -135,6 +135,14 @@ def test_kl_does_not_clip_few_different_numbers_at_the_first_of_them():
   assert strategies.kl(x, formats.parse('INT4')) > 0.5
 
 
+def test_kl_does_not_keep_the_background_of_images_alone():
+  # Half of the numbers are 0.02, the others lie between 0 and 4.
+  rng = np.random.default_rng(0)
+  x = np.float32(rng.uniform(0, 4, 20_000))
+  x[:10_000] = 0.02
+  assert strategies.kl(jnp.asarray(x), formats.parse('INT4')) > 0.4
+
+
 @pytest.mark.parametrize('bits', [4, 8])
 def test_admm_converges_to_the_scale_of_the_plain_iteration(bits):
   most = 2 ** (bits - 1) - 1
