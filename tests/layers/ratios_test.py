@@ -60,21 +60,23 @@ def _calibrated(model, variables):
   return {**variables, **found}
 
 
-def test_thresholds_are_those_of_the_layers_own_input_and_weights():
+@pytest.fixture(scope='module')
+def found():
+  """Variables of a network of our layers after a calibration."""
   model = _own(_spec())
-  found = _calibrated(model, _variables(model))
+  return _calibrated(model, _variables(model))
+
+
+def test_thresholds_are_those_of_the_layers_own_input_and_weights(found):
   x, int4 = _images(), formats.parse('INT4')
   kernel = found['params']['first']['kernel']
   first = found['quant_stats']['first']
   np.testing.assert_allclose(first['largest'], jnp.abs(x).max(), rtol=1e-6)
-  start = strategies.ACTIVATIONS_START
+  everything, start = (0, 1, 2, 3), strategies.ACTIVATIONS_START
+  fitted = strategies.admm(x, int4, everything, start).item()
   np.testing.assert_allclose(
     first['ratio'][jnp.array([0, 1, 3])],
-    [
-      1,
-      strategies.kl(x, int4),
-      strategies.admm(x, int4, (0, 1, 2, 3), start)[0, 0, 0, 0],
-    ],
+    [1, strategies.kl(x, int4), fitted],
     rtol=1e-5,
   )
   admm = strategies.admm(kernel, int4, (0, 1, 2), strategies.WEIGHTS_START)
@@ -84,47 +86,43 @@ def test_thresholds_are_those_of_the_layers_own_input_and_weights():
   assert 0.1 < first['ratio'][2] < 0.9  # The other rules clip a Laplacian, too.
 
 
-def test_a_layer_quantizes_at_the_threshold_of_the_chosen_strategy():
-  model = _own(_spec(('max_abs', 'admm')))
-  variables = _calibrated(model, _variables(model))
-  arch = jax.tree.map(jnp.zeros_like, variables['arch'])
+def test_a_layer_quantizes_at_the_threshold_of_the_chosen_strategy(found):
+  outputs = jax.jit(_own(_spec()).apply)
 
-  def outputs(number):
-    chosen = jax.tree.map(lambda leaf: leaf.at[number].set(1.0), arch)
-    return model.apply({**variables, 'arch': chosen}, _images())
+  def chosen(number):
+    one_hot = jax.tree.map(
+      lambda leaf: jnp.eye(len(leaf))[number], found['arch']
+    )
+    return outputs({**found, 'arch': one_hot}, _images())
 
-  exact = _Net().apply({'params': variables['params']}, _images())
-  errors = [float(jnp.mean((outputs(i) - exact) ** 2)) for i in (0, 1)]
-  assert errors[1] < 0.7 * errors[0]
+  exact = _Net().apply({'params': found['params']}, _images())
+  max_abs, admm = (float(jnp.mean((chosen(i) - exact) ** 2)) for i in (0, 3))
+  assert admm < 0.7 * max_abs
 
 
-def test_one_product_of_mixtures_is_the_mean_of_all_products():
+def test_one_product_of_mixtures_is_the_mean_of_all_products(found):
   # Efficient and branched convolutions are equal, because the product is linear
   # in each operand (DQSS, Eq. 10).
-  model = _own(_spec(('max_abs', 'admm'), mix='composite'))
-  variables = _calibrated(model, _variables(model))
-  p = dict(activations=[0.3, 0.7], weights=[0.6, 0.4])
-  first = {k: v for k, v in variables.items() if k != 'arch'}
+  model = _own(_spec(mix='composite'))
 
-  def outputs(leaves):
-    arch = {**variables['arch'], 'first': jax.tree.map(jnp.array, leaves)}
+  @jax.jit
+  def outputs(activations, weights):
+    leaves = dict(activations=activations, weights=weights)
     _, seen = model.apply(
-      {**first, 'arch': arch},
+      {**found, 'arch': {**found['arch'], 'first': leaves}},
       _images(),
       capture_intermediates=True,
       mutable=['intermediates'],
     )
     return seen['intermediates']['first']['__call__'][0]
 
-  one_hots = jnp.eye(2)
+  p, q = jnp.array([0.1, 0.2, 0.3, 0.4]), jnp.array([0.4, 0.1, 0.3, 0.2])
   branched = sum(
-    p['activations'][i]
-    * p['weights'][j]
-    * outputs(dict(activations=one_hots[i], weights=one_hots[j]))
-    for i in range(2)
-    for j in range(2)
+    p[i] * q[j] * outputs(jnp.eye(4)[i], jnp.eye(4)[j])
+    for i in range(4)
+    for j in range(4)
   )
-  efficient = outputs({k: jnp.array(v) for k, v in p.items()})
+  efficient = outputs(p, q)
   scale = jnp.abs(branched).max()
   np.testing.assert_allclose(efficient / scale, branched / scale, atol=1e-6)
 
@@ -140,10 +138,9 @@ def test_calls_that_do_not_calibrate_change_no_ratio():
       assert stats['count'] == 1
 
 
-def test_a_stock_network_has_the_thresholds_of_our_layers():
+def test_a_stock_network_has_the_thresholds_of_our_layers(found):
   spec = _spec()
   own, stock = _own(spec), fliqs.searchable(_Net(), spec)
-  found = _calibrated(own, _variables(own))
   variables = stock.init(jax.random.key(1), _images())
   variables = {**variables, 'arch': found['arch'], 'params': found['params']}
   also = _calibrated(stock, variables)
@@ -153,8 +150,10 @@ def test_a_stock_network_has_the_thresholds_of_our_layers():
     dict(also['quant_stats']),
   )
   np.testing.assert_array_equal(
-    own.apply(found, _images()),
-    stock.apply({**also, 'quant_stats': found['quant_stats']}, _images()),
+    jax.jit(own.apply)(found, _images()),
+    jax.jit(stock.apply)(
+      {**also, 'quant_stats': found['quant_stats']}, _images()
+    ),
   )
 
 

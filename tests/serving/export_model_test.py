@@ -1,5 +1,6 @@
 """Exports of any model: small files, served without it, bit for bit."""
 
+import functools
 import json
 import os
 import pathlib
@@ -90,6 +91,26 @@ def test_every_kind_of_layer_is_served(tmp_path):
     for name in tensors
     if name.startswith('variables')
   } == {'variables/params', 'variables/batch_stats'}
+
+
+def test_thresholds_that_strategies_find_are_served(tmp_path):
+  run = cases.Run(
+    Kinds(),
+    TOKENS,
+    names=['INT4:eq', 'INT4:kl', 'INT4:admm'],
+    call=dict(train=False),
+    spec=fliqs.QuantSpec(
+      ('INT4',), strategies=('kl', 'eq', 'admm'), mode='separate'
+    ),
+    embed=True,
+  )
+  calibrate = functools.partial(
+    run.model.apply, mutable=['quant_stats', 'calibration'], train=False
+  )
+  _, found = jax.jit(calibrate)(run.variables, TOKENS)
+  assert (found['quant_stats']['general']['weight_ratio'][2] < 1).any()
+  run.variables = {**run.variables, **found}
+  run.check(tmp_path / 'out')
 
 
 class Nested(nn.Module):
