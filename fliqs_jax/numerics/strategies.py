@@ -164,7 +164,7 @@ def admm(
   peak = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
   unit = x / jnp.where(peak > 0, peak, 1.0)
 
-  def fit(carry: tuple) -> tuple:
+  def fit(carry: tuple[Any, ...]) -> tuple[Any, ...]:
     count, scale, _ = carry
     q = quantize.round_to_grid(unit / scale, grid)
     fitted = jnp.sum(q * unit, axis=axes, keepdims=True) / (
@@ -174,7 +174,7 @@ def admm(
     change = jnp.max(jnp.abs(fitted - scale) / scale)
     return count + 1, fitted, change
 
-  def moves(carry: tuple) -> jax.Array:
+  def moves(carry: tuple[Any, ...]) -> jax.Array:
     count, _, change = carry
     return (count < _ITERATIONS) & (change > _SETTLED)
 
@@ -216,7 +216,7 @@ def eq(
   layer = _Directions(product, x, w, jnp.ones_like(starts[1]), has_examples)
   multiples = jnp.linspace(_LEAST, _MOST, _CANDIDATES)
 
-  def turn(carry: tuple) -> tuple:
+  def turn(carry: tuple[Any, ...]) -> tuple[Any, ...]:
     count, ratio, ratios, _, before = carry
     x_q = on_x(ratio)
     of_channels = lax.map(
@@ -241,7 +241,7 @@ def eq(
       jnp.maximum(after, before),
     )
 
-  def rises(carry: tuple) -> jax.Array:
+  def rises(carry: tuple[Any, ...]) -> jax.Array:
     return (carry[0] < _ROUNDS) & carry[3]
 
   first = (0, *starts, jnp.array(True), jnp.array(-jnp.inf))
@@ -305,7 +305,7 @@ class _Directions:
   ) -> tuple[jax.Array, jax.Array]:
     """Returns <y, y'> and <y, y> [examples, *scales]; y' is exact."""
 
-    def sums(values: jax.Array, exact: jax.Array) -> tuple:
+    def sums(values: jax.Array, exact: jax.Array) -> tuple[jax.Array, ...]:
       x = quantize.Quantized(values, x_q.scale)
       y, pull = self._pulled(x, w_q.values, w_q.scale)
       return pull(exact) * w_q.scale, pull(y) * w_q.scale
