@@ -166,7 +166,9 @@ def test_statistics_are_the_settled_or_the_trained_ones(finished, monkeypatch):
   }
   settled = chosen(run.state.replace(model_state=damaged))
   assert settled['quant_stats']['hidden0']['largest'] > 0.1
-  monkeypatch.setattr(evaluation, '_settled', lambda *args: damaged)
+  monkeypatch.setattr(
+    evaluation.statistics_lib, 'settled', lambda *args: damaged
+  )
   assert chosen(run.state) is run.state.model_state
 
 
