@@ -1,6 +1,6 @@
 """Parts of a run, built from a config; refuses a config that cannot work."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -15,14 +15,13 @@ import optax
 
 from fliqs_jax import data
 from fliqs_jax import models
-from fliqs_jax.numerics import formats
+from fliqs_jax.run import checks
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import optimizers
 from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
-from fliqs_jax.search import sensitivity
 from fliqs_jax.search import train_state
 from fliqs_jax.search import train_step
 from fliqs_jax.space import allocation
@@ -231,7 +230,7 @@ def build(
     ValueError: the config cannot work; the message names key and value.
   """
   config_lib.check(config)
-  _check_search(config.search, config.train.steps)
+  checks.search(config.search, config.train.steps)
   devices_lib.check(config.parallel)
   phases = schedules.phases(
     config.train.steps,
@@ -241,11 +240,11 @@ def build(
   )
   optimizer = _optimizer(config, phases.steps)
   task = fitting.of(config)
-  _check_frozen(config)
+  checks.frozen(config)
   fitting.check_scores(config, 'search.scores', config.search.scores)
   if arch is None and config.quant.arch:
     arch = arch_file.read(config.quant.arch)
-  _check_formats(config)
+  checks.formats(config)
   spec = _spec(config.quant, arch)
   streams = data.make_streams(
     config.data,
@@ -270,7 +269,7 @@ def build(
   if arch is not None:
     space.check_sizes(arch['sizes'])
   cost = space.cost(config.cost.kind)
-  _check_sizes(config, space)
+  checks.sizes(config, space)
   target = _target(config.cost, cost, space)
   controller = _controller(config, space, cost, target, phases)
   mixing = presets.PRESETS[config.search.preset].mix
@@ -309,40 +308,6 @@ def _sizes(
   return sizes_lib.Sizes(found=arch['sizes'])
 
 
-def _check_sizes(config, space: search_space.SearchSpace) -> None:
-  decided = {type(decision.size) for decision in space.open_sizes}
-  for key, size in (
-    ('widths', sizes_lib.Channels),
-    ('kernels', sizes_lib.Kernel),
-  ):
-    if config.sizes[key] and size not in decided:
-      raise ValueError(
-        f'sizes.{key}={config.sizes[key]}: the network {config.model.name} has '
-        f'no such sizes to search; set sizes.{key} to ()'
-      )
-  open_sizes = any(len(decision.labels) > 1 for decision in space.open_sizes)
-  preset = config.search.preset
-  if open_sizes and presets.PRESETS[preset].mix != 'sampled':
-    raise ValueError(
-      f'search.preset={preset!r} trains a mean over formats, and sizes have no '
-      'mean: set sizes.widths and sizes.kernels to (), or use search.preset='
-      "'default'"
-    )
-  menus = [decision.menu for decision in space.formats]
-  if open_sizes and any(map(formats.has_strategies, menus)):
-    raise ValueError(
-      'the strategies of quant.strategies or quant.formats find thresholds in '
-      'all channels, and this config searches sizes: use no strategies, or set '
-      'sizes.widths and sizes.kernels to ()'
-    )
-  kind = config.cost.kind
-  if open_sizes and cost_model.KINDS[kind].is_per_weight:
-    raise ValueError(
-      f'cost.kind={kind!r} does not depend on sizes, and this config '
-      "searches sizes; use cost.kind='bops' or 'size'"
-    )
-
-
 def _spec(
   quant: ml_collections.ConfigDict, arch: Mapping[str, Any] | None
 ) -> quant_spec.QuantSpec:
@@ -375,53 +340,6 @@ def _clip(value: str | float) -> str | float:
     return value
 
 
-@contextlib.contextmanager
-def _named(key: str, value: Any) -> Iterator[None]:
-  """Names the key in an error of what it holds."""
-  try:
-    yield
-  except ValueError as error:
-    raise ValueError(f'{key}={value!r}: {error}') from None
-
-
-def _check_formats(config) -> None:
-  with _named('quant.formats', config.quant.formats):
-    formats.menu(config.quant.formats)
-  with _named('quant.menus', config.quant.menus):
-    for _, menu in config.quant.menus:
-      formats.menu(menu)
-  with _named('references', config.references):
-    for name in config.references:
-      formats.parse(name)
-
-
-def _check_frozen(config) -> None:
-  if config.train.frozen and not config.init_from:
-    raise ValueError(
-      'train.frozen=True keeps the weights as they are, so there must be '
-      'trained ones: name a checkpoint with --init_from'
-    )
-  if config.train.frozen and config.quant.act_start:
-    raise ValueError(
-      f'quant.act_start={config.quant.act_start} must be 0 with train.frozen: '
-      'a trained network needs no steps without quantized activations'
-    )
-  if config.train.teacher and not config.train.frozen:
-    raise ValueError(
-      'train.teacher=True learns from the same network without formats, whose '
-      'weights must not move: set train.frozen=True, too'
-    )
-
-
-def _check_search(keys: ml_collections.ConfigDict, steps: int) -> None:
-  presets.check_keys(keys, steps)
-  if keys.scorings and keys.scores not in sensitivity.METRICS:
-    raise ValueError(
-      f'search.scores={keys.scores!r} is unknown; allowed: '
-      f'{", ".join(sensitivity.METRICS)}'
-    )
-
-
 def _target(
   keys: ml_collections.ConfigDict,
   cost: cost_model.Cost,
@@ -433,7 +351,7 @@ def _target(
     )
   target = keys.target
   if keys.relative_to:
-    with _named('cost.relative_to', keys.relative_to):
+    with checks.named('cost.relative_to', keys.relative_to):
       target *= cost_model.uniform(cost, keys.relative_to)
   least, most = cost_model.bounds(cost)
   slack = _TOLERANCE * most

@@ -15,6 +15,7 @@ from configs import recommender_criteo
 from fliqs_jax import cost
 from fliqs_jax import main
 from fliqs_jax import models
+from fliqs_jax.run import checks
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.search import presets
@@ -241,10 +242,10 @@ def test_bits_per_weight_cannot_steer_sizes_of_which_one_is_open(labels):
   )
   config = _changed('cost', kind='average_bits')
   if len(kernels) == 1:
-    experiment_lib._check_sizes(config, space)
+    checks.sizes(config, space)
     return
   with pytest.raises(ValueError, match='average_bits.* does not depend on siz'):
-    experiment_lib._check_sizes(config, space)
+    checks.sizes(config, space)
 
 
 def test_strategies_are_refused_where_sizes_are_open():
