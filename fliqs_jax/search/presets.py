@@ -88,7 +88,7 @@ def _default_keys(steps: int) -> dict[str, Any]:
 def _sensitivity_keys(steps: int) -> dict[str, Any]:
   return dict(
     # Scores need some steps, and the weights need time for what they decide.
-    start=min(max(_SCORED_AT / steps, _SCORED_FIRST), _SCORED_LAST),
+    start=min(max(_SCORED_AT / max(steps, 1), _SCORED_FIRST), _SCORED_LAST),
     freeze=0.5,
     gamma=0.0,
     quality='cross_entropy',

@@ -59,9 +59,9 @@ def test_searches_without_a_policy_gradient_start_and_end_as_measured(
 def test_options_are_scored_between_a_fifth_and_three_eighths_of_training():
   starts = [
     presets.search_keys('sensitivity', steps)['start']
-    for steps in (1, 350, 800, 1200, 1500, 100_000)
+    for steps in (0, 1, 350, 800, 1200, 1500, 100_000)
   ]
-  assert starts == [0.375, 0.375, 0.375, 0.25, 0.2, 0.2]
+  assert starts == [0.375, 0.375, 0.375, 0.375, 0.25, 0.2, 0.2]
   assert presets.search_keys('sensitivity', 800, sizes=True)['start'] == 0.2
 
 
