@@ -279,7 +279,7 @@ def build(
     spec=spec,
     model=model,
     step_model=build_model(dataclasses.replace(spec, mix=mixing)),
-    teacher_model=build_model(_unquantized(space)),
+    teacher_model=build_model(quant_spec.QuantSpec(exclude=('*',))),
     space=space,
     cost=cost,
     target=target,
@@ -289,10 +289,6 @@ def build(
     task=task,
     mix=mix,
   )
-
-
-def _unquantized(space: search_space.SearchSpace) -> quant_spec.QuantSpec:
-  return quant_spec.QuantSpec(exclude=tuple(op.path for op in space.ops))
 
 
 def _sizes(

@@ -180,7 +180,7 @@ def _steps(
   config, phases = experiment.config, experiment.phases
   allocate = allocator.Allocator(experiment, devices)
   calibrate = statistics.Calibrator(experiment, devices)
-  if experiment.calibrations and first < phases.steps:
+  if experiment.calibrations:
     calibrate.warn(result.state)
   with trace:
     for step, batch in zip(range(first, phases.steps), batches):

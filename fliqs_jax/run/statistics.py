@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax import data
-from fliqs_jax.layers import operands as operands_lib
 from fliqs_jax.numerics import strategies
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.runtime import devices as devices_lib
@@ -53,21 +52,12 @@ def observed(
     train_step.settle_step(experiment.model.apply, frozen=True)
   )
   arch = experiment.space.expand(experiment.space.dearest())
-  model_state = _switched(state.model_state, False)
+  model_state = train_step.in_phase(state.model_state, False)
   batches = itertools.islice(experiment.streams.train(0), _PROFILED)
   for batch in devices.feed(batches):
     model_state = settle(state.params, model_state, arch, batch, state.key)
-  return state.replace(model_state=_switched(model_state, True))
-
-
-def _switched(model_state: Mapping[str, Any], active: bool) -> dict[str, Any]:
-  """Returns the collections with quantized activations, or float ones."""
-  if 'quant_stats' not in model_state:
-    return dict(model_state)
-  stats = operands_lib.set_activation_quantization(
-    model_state['quant_stats'], active
-  )
-  return {**model_state, 'quant_stats': stats}
+  model_state = train_step.in_phase(model_state, True)
+  return state.replace(model_state=model_state)
 
 
 def profiled(

@@ -102,7 +102,7 @@ def search_step(
         jax.random.fold_in(arch_key, 1), phases.branch_probability(state.step)
       ),
     )
-    model_state = _in_phase(state.model_state, state.step >= phases.act_start)
+    model_state = in_phase(state.model_state, state.step >= phases.act_start)
     if mix is not None:
       train_batch = mix(jax.random.fold_in(dropout_key, 1), train_batch)
     if teacher is not None:
@@ -249,7 +249,13 @@ def _every(x: jax.Array, n: int) -> jax.Array:
   return jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0)
 
 
-def _in_phase(model_state: ModelState, active: jax.Array) -> ModelState:
+def in_phase(model_state: ModelState, active: Any) -> ModelState:
+  """Returns the collections with activation quantization on or off.
+
+  Args:
+    model_state: the model's collections, with or without `quant_stats`.
+    active: bool [], traced or not.
+  """
   if 'quant_stats' not in model_state:
     return model_state
   stats = operands_lib.set_activation_quantization(

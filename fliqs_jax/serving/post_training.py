@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from fliqs_jax import data
-from fliqs_jax.layers import operands as operands_lib
 from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.search import sensitivity
+from fliqs_jax.search import train_step
 from fliqs_jax.space import allocation
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import discovery
@@ -132,13 +132,7 @@ def _observed(
     )
     return {**variables, **changed}
 
-  def switched(active: bool) -> dict[str, Any]:
-    stats = operands_lib.set_activation_quantization(
-      variables['quant_stats'], active
-    )
-    return {**variables, 'quant_stats': stats}
-
-  variables = switched(False)
+  floats = train_step.in_phase(variables, False)
   for inputs in examples:
-    variables = observe(variables, inputs)
-  return switched(True)
+    floats = observe(floats, inputs)
+  return dict(train_step.in_phase(floats, True))
