@@ -22,6 +22,7 @@ FLOORS = (
   ('run',),
   ('sweep',),
   ('comparison',),
+  ('analyses',),
 )
 
 # The files in which a heavy library may be imported: one each, but TFDS, of

@@ -6,7 +6,6 @@ from typing import Any
 
 from fliqs_jax.report import number_text
 from fliqs_jax.report import page
-from fliqs_jax.report import tables
 from fliqs_jax.sweep import page as sweep_page
 
 _CAPTION = (
@@ -68,13 +67,13 @@ def render(
     page.figure(image, _CAPTION),
     '<h2>Quality at a cost</h2>',
     f'<p>{_QUALITIES}</p>',
-    _table(qualities, left=(0, 1)),
+    sweep_page.cell_table(qualities, left=(0, 1)),
     '<h2>Pairs</h2>',
     f'<p>{_PAIRS.format(unit=number_text.points(summary["metric"]))}</p>',
-    _table(differences, left=(0,)),
+    sweep_page.cell_table(differences, left=(0,)),
     '<h2>What serving and searching cost</h2>',
     f'<p>{_EFFORTS}</p>',
-    _table(efforts, left=(0, 1)),
+    sweep_page.cell_table(efforts, left=(0, 1)),
   ]
   if warnings:
     items = ''.join(f'<li>{html.escape(text)}</li>' for text in warnings)
@@ -84,17 +83,3 @@ def render(
     body += [sweep_page.missing_table(missing)]
   body += ['<h2>Runs</h2>', sweep_page.finished_table(summary)]
   return page.document('Methods side by side', body)
-
-
-def _table(cells: Sequence[Sequence[str]], left: Sequence[int]) -> str:
-  head, *rows = [[html.escape(cell) for cell in row] for row in cells]
-  lines = [
-    '<tr>'
-    + ''.join(
-      f'<td{" class=left" if i in left else ""}>{cell}</td>'
-      for i, cell in enumerate(row)
-    )
-    + '</tr>'
-    for row in rows
-  ]
-  return tables.table(head, lines, left, ' class=tight')

@@ -173,7 +173,7 @@ def squared_errors(
 
 
 def quantize(
-  x: np.ndarray, fmt: formats.NumericFormat, threshold: float
+  x: np.ndarray, fmt: formats.NumericFormat, threshold: float | np.ndarray
 ) -> np.ndarray:
   """Returns `x` clipped at `threshold` and rounded to the grid (Eq. 10, 11).
 
@@ -183,8 +183,9 @@ def quantize(
   Args:
     x: [...] values.
     fmt: a scaled format.
-    threshold: the clipping threshold sigma_t, in the units of `x`; it is mapped
-      to the format's largest value.
+    threshold: the clipping threshold sigma_t, in the units of `x`, of a shape
+      that broadcasts to that of `x`; it is mapped to the format's largest
+      value.
   """
   scale = threshold / fmt.max_value
   clipped = np.clip(x / scale, -fmt.max_value, fmt.max_value)

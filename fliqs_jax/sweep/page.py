@@ -90,3 +90,23 @@ def finished_table(summary: Mapping[str, Any]) -> str:
   metric = html.escape(number_text.title(summary['metric']))
   head = ['run', metric, f'cost, {unit}', 'warnings']
   return tables.table(head, rows, [0])
+
+
+def cell_table(cells: Sequence[Sequence[str]], left: Sequence[int]) -> str:
+  """Returns the HTML of a table of texts.
+
+  Args:
+    cells: texts of each row; the first row is the head.
+    left: indices of the columns whose text is aligned to the left.
+  """
+  head, *rows = [[html.escape(cell) for cell in row] for row in cells]
+  lines = [
+    '<tr>'
+    + ''.join(
+      f'<td{" class=left" if i in left else ""}>{cell}</td>'
+      for i, cell in enumerate(row)
+    )
+    + '</tr>'
+    for row in rows
+  ]
+  return tables.table(head, lines, left, ' class=tight')
