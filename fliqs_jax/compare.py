@@ -17,12 +17,9 @@ from sensitivities), and the search presets. Exit status as of `fliqs_jax.main`.
 
 import argparse
 from collections.abc import Sequence
-import logging
 import os
 import pathlib
 import sys
-
-from absl import logging as absl_logging
 
 from fliqs_jax.comparison import perform
 from fliqs_jax.comparison import plan as plan_lib
@@ -32,6 +29,7 @@ from fliqs_jax.runtime import commands
 from fliqs_jax.runtime import devices
 from fliqs_jax.runtime import processes
 from fliqs_jax.runtime import workdir as workdir_lib
+from fliqs_jax.sweep import sweep_file
 
 
 @commands.reported
@@ -64,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
   overrides = [text for text in argv if text.startswith('--config.')]
   others = [text for text in argv if text not in overrides]
   args, unknown = parser.parse_known_args(others)
-  _log()
+  commands.log()
   devices.keep_compiled(args.compilation_cache)
   stop = processes.Stop()
   try:
@@ -74,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
       methods=_texts(args.methods),
       targets=_texts(args.targets),
       seeds=args.seeds,
-      overrides=_overrides([*overrides, *unknown]),
+      overrides=sweep_file.overrides([*overrides, *unknown]),
       metric=args.metric,
     )
     plan.check()
@@ -95,33 +93,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _texts(text: str) -> tuple[str, ...]:
   return tuple(filter(None, (item.strip() for item in text.split(','))))
-
-
-def _overrides(flags: Sequence[str]) -> dict[str, str]:
-  """Returns {dotted key: text} of flags --config.KEY=VALUE."""
-  result = {}
-  for flag in flags:
-    key, equals, value = flag.partition('=')
-    if not key.startswith('--config.') or not equals:
-      raise ValueError(
-        f'unknown flag {flag!r}; keys of the config are set by '
-        '--config.KEY=VALUE'
-      )
-    result[key.removeprefix('--config.')] = value
-  return result
-
-
-def _log() -> None:
-  """Lets this project's lines through, as `fliqs_jax.main` does."""
-  absl_logging.set_verbosity(absl_logging.ERROR)
-  log = logging.getLogger('fliqs_jax')
-  log.setLevel(logging.INFO)
-  log.propagate = False
-  if not log.handlers:
-    handler = logging.StreamHandler()
-    form = logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S')
-    handler.setFormatter(form)
-    log.addHandler(handler)
 
 
 if __name__ == '__main__':

@@ -9,13 +9,11 @@ goes on. Any other: the run crashed.
 
 from collections.abc import Callable, Sequence
 import gc
-import logging
 import os
 import sys
 
 from absl import app
 from absl import flags
-from absl import logging as absl_logging
 import jax
 import ml_collections
 from ml_collections import config_flags
@@ -90,21 +88,13 @@ def start(
   # spent on looking for garbage among them.
   gc.freeze()
   gc.set_threshold(200_000)
-  # Log only this project's lines: libraries log a hundred for each checkpoint.
-  absl_logging.set_verbosity(absl_logging.ERROR)
-  log = logging.getLogger('fliqs_jax')
-  log.setLevel(logging.INFO)
-  log.propagate = False
-  handler = logging.StreamHandler()
-  handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
-  log.addHandler(handler)
+  log = commands.log()
   stop = processes.Stop()
   try:
     processes.join(_JOIN_TIMEOUT.value, _DEAD_AFTER.value)
     if processes.count() > 1:
       place = f'[{processes.index()}/{processes.count()}]'
-      form = f'%(asctime)s {place} %(message)s'
-      handler.setFormatter(logging.Formatter(form, '%H:%M:%S'))
+      commands.log(place)
     devices.keep_compiled(_COMPILATION_CACHE.value)
     config = _CONFIG.value
     flag = flags.FLAGS['config']

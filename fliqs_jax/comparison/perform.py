@@ -1,28 +1,21 @@
-"""Performs a comparison: one run after another, each that is not finished.
+"""Performs a comparison: chooses architectures, and starts the runs.
 
-A comparison that was stopped is continued by the same command. A run that
-fails, because training diverges or a score is not finite, does not stop the
-others.
+A comparison that was stopped is continued by the same command.
 """
 
 from collections.abc import Callable
-import logging
 
 from fliqs_jax.comparison import methods as methods_lib
 from fliqs_jax.comparison import plan as plan_lib
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import results
 from fliqs_jax.run import sensitivity_table
-from fliqs_jax.run import train
-from fliqs_jax.run.records import run_log
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import presets
 from fliqs_jax.search import sensitivity
-from fliqs_jax.sweep import collect
+from fliqs_jax.sweep import perform as sweep_perform
 from fliqs_jax.sweep import sweep_file
-
-_LOG = logging.getLogger(__name__)
 
 
 def perform(
@@ -43,53 +36,23 @@ def perform(
     ValueError: another comparison is performed in the same directory.
   """
   plan.out.mkdir(parents=True, exist_ok=True)
+  planned = {p.run.name: p for p in plan.runs}
+
+  def before(run: sweep_file.Run) -> None:
+    if planned[run.name].method in methods_lib.ASSIGNED:
+      _assign(plan, planned[run.name], stop)
+
   with workdir_lib.held(plan.out):
-    return _performed(plan, retrain, stop)
-
-
-def _performed(
-  plan: plan_lib.Plan, retrain: bool, stop: Callable[[], bool]
-) -> list[str]:
-  """Starts or continues each run; returns the names of those that failed."""
-  files.write_json(plan.out / workdir_lib.COMPARISON_PLAN, plan.claim)
-  failed = []
-  for i, planned in enumerate(plan.runs, 1):
-    name = planned.run.name
-    searched = planned.method in presets.PRESETS
-    if _is_finished(plan, planned.run, retrain and searched):
-      continue
-    _LOG.info('[%d/%d] %s', i, len(plan.runs), name)
-    try:
-      if planned.method in methods_lib.ASSIGNED:
-        _assign(plan, planned, stop)
-      _train(plan, planned.run, stop, retrain and searched)
-    except (ValueError, run_log.DivergedError) as error:
-      _LOG.error('%s: %s', name, error)
-      failed.append(name)
-  return failed
-
-
-def _is_finished(
-  plan: plan_lib.Plan, run: sweep_file.Run, retrained: bool = False
-) -> bool:
-  """Returns whether a run is finished, and retrained if it shall be."""
-  workdir = plan.workdir(run)
-  if collect.look(run, workdir)['state'] not in ('finished', 'failed'):
-    return False
-  result = files.read_json(workdir / workdir_lib.RESULT)
-  return not retrained or bool(result.get('retrained'))
-
-
-def _train(
-  plan: plan_lib.Plan,
-  run: sweep_file.Run,
-  stop: Callable[[], bool],
-  retrain: bool = False,
-) -> None:
-  config = sweep_file.load(run)
-  train.train_and_evaluate(
-    config, plan.workdir(run), stop=stop, retrain=retrain
-  )
+    files.write_json(plan.out / workdir_lib.COMPARISON_PLAN, plan.claim)
+    return sweep_perform.perform(
+      plan.sweep,
+      plan.out,
+      stop,
+      retrained=lambda run: (
+        retrain and planned[run.name].method in presets.PRESETS
+      ),
+      before=before,
+    )
 
 
 def _assign(
@@ -113,8 +76,8 @@ def _scores(
   """Returns the scores of a seed, from a network trained at the dearest."""
   run = plan.dearest(seed)
   path = plan.workdir(run) / workdir_lib.SENSITIVITY
-  if not _is_finished(plan, run):
-    _train(plan, run, stop)
+  if not sweep_perform.is_finished(run, plan.workdir(run)):
+    sweep_perform.train(run, plan.workdir(run), stop)
   if not path.exists():
     restored = evaluation.restore(str(plan.workdir(run)))
     table = sensitivity_table.measure(restored, plan.metric)

@@ -19,7 +19,7 @@ from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import presets
 from fliqs_jax.space import cost_model
-from fliqs_jax.sweep import collect
+from fliqs_jax.sweep import perform
 from fliqs_jax.sweep import sweep_file
 
 # The arguments of a config that the comparison sets.
@@ -215,13 +215,8 @@ class Plan:
           f'--out={self.out} holds another comparison, which differs in '
           f'{"; ".join(differences)}; choose another directory'
         )
-    for run in (*self.sweep.runs, *self.scored):
-      seen = collect.look(run, self.workdir(run))
-      if seen['state'] in ('of another config', 'damaged'):
-        raise ValueError(
-          f'--out={self.out}: the run {run.name} there is {seen["state"]}: '
-          f'{seen["detail"]}; choose another directory, or delete this run'
-        )
+    runs = (*self.sweep.runs, *self.scored)
+    perform.check(sweep_file.Sweep(self.sweep.name, runs), self.out)
 
   @property
   def scored(self) -> tuple[sweep_file.Run, ...]:

@@ -7,7 +7,6 @@ import pathlib
 import statistics
 from typing import Any
 
-from fliqs_jax.comparison import curves
 from fliqs_jax.comparison import figure
 from fliqs_jax.comparison import methods as methods_lib
 from fliqs_jax.comparison import page
@@ -19,6 +18,7 @@ from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.space import allocation
 from fliqs_jax.sweep import collect
+from fliqs_jax.sweep import curves
 
 _SCHEMA = 1
 # A difference is certain if it is this number of standard errors from zero.

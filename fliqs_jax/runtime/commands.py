@@ -1,12 +1,15 @@
-"""Ends of a command: one line and an exit status, not a traceback."""
+"""Lines of a command: its log, and its end in one line and an exit status."""
 
 from collections.abc import Callable, Sequence
 import errno
 import functools
 import io
+import logging
 import os
 import signal
 import sys
+
+from absl import logging as absl_logging
 
 # To start the same command again would change nothing; what a signal stopped
 # goes on; what crashed may work the next time.
@@ -70,6 +73,25 @@ def reported(
       return status(error)
 
   return wrapped
+
+
+def log(place: str = '') -> logging.Logger:
+  """Lets this project's lines through, and returns its logger.
+
+  Only these: libraries log a hundred lines for each checkpoint.
+
+  Args:
+    place: a text at the beginning of each line, behind the time.
+  """
+  absl_logging.set_verbosity(absl_logging.ERROR)
+  logger = logging.getLogger('fliqs_jax')
+  logger.setLevel(logging.INFO)
+  logger.propagate = False
+  if not logger.handlers:
+    logger.addHandler(logging.StreamHandler())
+  form = ' '.join(filter(None, ('%(asctime)s', place, '%(message)s')))
+  logger.handlers[0].setFormatter(logging.Formatter(form, '%H:%M:%S'))
+  return logger
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:

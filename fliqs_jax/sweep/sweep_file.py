@@ -89,25 +89,42 @@ def read(path: str | os.PathLike[str]) -> Sweep:
   file = pathlib.Path(path)
   try:
     content = yaml.load(file.read_text(encoding='utf-8'), Loader=_Loader)
-    runs = tuple(_runs(content))
   except RecursionError:
     raise ValueError(f'sweep {path}: it is nested too deeply') from None
   except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
     message = ' '.join(str(error).split())
     raise ValueError(f'sweep {path}: {message}') from None
+  return declared(file.stem, content, str(path))
+
+
+def declared(name: str, content: Any, where: str) -> Sweep:
+  """Returns the sweep that the content of a file declares.
+
+  Args:
+    name: name of the sweep.
+    content: what the YAML holds.
+    where: what messages call it.
+
+  Raises:
+    ValueError: as of `read`.
+  """
+  try:
+    runs = tuple(_runs(content))
+  except ValueError as error:
+    raise ValueError(f'sweep {where}: {error}') from None
   names: dict[str, Run] = {}
   for run in runs:
     if run.name in names:
       raise ValueError(
-        f'sweep {path}: two runs are called {run.name!r}; write what they '
+        f'sweep {where}: two runs are called {run.name!r}; write what they '
         'differ in as a list, [value], so that it becomes part of the name'
       )
     names[run.name] = run
     try:
       config(run)
     except ValueError as error:
-      raise ValueError(f'sweep {path}, run {run.name!r}: {error}') from None
-  return Sweep(file.stem, runs)
+      raise ValueError(f'sweep {where}, run {run.name!r}: {error}') from None
+  return Sweep(name, runs)
 
 
 def config(run: Run) -> dict[str, Any]:
@@ -131,6 +148,27 @@ def load(run: Run) -> ml_collections.ConfigDict:
   config_lib.check(made)
   check_overrides(run.config, run.overrides)
   return made
+
+
+def overrides(flags_: Sequence[str]) -> dict[str, str]:
+  """Returns {dotted key: text} of flags --config.KEY=VALUE.
+
+  Args:
+    flags_: arguments of a command that are no flags of its own.
+
+  Raises:
+    ValueError: one of them is another flag.
+  """
+  result = {}
+  for flag in flags_:
+    key, equals, value = flag.partition('=')
+    if not key.startswith('--config.') or not equals:
+      raise ValueError(
+        f'unknown flag {flag!r}; keys of the config are set by '
+        '--config.KEY=VALUE'
+      )
+    result[key.removeprefix('--config.')] = value
+  return result
 
 
 def check_overrides(config: str, overrides: Mapping[str, Any]) -> None:

@@ -11,6 +11,8 @@ from fliqs_jax.comparison import perform
 from fliqs_jax.comparison import plan as plan_lib
 from fliqs_jax.comparison import summary as summary_lib
 from fliqs_jax.run import experiment as experiment_lib
+from fliqs_jax.run import train
+from fliqs_jax.runtime import commands
 from fliqs_jax.runtime import processes
 from fliqs_jax.sweep import sweep_file
 from tests import tiny
@@ -95,7 +97,7 @@ def test_the_network_that_is_scored_trains_at_the_dearest_to_the_end():
 def test_what_cannot_be_is_refused_in_one_line_before_training(
   tmp_path, capsys, monkeypatch, flags, message
 ):
-  monkeypatch.setattr(compare, '_log', lambda: None)
+  monkeypatch.setattr(commands, 'log', lambda: None)
   given = [f'--config={_CONFIG}', '--targets=1.5', '--seeds=1']
   assert compare.main([*given, f'--out={tmp_path / "out"}', flags]) == 2
   error = capsys.readouterr().err
@@ -263,7 +265,7 @@ def started(monkeypatch):
     del config, stop
     names.append((str(workdir), retrain))
 
-  monkeypatch.setattr(perform.train, 'train_and_evaluate', start)
+  monkeypatch.setattr(train, 'train_and_evaluate', start)
   return names
 
 
@@ -290,7 +292,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     if 'INT4' in str(workdir):
       raise ValueError('a score is not finite')
 
-  monkeypatch.setattr(perform.train, 'train_and_evaluate', fail)
+  monkeypatch.setattr(train, 'train_and_evaluate', fail)
   plan = _plan(tmp_path / 'out', methods=('uniform', 'random'), seeds=1)
   failed = perform.perform(plan, True, lambda: False)
   assert failed == ['uniform/INT4/seed0']
@@ -306,7 +308,7 @@ def test_rules_of_a_config_do_not_contradict_an_assignment(
     experiment = experiment_lib.build(config)
     spaces[workdir.parent.name] = experiment.space
 
-  monkeypatch.setattr(perform.train, 'train_and_evaluate', build)
+  monkeypatch.setattr(train, 'train_and_evaluate', build)
   rules = {
     'quant.exclude': "('head',)",
     'quant.menus': "(('hidden0', ('INT4', 'INT8')),)",
@@ -344,7 +346,7 @@ def test_another_comparison_in_the_directory_is_refused(compared, started):
 
 @pytest.mark.slow
 def test_from_end_to_end_and_again(tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(compare, '_log', lambda: None)
+  monkeypatch.setattr(commands, 'log', lambda: None)
   monkeypatch.setattr(processes, 'Stop', lambda: lambda: False)
   flags = [
     f'--config={_CONFIG}',

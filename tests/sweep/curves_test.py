@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fliqs_jax.comparison import curves
+from fliqs_jax.sweep import curves
 
 # Figure 15 of the paper: ResNet-18 of published width.
 _UNIFORM = [(29.23, 67.32), (116.9, 70.60), (467.7, 71.17)]
