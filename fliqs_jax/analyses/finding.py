@@ -33,7 +33,7 @@ class Column(NamedTuple):
   title: str
   form: str = ''
   error: str = ''
-  scale: float = 1.0
+  scale: float = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 from fliqs_jax import analysis
 from fliqs_jax.analyses import best_clip
 from fliqs_jax.analyses import finding as finding_lib
+from fliqs_jax.analyses import studies
 from fliqs_jax.analyses import switching_error
 from fliqs_jax.analyses import synthetic
 
@@ -127,5 +128,7 @@ def test_help_lists_every_analysis(capsys):
   with pytest.raises(SystemExit):
     analysis.main(['--help'])
   printed = capsys.readouterr().out
-  for name, (line, _) in analysis.COMPUTED.items():
-    assert f'{name:17} {line}' in printed
+  assert '  best_clip         Best clip (A.8): the threshold of' in printed
+  assert '  entropy           Weight and schedule of the entropy' in printed
+  for name in (*analysis.COMPUTED, *analysis.FINISHED, *studies.STUDIES):
+    assert f'\n  {name} ' in printed
