@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 import html
 from typing import Any
 
-from fliqs_jax.report import number_text
 from fliqs_jax.report import page
 from fliqs_jax.sweep import page as sweep_page
 
@@ -28,10 +27,6 @@ _EFFORTS = (
   'network whose sensitivities they use. “Memory” is what a step of training '
   'needs beside weights and batch, by the compiler’s accounting.'
 )
-_PAIRS = (
-  'The row minus the column, in {unit}, with the standard error over seeds: '
-  'the mean over the logarithm of the cost, where both have costs in common.'
-)
 
 
 def render(
@@ -39,7 +34,7 @@ def render(
   summary: Mapping[str, Any],
   qualities: Sequence[Sequence[str]],
   efforts: Sequence[Sequence[str]],
-  differences: Sequence[Sequence[str]],
+  differences: Sequence[Sequence[Sequence[str]]],
   warnings: Sequence[str],
   image: tuple[bytes, bytes],
 ) -> str:
@@ -50,7 +45,7 @@ def render(
     summary: the runs as in a sweep.json.
     qualities: cells of a table; the first row is the head.
     efforts: the same of what the methods take.
-    differences: the same of pairs of methods.
+    differences: tables of pairs of methods.
     warnings: sentences.
     image: PNG files for a light and for a dark page.
   """
@@ -68,9 +63,7 @@ def render(
     '<h2>Quality at a cost</h2>',
     f'<p>{_QUALITIES}</p>',
     sweep_page.cell_table(qualities, left=(0, 1)),
-    '<h2>Pairs</h2>',
-    f'<p>{_PAIRS.format(unit=number_text.points(summary["metric"]))}</p>',
-    sweep_page.cell_table(differences, left=(0,)),
+    *sweep_page.pairs(differences, summary['metric']),
     '<h2>What serving and searching cost</h2>',
     f'<p>{_EFFORTS}</p>',
     sweep_page.cell_table(efforts, left=(0, 1)),

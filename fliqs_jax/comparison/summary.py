@@ -110,19 +110,11 @@ class Summary:
     plan: what is compared.
     sweep: the runs and their points, as of a sweep.
     rows: a row per method and target, in the order of the plan.
-    pairs: {(method, other): mean difference of their qualities at equal cost};
-      methods whose costs have no common range are left out.
   """
 
   plan: plan_lib.Plan
   sweep: collect.Summary
   rows: Sequence[Row]
-  pairs: Mapping[tuple[str, str], curves.Difference]
-
-  @property
-  def methods(self) -> list[str]:
-    """The methods with a finished run, in the order of the plan."""
-    return list(dict.fromkeys(row.method for row in self.rows))
 
   @property
   def warnings(self) -> list[str]:
@@ -201,24 +193,6 @@ class Summary:
       ),
     ]
 
-  def differences(self) -> list[list[str]]:
-    """Returns the differences of all pairs; the first row is the head."""
-    return [
-      ['minus', *self.methods],
-      *(
-        [
-          one,
-          *(
-            self._points(self.pairs[one, other])
-            if (one, other) in self.pairs
-            else ''
-            for other in self.methods
-          ),
-        ]
-        for one in self.methods
-      ),
-    ]
-
   def _points(self, apart: curves.Difference) -> str:
     scale = number_text.scale(self.sweep.metric)
     return Mean(apart.value, apart.error).text('+.2f', scale)
@@ -234,7 +208,7 @@ class Summary:
       rows=[_plain(row) for row in self.rows],
       pairs=[
         dict(method=one, other=other, **apart._asdict())
-        for (one, other), apart in self.pairs.items()
+        for (one, other), apart in self.sweep.pairs.items()
       ],
       warnings=self.warnings,
       runs=list(self.sweep.runs),
@@ -245,9 +219,7 @@ class Summary:
     parts = [
       _markdown(self.qualities()),
       _markdown(self.efforts()),
-      f'Mean difference of the {self.sweep.metric} at equal cost, in '
-      f'{number_text.points(self.sweep.metric)}, of a row minus a column:',
-      _markdown(self.differences()),
+      *filter(None, [collect.markdown_of_pairs(self.sweep)]),
     ]
     if self.warnings:
       parts.append('\n'.join(f'- warning: {text}' for text in self.warnings))
@@ -277,7 +249,7 @@ class Summary:
         self.sweep.json(),
         self.qualities(),
         self.efforts(),
-        self.differences(),
+        self.sweep.differences(),
         self.warnings,
         image,
       ).encode(),
@@ -296,31 +268,19 @@ def summarize(plan: plan_lib.Plan) -> Summary:
   """
   sweep = collect.collect(plan.sweep, plan.out)
   measured = _measured(plan, sweep)
-  lines = {
-    method: {
-      point: {m.seed: (m.found['cost'], m.value) for m in runs}
-      for (of, point), runs in measured.items()
-      if of == method
-    }
-    for method in dict.fromkeys(method for method, _ in measured)
-  }
-  uniform = lines.get(methods_lib.UNIFORM, {})
+  uniform = sweep.lines.get(methods_lib.UNIFORM, {})
   rows = [
     _row(
       plan,
       key,
       runs,
-      curves.difference({key[1]: lines[key[0]][key[1]]}, uniform),
+      curves.difference(
+        {key: {m.seed: (m.found['cost'], m.value) for m in runs}}, uniform
+      ),
     )
     for key, runs in measured.items()
   ]
-  pairs = {
-    (one, other): apart
-    for one in lines
-    for other in lines
-    if one != other and (apart := curves.difference(lines[one], lines[other]))
-  }
-  return Summary(plan, sweep, rows, pairs)
+  return Summary(plan, sweep, rows)
 
 
 @dataclasses.dataclass(frozen=True)

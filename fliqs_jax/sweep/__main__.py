@@ -1,11 +1,12 @@
 """Collects the results of a sweep: one Pareto table and figure.
 
-python -m fliqs_jax.sweep FILE [--out=DIR] [--cost=gbops]
+python -m fliqs_jax.sweep FILE... [--out=DIR] [--cost=gbops]
 
 The command reads from DIR the runs that the sweep file FILE declares and
 `python -m launch PLATFORM --sweep=FILE` made. It prints a Markdown table and
 writes pareto.png, sweep.html and sweep.json there. A run that is not finished
-is listed with the number of steps that it has taken.
+is listed with the number of steps that it has taken. The runs of several files
+are in DIR/NAME each, NAME.yaml being the file; by default in runs/NAME.
 """
 
 import argparse
@@ -24,14 +25,15 @@ def main(argv: Sequence[str]) -> int:
   parser = argparse.ArgumentParser(
     prog='python -m fliqs_jax.sweep', description=__doc__.split('\n')[0]
   )
-  parser.add_argument('file', help='a sweep file')
+  parser.add_argument('files', nargs='+', metavar='file', help='a sweep file')
   parser.add_argument('--out', help='directory of the runs; default runs/NAME')
   parser.add_argument(
     '--cost', choices=collect.COSTS, default='cost', help='cost of the table'
   )
   args = parser.parse_args(argv)
-  sweep = sweep_file.read(args.file)
-  out = sweep.out if args.out is None else args.out
+  sweep = sweep_file.joined([sweep_file.read(file) for file in args.files])
+  default = sweep.out if len(args.files) == 1 else os.path.dirname(sweep.out)
+  out = default if args.out is None else args.out
   if out.startswith('gs://'):
     raise ValueError(
       f'--out={out} is a bucket; fetch it first: gcloud storage rsync '

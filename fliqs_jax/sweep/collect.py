@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from fliqs_jax.report import number_text
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
+from fliqs_jax.sweep import curves
 from fliqs_jax.sweep import figure
 from fliqs_jax.sweep import page
 from fliqs_jax.sweep import pareto
@@ -56,6 +58,63 @@ class Summary:
     """The runs that are not finished."""
     return [run for run in self.runs if run['state'] != 'finished']
 
+  @functools.cached_property
+  def lines(self) -> dict[str, curves.Runs]:
+    """{label of a curve: {settings: {seed: (cost, metric)}}}."""
+    found: dict[str, dict[Any, dict[Any, tuple[float, float]]]] = {}
+    for run in self.runs:
+      if run['state'] == 'finished':
+        settings = pareto.without_seed(run['swept'])
+        line = found.setdefault(figure.label(pareto.series(settings)), {})
+        of_seed = line.setdefault(tuple(settings.items()), {})
+        of_seed[run['swept'].get('seed')] = run['cost'], run['value']
+    return found
+
+  @functools.cached_property
+  def pairs(self) -> dict[tuple[str, str], curves.Difference]:
+    """{(curve, other): mean difference at equal cost}, where they have one.
+
+    Of several sweeps only curves of the same one are compared.
+    """
+    found = {}
+    for labels in self._sweeps().values():
+      for one, other in itertools.combinations(labels, 2):
+        apart = curves.difference(self.lines[one], self.lines[other])
+        if apart is not None:
+          found[one, other] = apart
+          found[other, one] = apart.reversed()
+    return found
+
+  def differences(self) -> list[list[list[str]]]:
+    """Returns the cells of all pairs, a table for each sweep; head first."""
+    return [
+      [
+        ['minus', *labels],
+        *(
+          [one, *(self._difference(one, other) for other in labels)]
+          for one in labels
+        ),
+      ]
+      for labels in self._sweeps().values()
+      if any(pair in self.pairs for pair in itertools.combinations(labels, 2))
+    ]
+
+  def _sweeps(self) -> dict[str, list[str]]:
+    """Returns {name of a sweep: labels of its curves}."""
+    found: dict[str, list[str]] = {}
+    for label, line in self.lines.items():
+      found.setdefault(
+        dict(next(iter(line))).get(sweep_file.SWEEP, ''), []
+      ).append(label)
+    return found
+
+  def _difference(self, one: str, other: str) -> str:
+    if (one, other) not in self.pairs:
+      return ''
+    apart = self.pairs[one, other]
+    scale = number_text.scale(self.metric)
+    return _spread(apart.value, apart.error, '+.2f', scale)
+
   def warnings(self, point: pareto.Point) -> int:
     """Returns the number of warnings of all runs of a point."""
     return sum(
@@ -87,6 +146,10 @@ class Summary:
       metric=self.metric,
       unit=self.unit,
       points=points,
+      pairs=[
+        dict(curve=one, other=other, **apart._asdict())
+        for (one, other), apart in self.pairs.items()
+      ],
       runs=list(self.runs),
     )
 
@@ -219,19 +282,39 @@ def _spread(
   mean: float, spread: float | None, form: str, scale: float = 1.0
 ) -> str:
   text = f'{scale * mean:{form}}'
-  return text if spread is None else f'{text} ± {scale * spread:{form}}'
+  if spread is None:
+    return text
+  return f'{text} ± {scale * spread:{form.lstrip("+")}}'
 
 
 def markdown(summary: Summary) -> str:
-  """Returns the table, and below it a list of all unfinished runs."""
+  """Returns the tables, and below them a list of all unfinished runs."""
   head, *rows = table(summary)
   text = number_text.markdown(head, rows)
+  if pairs := markdown_of_pairs(summary):
+    text += f'\n\n{pairs}'
   if missing := summary.missing:
     text += f'\n\n{len(missing)} of {len(summary.runs)} runs are missing:\n'
     text += ''.join(
       f'\n- {run["name"]}: {run["state"]}: {run["detail"]}' for run in missing
     )
   return text
+
+
+def markdown_of_pairs(summary: Summary) -> str:
+  """Returns the table of all pairs of curves; empty if there is none."""
+  tables = [
+    number_text.markdown(head, rows) for head, *rows in summary.differences()
+  ]
+  if not tables:
+    return ''
+  return '\n\n'.join(
+    [
+      f'Mean difference of the {summary.metric} at equal cost, in '
+      f'{number_text.points(summary.metric)}, of a row minus a column:',
+      *tables,
+    ]
+  )
 
 
 def write(summary: Summary, out: str | os.PathLike[str]) -> None:
@@ -244,6 +327,8 @@ def write(summary: Summary, out: str | os.PathLike[str]) -> None:
   files.write_bytes(directory / workdir_lib.SWEEP_FIGURE, image[0])
   files.write_bytes(
     directory / workdir_lib.SWEEP_PAGE,
-    page.render(summary.json(), table(summary), image).encode(),
+    page.render(
+      summary.json(), table(summary), summary.differences(), image
+    ).encode(),
   )
   files.write_json(directory / workdir_lib.SWEEP_RESULT, summary.json())

@@ -34,6 +34,12 @@ class Difference(NamedTuple):
   low: float | None = None
   high: float | None = None
 
+  def reversed(self) -> 'Difference':
+    """Returns the difference of the second curve from the first one."""
+    if self.low is None or self.high is None:
+      return self._replace(value=-self.value)
+    return Difference(-self.value, self.error, -self.high, -self.low)
+
 
 def curve(points: Sequence[tuple[float, float]]) -> Curve:
   """Returns points by cost; of points of equal cost the best one.

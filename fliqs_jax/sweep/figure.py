@@ -11,6 +11,7 @@ import numpy as np
 from fliqs_jax.report import figures
 from fliqs_jax.report import number_text
 from fliqs_jax.sweep import pareto
+from fliqs_jax.sweep import sweep_file
 
 # A colour-blind reader can distinguish the first five; shapes differ, too.
 _COLOURS = (
@@ -18,7 +19,12 @@ _COLOURS = (
   *('#c8558f', '#7d8f2f', '#3fa7b8', '#9a6b4c', '#5d6b7e'),
 )
 _SHAPES = 'osD^vPX'
-_PLAIN = 'space', 'method', 'format'  # Settings whose values say enough.
+_PLAIN = (
+  sweep_file.SWEEP,
+  'space',
+  'method',
+  'format',
+)  # Settings whose values say enough.
 _LEGEND = 12  # More entries would leave too little space for the axes.
 
 
@@ -27,8 +33,10 @@ def draw(
 ) -> figure_lib.Figure:
   """Draws the means with their standard deviations over seeds.
 
-  Points that differ only in the cost target are one curve, with an entry in the
-  legend; a single point has its name beside it. Points of the front are filled.
+  Points that differ only in the cost target, the size of the network or the one
+  format of it are one curve, with an entry in the legend; a single point has
+  its name beside it, and one of a uniform network, too. Points of the front are
+  filled.
 
   Args:
     points: points of a sweep, at least one.
@@ -44,21 +52,19 @@ def draw(
   curves: dict[tuple, list[pareto.Point]] = {}
   for point in points:
     curves.setdefault(tuple(point.series.items()), []).append(point)
-  looks = zip(itertools.cycle(_COLOURS), itertools.cycle(_SHAPES))
-  handles, alone = [], []
+  # The points of methods are too close to each other for names beside them.
+  named = [
+    series
+    for series, curve in curves.items()
+    if len(curve) > 1 or 'method' in dict(series)
+  ]
+  looks, handles = _looks(named)
+  alone = []
   for series, curve in curves.items():
-    # The points of methods are too close to each other for names beside them.
-    named = len(curve) > 1 or 'method' in dict(series)
-    named = named and len(handles) < _LEGEND
-    colour, shape = next(looks) if named else (figures.GREY, 'o')
-    _curve(axes, curve, scale, colour, shape)
-    if named:
-      handles.append(
-        lines_lib.Line2D(
-          [], [], color=colour, marker=shape, label=label(dict(series))
-        )
-      )
-    else:
+    _curve(axes, curve, scale, *looks.get(series, (figures.GREY, 'o')))
+    if series not in looks or dict(series).get('space') != curve[
+      0
+    ].settings.get('space'):
       alone += curve
   _name(axes, alone, scale)
   handles.append(
@@ -77,6 +83,42 @@ def draw(
   axes.xaxis.set_minor_formatter(ticker.NullFormatter())
   axes.tick_params(length=2, which='both')
   return figure
+
+
+def _looks(
+  named: Sequence[tuple],
+) -> tuple[dict[tuple, tuple[str, str]], list[lines_lib.Line2D]]:
+  """Returns {series: (colour, shape)} and the entries of the legend.
+
+  Of several sweeps, such as one for each network, the colour says what differs
+  within them, and the shape which sweep it is, as in the paper's Figure 11.
+  """
+  entry = lines_lib.Line2D
+  sweeps = list(dict.fromkeys(dict(s).get(sweep_file.SWEEP) for s in named))
+  if len(sweeps) < 2:
+    looks = dict(
+      zip(
+        named[:_LEGEND],
+        zip(itertools.cycle(_COLOURS), itertools.cycle(_SHAPES)),
+      )
+    )
+    return looks, [
+      entry([], [], color=colour, marker=shape, label=label(dict(series)))
+      for series, (colour, shape) in looks.items()
+    ]
+  shapes = dict(zip(sweeps, itertools.cycle(_SHAPES)))
+  kinds = {
+    s: label({k: v for k, v in s if k != sweep_file.SWEEP}) for s in named
+  }
+  colours = dict(zip(dict.fromkeys(kinds.values()), itertools.cycle(_COLOURS)))
+  handles = [entry([], [], color=c, label=kind) for kind, c in colours.items()]
+  handles += [
+    entry([], [], color=figures.GREY, marker=shape, ls='', label=sweep)
+    for sweep, shape in shapes.items()
+  ]
+  return {
+    s: (colours[kinds[s]], shapes[dict(s)[sweep_file.SWEEP]]) for s in named
+  }, handles
 
 
 def label(settings: Mapping[str, str]) -> str:

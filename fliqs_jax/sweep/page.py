@@ -11,14 +11,20 @@ from fliqs_jax.report import tables
 _NUMBERS = 5  # Number of the last columns, which are no settings.
 _CAPTION = (
   'Up and to the left is better. Points are means over seeds, bars one '
-  'standard deviation. No other point dominates a filled one; curves join the '
-  'cost targets of equal settings.'
+  'standard deviation. No other point dominates a filled one; curves join what '
+  'differs in cost target, size or one format alone.'
+)
+
+_PAIRS = (
+  'The row minus the column, in {unit}, with the standard error over seeds: '
+  'the mean over the logarithm of the cost, where both have costs in common.'
 )
 
 
 def render(
   summary: Mapping[str, Any],
   cells: Sequence[Sequence[str]],
+  differences: Sequence[Sequence[Sequence[str]]],
   image: tuple[bytes, bytes],
 ) -> str:
   """Returns the page.
@@ -26,6 +32,7 @@ def render(
   Args:
     summary: content of sweep.json.
     cells: cells of the table; the first row is the head.
+    differences: tables of pairs of curves.
     image: PNG files for a light and for a dark page.
   """
   head, *rows = cells
@@ -51,10 +58,29 @@ def render(
     '<p>Bold: no other row is as good in both and better in one.</p>',
     tables.table([html.escape(name) for name in head], lines, left),
   ]
+  body += pairs(differences, summary['metric'])
   if missing:
     body += ['<h2 id="missing">Not finished</h2>', missing_table(missing)]
   body += ['<h2>Runs</h2>', finished_table(summary)]
   return page.document(summary['sweep'], body)
+
+
+def pairs(
+  differences: Sequence[Sequence[Sequence[str]]], metric: str
+) -> list[str]:
+  """Returns the HTML of the differences of curves; empty if there are none.
+
+  Args:
+    differences: tables of pairs of curves; the first row is the head.
+    metric: name of the metric.
+  """
+  if not differences:
+    return []
+  return [
+    '<h2>Pairs</h2>',
+    f'<p>{_PAIRS.format(unit=number_text.points(metric))}</p>',
+    *(cell_table(cells, left=(0,)) for cells in differences),
+  ]
 
 
 def missing_table(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -4,10 +4,14 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import statistics
 
+from fliqs_jax.numerics import formats
+
 # The names of a run's seed, and of what moves it along a curve: its cost
-# target, as argument and as key, or the one format of a uniform network.
+# target, as argument and as key, the one format of a uniform network, or the
+# size of the network.
 _SEEDS = ('seed',)
 _TARGETS = ('target', 'cost.target', 'format')
+_SIZES = ('width', 'variant')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +55,35 @@ class Point:
 
   @property
   def series(self) -> dict[str, str]:
-    """The settings without the target or format, which make one curve."""
-    return {k: v for k, v in self.settings.items() if k not in _TARGETS}
+    """The settings that all points of a curve share."""
+    return series(self.settings)
+
+
+def series(settings: Mapping[str, str]) -> dict[str, str]:
+  """Returns the settings that all points of a curve share.
+
+  Without several sizes of the network, those of one format are a curve, too:
+  one of integers and one of floats.
+
+  Args:
+    settings: settings of a point.
+  """
+  moving = (*_TARGETS, *_SIZES)
+  kept = {k: v for k, v in settings.items() if k not in moving}
+  if 'space' in kept and not any(key in settings for key in _SIZES):
+    kept['space'] = _kind(kept['space'])
+  return kept
+
+
+def _kind(space: str) -> str:
+  """Returns `uniform integers` or `uniform floats` for one format."""
+  try:
+    fmt = formats.parse(space)
+  except ValueError:
+    return space
+  if not fmt.scaled:
+    return space
+  return f'uniform {"integers" if fmt.is_integer else "floats"}'
 
 
 def without_seed(settings: Mapping[str, str]) -> dict[str, str]:

@@ -33,6 +33,8 @@ import yaml
 
 from fliqs_jax.run import config as config_lib
 
+# Tells the runs of several sweeps apart.
+SWEEP = 'sweep'
 _SECTIONS = ('arguments', 'overrides')
 # Keys that configs make from the number of steps, and that fit any number.
 _OF_LENGTH = ('train.log_every', 'train.checkpoint_every')
@@ -125,6 +127,32 @@ def declared(name: str, content: Any, where: str) -> Sweep:
     except ValueError as error:
       raise ValueError(f'sweep {where}, run {run.name!r}: {error}') from None
   return Sweep(name, runs)
+
+
+def joined(sweeps: Sequence[Sweep]) -> Sweep:
+  """Returns several sweeps as one, each in a directory of its own name.
+
+  Args:
+    sweeps: the sweeps, at least one; a single one is returned as it is.
+
+  Raises:
+    ValueError: two have the same name.
+  """
+  if len(sweeps) == 1:
+    return sweeps[0]
+  names = [sweep.name for sweep in sweeps]
+  if len(set(names)) < len(names):
+    raise ValueError(f'two sweeps have the same name: {", ".join(names)}')
+  runs = [
+    dataclasses.replace(
+      run,
+      name=f'{sweep.name}/{run.name}',
+      swept={SWEEP: sweep.name, **run.swept},
+    )
+    for sweep in sweeps
+    for run in sweep.runs
+  ]
+  return Sweep('sweeps', runs)
 
 
 def config(run: Run) -> dict[str, Any]:

@@ -205,10 +205,11 @@ def test_it_warns_of_what_uniform_formats_match_and_of_budgets(compared):
 
 def test_pairs_are_compared_where_they_have_costs_in_common(compared):
   summary = summary_lib.summarize(compared)
-  assert ('random', 'default') not in summary.pairs  # Costs of 2 and of 1.5.
-  apart = summary.pairs['uniform', 'random']
+  pairs = summary.sweep.pairs
+  assert ('random', 'default') not in pairs  # Costs of 2 and of 1.5.
+  apart = pairs['uniform', 'random']
   assert apart.value == pytest.approx(0.05)
-  head, *rows = summary.differences()
+  ((head, *rows),) = summary.sweep.differences()
   assert head == ['minus', 'uniform', 'random', 'default']
   assert rows[1][:2] == ['random', '-5.00 ± 0.00']
 

@@ -80,6 +80,15 @@ def test_the_error_is_that_of_paired_differences():
   assert apart.error == pytest.approx(math.sqrt(7 / 3), rel=0.02)
 
 
+def test_the_reversed_difference_is_the_other_curve_s():
+  a = {'a': {seed: (2.0, 10.0 + d) for seed, d in enumerate((1.0, 2.0, 6.0))}}
+  b = {'b': dict.fromkeys(range(3), (2.0, 10.0))}
+  assert curves.difference(a, b).reversed() == pytest.approx(
+    curves.difference(b, a)
+  )
+  assert curves.Difference(1.0).reversed() == curves.Difference(-1.0)
+
+
 def test_one_seed_has_no_spread_and_no_runs_no_difference():
   one = {1: {0: (2.0, 3.0)}}
   assert curves.difference(one, one) == curves.Difference(0.0)
