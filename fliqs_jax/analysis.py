@@ -61,13 +61,13 @@ def main(argv: Sequence[str]) -> int:
   args, unknown = _parser().parse_known_args(others)
   keys = sweep_file.overrides([*overrides, *unknown])
   if args.name in studies.STUDIES:
-    _refuse(args, 'runs')
+    _refuse(args, {}, 'runs')
     return _train(args, keys)
   if args.name in COMPUTED:
-    _refuse(args, 'runs', *_OF_STUDIES, *keys)
+    _refuse(args, keys, 'runs', *_OF_STUDIES)
     return _end(COMPUTED[args.name](), args)
   if args.name in FINISHED:
-    _refuse(args, *_OF_STUDIES, *keys)
+    _refuse(args, keys, *_OF_STUDIES)
     if args.runs is None:
       raise ValueError(
         f'the analysis {args.name} needs --runs=DIR, a directory with the '
@@ -79,13 +79,13 @@ def main(argv: Sequence[str]) -> int:
   )
 
 
-def _refuse(args: argparse.Namespace, *names: str) -> None:
-  """Refuses flags that the analysis would not read."""
-  for name in names:
-    # A key of the config is not a flag of the parser: it was given.
-    if getattr(args, name, True) is not None:
-      flag = name if hasattr(args, name) else f'config.{name}'
-      raise ValueError(f'the analysis {args.name} does not take --{flag}')
+def _refuse(
+  args: argparse.Namespace, keys: Mapping[str, str], *names: str
+) -> None:
+  """Refuses flags and keys of a config that the analysis would not read."""
+  given = [name for name in names if getattr(args, name) is not None]
+  for flag in (*given, *(f'config.{key}' for key in keys)):
+    raise ValueError(f'the analysis {args.name} does not take --{flag}')
 
 
 def _train(args: argparse.Namespace, keys: Mapping[str, str]) -> int:
