@@ -8,6 +8,7 @@ import statistics
 from typing import Any
 
 from matplotlib import figure as figure_lib
+from matplotlib import ticker
 import numpy as np
 from scipy import stats
 
@@ -36,7 +37,14 @@ def _size(name: str) -> Callable[[Mapping[str, Any]], float]:
 TRENDS: dict[str, tuple[Callable[[Mapping[str, Any]], float], str]] = {
   'channels': (_size('output_channels'), 'falls (A.7)'),
   'kernel': (_size('kernel'), 'falls, less clearly (A.7)'),
-  'position': (lambda layer: layer['position'], 'falls (A.1)'),
+  'first or last': (
+    lambda layer: float(layer['position'] in (0, 1)),
+    'rises (A.1)',
+  ),
+  'position of the others': (
+    lambda layer: layer['position'] if 0 < layer['position'] < 1 else math.nan,
+    'falls (A.1)',
+  ),
   'MACs': (lambda layer: layer['macs'], 'falls: small layers get more (A.1)'),
   'depthwise': (
     lambda layer: float(layer['kind'] == 'depthwise'),
@@ -163,7 +171,11 @@ def draw(networks: Sequence[Sequence[Mapping[str, Any]]]) -> figure_lib.Figure:
     noise = rng.uniform(-0.12, 0.12, bits.size)
     axes.plot(at, bits + noise, 'o', ms=3, alpha=0.5, color='#4c8dc4', **_RING)
     axes.plot(*_means(at, bits), color='#dc5c4c', marker='_', ms=10, lw=1.2)
-    axes.set(xlabel=name, xscale='log' if name == 'MACs' else 'linear')
+    axes.set(xlabel=name)
+    if name == 'MACs':
+      axes.set(xscale='log')
+      axes.xaxis.set_major_formatter(ticker.EngFormatter())
+      axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.tick_params(length=2)
   grid[0].set(ylabel='bits')
   return figure

@@ -34,23 +34,31 @@ def test_bits_fall_with_the_position(tmp_path):
   _write(tmp_path / 'run0/retrained', finished.FOUND)
   finding = allocation_trends.analyse(tmp_path)
   rows = {row['trend']: row for row in finding.rows}
-  # The first is symmetric: 0. The ranks of the second are 4, 2.5, 2.5, 1
-  # against 1, 2, 3, 4: covariance -4.5, variances 4.5 and 5.
-  second = -4.5 / (4.5 * 5) ** 0.5
-  assert rows['position']['runs'] == 2
-  assert rows['position']['correlation'] == pytest.approx(second / 2)
+  position = rows['position of the others']
+  # The first layer is left out, and the head is not quantized. Ranks of bits
+  # 1.5, 1.5, 3 and 2.5, 2.5, 1 against 1, 2, 3: covariance 1.5 and -1.5,
+  # variances 1.5 and 2.
+  assert position['runs'] == 2
+  assert position['correlation'] == pytest.approx(0)
   # Half the distance of two numbers.
-  assert rows['position']['error'] == pytest.approx(-second / 2)
+  assert position['error'] == pytest.approx(1.5 / 3**0.5)
+  # 1 0 0 0 of ranks 3.5 1.5 1.5 3.5, and of 4 2.5 2.5 1: covariances 1 and
+  # 1.5, variances .75 and 4, .75 and 4.5.
+  first = (1 / 3**0.5 + 1.5 / (0.75 * 4.5) ** 0.5) / 2
+  assert rows['first or last']['correlation'] == pytest.approx(first)
   assert rows['channels']['runs'] == 0  # No size is open.
   assert rows['MACs']['runs'] == 0  # All layers have as many.
-  assert finding.verdicts == ['position: no trend beyond two standard errors']
+  assert finding.verdicts == [
+    'first or last: as in the paper',
+    'position of the others: no trend beyond two standard errors',
+  ]
 
 
 def test_the_command_draws_the_layers(tmp_path, capsys):
   _write(tmp_path / 'runs/a', finished.FOUND)
   flags = [f'--runs={tmp_path / "runs"}', f'--out={tmp_path / "out"}']
   assert analysis.main(['allocation_trends', *flags]) == 0
-  assert '| position | 1 | +' in capsys.readouterr().out
+  assert '| first or last | 1 | +' in capsys.readouterr().out
   picture = tmp_path / 'out/allocation_trends.png'
   assert picture.read_bytes().startswith(b'\x89PNG')
 
