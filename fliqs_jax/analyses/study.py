@@ -214,18 +214,23 @@ def finding(
   metric, unit = first.metric, first.of('unit')[0]
   rows = [_row(study, points, point) for point in points]
   scale = number_text.scale(metric)
+  places = number_text.decimals(max(row['cost'] for row in rows))
   over = f'minus {study.base}' if study.base else 'over uniform'
   if study.retrained:
     over = 'minus retrained'
   columns = [
     finding_lib.Column('value', study.heading),
-    *([finding_lib.Column('series', study.series)] if study.series else []),
+    *(
+      [finding_lib.Column('series', study.series.rpartition('.')[2])]
+      if study.series
+      else []
+    ),
     finding_lib.Column('runs', 'runs', 'd'),
     finding_lib.Column(
       'quality', number_text.title(metric), '.2f', 'quality_spread', scale
     ),
     finding_lib.Column('loss', 'loss', '.3f', 'loss_spread'),
-    finding_lib.Column('cost', f'cost, {unit}', '.4g', 'cost_spread'),
+    finding_lib.Column('cost', f'cost, {unit}', f',.{places}f', 'cost_spread'),
     finding_lib.Column(
       'ahead',
       f'{over}, {number_text.points(metric)}',
