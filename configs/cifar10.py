@@ -11,6 +11,10 @@ Arguments:
     that uniform network.
   mode: tied, weights, activations or separate.
   target: cost target, as a multiple of uniform 4-bit.
+  cost: bops, size, average_bits, or the cost of a chip: latency:t4,
+    energy:45nm, or latency: and a file of your own (docs/chips.md).
+  caps: limits of other costs: size=1.5xINT4+energy:45nm=1.2xINT8.
+  reported: costs to report beside: latency:h100+energy:45nm.
   steps: number of steps of training.
   seed: seed of all randomness.
   gamma: weight of the cost against the quality; the preset's own if not given.
@@ -37,6 +41,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     space='int_s',
     mode='tied',
     target=1.5,
+    cost='bops',
+    caps='',
+    reported='',
     steps=64_000,
     seed=0,
     gamma=float,
@@ -91,10 +98,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.sizes = dict(widths=(), kernels=(), kernel_weights='branches')
   config.cost = dict(
-    kind='bops',
+    kind=arg.cost,
     target=arg.target,
     relative_to='INT4',
     bound='near' if arg.preset == 'paper' else 'at_most',
+    caps=tuple(filter(None, arg.caps.split('+'))),
+    reported=tuple(filter(None, arg.reported.split('+'))),
   )
   config.search = presets.search_keys(arg.preset, steps, arg.gamma)
   config.optimizer = dict(

@@ -8,6 +8,10 @@ arguments:
     runs of Table 7.
   mode: tied, weights, activations or separate.
   target: cost target, as a multiple of uniform 4-bit.
+  cost: bops, size, average_bits, or the cost of a chip: latency:t4,
+    energy:45nm, or latency: and a file of your own (docs/chips.md).
+  caps: limits of other costs: size=1.5xINT4+energy:45nm=1.2xINT8.
+  reported: costs to report beside: latency:h100+energy:45nm.
   width: multiplier of all channels; each file names those of the Pareto curves.
   pareto: train as long as for the Pareto curves (A.2), not as for Table 1.
   steps: number of steps of training; the recipe's if not given.
@@ -52,6 +56,9 @@ def parse_arg(arg: str | None, **more: Any) -> Any:
     space='int_s',
     mode='tied',
     target=1.25,
+    cost='bops',
+    caps='',
+    reported='',
     width=1.0,
     pareto=False,
     steps=int,
@@ -168,10 +175,12 @@ def recipe(
     kernel_weights='branches',
   )
   config.cost = dict(
-    kind='bops',
+    kind=arg.cost,
     target=arg.target,
     relative_to='INT4',
     bound='near' if arg.preset == 'paper' else 'at_most',
+    caps=tuple(filter(None, arg.caps.split('+'))),
+    reported=tuple(filter(None, arg.reported.split('+'))),
   )
   config.search = presets.search_keys(
     arg.preset, steps, arg.gamma, sizes=bool(widths or kernels)

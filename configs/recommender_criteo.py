@@ -13,6 +13,10 @@ Arguments:
     the published one (A.13).
   mode: tied, weights, activations or separate.
   target: cost target, as a multiple of uniform 4-bit.
+  cost: bops, size, average_bits, or the cost of a chip: latency:t4,
+    energy:45nm, or latency: and a file of your own (docs/chips.md).
+  caps: limits of other costs: size=1.5xINT4+energy:45nm=1.2xINT8.
+  reported: costs to report beside: latency:h100+energy:45nm.
   steps: number of steps of training; one epoch if not given.
   seed: seed of all randomness.
   gamma: weight of the cost against the quality; the preset's own if not given.
@@ -45,6 +49,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     nas=False,
     mode='tied',
     target=2.0,
+    cost='bops',
+    caps='',
+    reported='',
     steps=_TRAIN_EXAMPLES // _BATCH_SIZE,
     seed=0,
     gamma=-0.1,
@@ -112,10 +119,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     kernel_weights='branches',
   )
   config.cost = dict(
-    kind='bops',
+    kind=arg.cost,
     target=arg.target,
     relative_to='INT4',
     bound='near' if arg.preset == 'paper' else 'at_most',
+    caps=tuple(filter(None, arg.caps.split('+'))),
+    reported=tuple(filter(None, arg.reported.split('+'))),
   )
   config.search = presets.search_keys(
     arg.preset, steps, arg.gamma, sizes=arg.nas

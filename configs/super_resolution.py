@@ -21,6 +21,10 @@ Arguments:
     each one: max_abs, kl, eq, admm; none if not given.
   mode: tied, weights, activations or separate.
   target: cost target, as a multiple of uniform 4-bit.
+  cost: bops, size, average_bits, or the cost of a chip: latency:t4,
+    energy:45nm, or latency: and a file of your own (docs/chips.md).
+  caps: limits of other costs: size=1.5xINT4+energy:45nm=1.2xINT8.
+  reported: costs to report beside: latency:h100+energy:45nm.
   steps: number of steps of training; of the size if not given.
   seed: seed of all randomness.
   gamma: weight of the cost against the quality, which is the PSNR in dB.
@@ -74,6 +78,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     strategies='',
     mode='tied',
     target=1.5,
+    cost='bops',
+    caps='',
+    reported='',
     steps=int,
     seed=0,
     gamma=float,
@@ -116,7 +123,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg.model == 'edsr':
       config.model.update(blocks=1, channels=8)
   config.quant = dict(
-    formats=tuple(arg.space.split('+')) if '+' in arg.space else arg.space,
+    formats=arg.space,
     mode=arg.mode,
     exclude=(),
     menus=(),
@@ -130,10 +137,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.sizes = dict(widths=(), kernels=(), kernel_weights='branches')
   config.cost = dict(
-    kind='bops',
+    kind=arg.cost,
     target=arg.target,
     relative_to='INT4',
     bound='near' if arg.preset == 'paper' else 'at_most',
+    caps=tuple(filter(None, arg.caps.split('+'))),
+    reported=tuple(filter(None, arg.reported.split('+'))),
   )
   gamma = arg.gamma
   if gamma is None and arg.preset in _WITH_GAMMA:

@@ -29,8 +29,8 @@ from typing import Any
 from fliqs_jax.report import number_text
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
-from fliqs_jax.run import results
 from fliqs_jax.run import sensitivity_table
+from fliqs_jax.run.records import results
 from fliqs_jax.runtime import commands
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib

@@ -1,23 +1,26 @@
 r"""Print the cost of a network, layer by layer, from shapes alone.
 
 python -m fliqs_jax.cost --model=mobilenetv2 [--width=0.5] [--format=INT8]
-    [--image_size=192] [--classes=1000] [--json]
+    [--image_size=192] [--classes=1000] [--kind=latency:h100] [--json]
 
-The cost is that of one input with every layer at one format. The command prints
-a table and the total; with --json the last line is an object with gbops, gmacs,
-params and layers. No parameter is allocated.
+The cost is that of one input with every layer at one format: bit operations, or
+another kind, such as that of a chip, of which a price may be of several inputs.
+The command prints a table and the total; with --json the last line is an object
+with gbops, gmacs, params, layers, and cost and unit of --kind. No parameter is
+allocated.
 """
 
 import argparse
 from collections.abc import Sequence
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fliqs_jax import models
 from fliqs_jax.runtime import commands
-from fliqs_jax.space import cost_model
+from fliqs_jax.space import chip_prices
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import search_space
@@ -70,46 +73,79 @@ def space_of(
   return discovery.find(model, one, spec=spec, train=False)
 
 
-def totals(space: search_space.SearchSpace) -> dict[str, float]:
-  """Returns gbops, gmacs, params and layers of a space with nothing open.
+def totals(
+  space: search_space.SearchSpace, kind: str = 'bops'
+) -> dict[str, Any]:
+  """Returns the totals of a space with nothing open.
 
-  `layers` is the number of quantized layers, as the paper counts them.
+  Args:
+    space: the decisions of a model, of one option each.
+    kind: as `cost.kind`.
+
+  Returns:
+    gbops, gmacs, params; layers, the number of quantized layers, as the paper
+    counts them; cost and unit of the kind.
+
+  Raises:
+    ValueError: the kind is unknown, or prices no option of a layer.
   """
+  cost = space.cost(kind)
   return dict(
     gbops=float(space.cost('bops')(space.only())),
     gmacs=sum(op.shape.macs for op in space.ops) / 1e9,
     params=space.params,
     layers=len(space.decisions),
+    cost=float(cost(space.only())),
+    unit=cost.unit,
   )
 
 
-def table(space: search_space.SearchSpace) -> str:
+def table(space: search_space.SearchSpace, kind: str = 'bops') -> str:
   """Returns a table with one line per layer, and a line of totals.
 
-  The columns are kind, format, MACs, weights, GBOPs and share of the GBOPs.
+  The columns are kind, format, MACs, weights, cost and share of the cost; of a
+  chip also the format in which it multiplies, and where the price comes from.
+
+  Args:
+    space: the decisions of a model, of one option each.
+    kind: as `cost.kind`.
+
+  Raises:
+    ValueError: as `totals`.
   """
   leaves = space.leaves(space.only())
   formats_of = space.assignment(space.only())
-  total = totals(space)
+  total, cost = totals(space, kind), space.cost(kind)
+  chip = cost.rules.chip
   width = max(len(op.path) for op in space.ops)
+  more = f'  {"runs as":13}  price' if chip else ''
   lines = [
     f'{"layer":{width}}  {"kind":9}  {"format":6}  {"MACs":>13}  '
-    f'{"weights":>11}  {"GBOPs":>10}  {"share":>6}'
+    f'{"weights":>11}  {cost.unit:>10}  {"share":>6}{more}'
   ]
   for op in space.ops:
     shape = op.shape
     weights, _ = formats_of[op.path]
-    gbops = float(cost_model.op_gbops(op, leaves))
+    value = float(cost.of_op(op, leaves))
+    if chip:
+      price = chip_prices.price(chip, *chip_prices.chosen(op, leaves))
+      pair = dict.fromkeys((price.weights.name, price.activations.name))
+      more = f'  {" x ".join(pair):13}  {price.confidence}'
     lines.append(
       f'{op.path:{width}}  {shape.kind:9}  {weights or "BF16":6}  '
-      f'{shape.macs:13,}  {shape.weights:11,}  {gbops:10.4f}  '
-      f'{gbops / total["gbops"]:6.1%}'
+      f'{shape.macs:13,}  {shape.weights:11,}  {value:10.4g}  '
+      f'{value / total["cost"]:6.1%}{more}'
     )
-  lines.append(
+  last = (
     f'{total["layers"]} layers, {total["params"]:,} parameters, '
     f'{total["gmacs"]:.4f} GMACs, {total["gbops"]:.4f} GBOPs'
   )
-  return '\n'.join(lines)
+  if kind != 'bops':
+    last += f', {total["cost"]:.5g} {cost.unit}'
+  if chip:
+    inputs = f'{chip.batch} inputs' if chip.batch > 1 else 'one input'
+    last += f' for {inputs} on {chip.name}, predicted'
+  return '\n'.join([*lines, last])
 
 
 @commands.reported
@@ -121,14 +157,15 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument('--format', default='BF16')
   parser.add_argument('--image_size', type=int)
   parser.add_argument('--classes', type=int, default=1000)
+  parser.add_argument('--kind', default='bops')
   parser.add_argument('--json', action='store_true')
   args = parser.parse_args(argv)
   space = space_of(
     args.model, args.format, args.width, args.image_size, args.classes
   )
-  print(table(space))
+  print(table(space, args.kind))
   if args.json:
-    print(json.dumps(totals(space)))
+    print(json.dumps(totals(space, args.kind)))
   return 0
 
 

@@ -30,8 +30,8 @@ from fliqs_jax.numerics import packing
 from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
-from fliqs_jax.run import results
 from fliqs_jax.run import slicing
+from fliqs_jax.run.records import results
 from fliqs_jax.runtime import commands
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.serving import export_files

@@ -37,7 +37,7 @@ ROOMS = {
   'tensorflow': ('data/convert.py',),
   'safetensors': ('serving/export_files.py',),
   'qwix': (),
-  'yaml': ('sweep/sweep_file.py',),
+  'yaml': ('runtime/files.py',),
   'aqt': ('serving/aqt_configs.py',),
   'chex': (),
   'jax2onnx': ('serving/portable/onnx_model.py',),

@@ -54,6 +54,7 @@ def _random(
     experiment.cost,
     experiment.target,
     np.random.default_rng(seed),
+    experiment.caps,
   )
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from fliqs_jax.comparison import methods as methods_lib
 from fliqs_jax.comparison import plan as plan_lib
 from fliqs_jax.run import evaluation
-from fliqs_jax.run import results
 from fliqs_jax.run import sensitivity_table
+from fliqs_jax.run.records import results
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import presets

@@ -12,13 +12,14 @@ import json
 import pathlib
 
 from fliqs_jax.comparison import methods as methods_lib
+from fliqs_jax.run import budgets
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import sensitivity_table
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import presets
-from fliqs_jax.space import cost_model
+from fliqs_jax.space import allocation
 from fliqs_jax.sweep import perform
 from fliqs_jax.sweep import sweep_file
 
@@ -117,7 +118,7 @@ class Plan:
     """
     experiment = self.experiment(self.targets[0])
     steps = experiment.phases.steps
-    _, most = cost_model.bounds(experiment.cost)
+    _, most = allocation.bounds(experiment.space, experiment.cost)
     return self._run(
       f'dearest/seed{seed}',
       dict(method='dearest', seed=str(seed)),
@@ -125,7 +126,7 @@ class Plan:
       {
         'cost.target': repr(most),
         'cost.relative_to': '',
-        'cost.bound': experiment_lib.AT_MOST,
+        'cost.bound': budgets.AT_MOST,
         'search.start': repr((steps - 1) / steps),
         'search.freeze': '1.0',
         'search.scorings': '1',

@@ -206,7 +206,9 @@ class Operands:
     macs: int,
     weights: int,
     channels: int,
-    spare: int = 0,
+    inputs: int,
+    outputs: int,
+    **options: Any,
   ) -> None:
     """Sows the shape of the op, from which the cost model computes costs.
 
@@ -215,7 +217,9 @@ class Operands:
       macs: multiply-accumulates of one call, all examples of the batch.
       weights: the number of weights that the op reads.
       channels: the number of scales of the weights.
-      spare: the number of weights of branches that the op does not read.
+      inputs: the number of activations of one call, all examples of the batch.
+      outputs: the number of results of one call, all examples of the batch.
+      **options: `spare`, `window` and `strides` of `ops.OpShape`.
     """
     # Each group reads its own inputs, so the cost of a depthwise op grows with
     # its channels once, not twice.
@@ -230,11 +234,13 @@ class Operands:
       macs=macs,
       weights=weights,
       channels=channels,
+      inputs=inputs,
+      outputs=outputs,
       weight_menu=self.choices.weights,
       act_menu=self.choices.activations,
       tied=self.choices.tied,
       decided=tuple(scaling.items()),
-      spare=spare,
+      **options,
     )
     self.module.sow('cost', 'ops', shape)
     outputs = self.sizes.get(sizes.OUTPUT_CHANNELS)

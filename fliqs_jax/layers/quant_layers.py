@@ -217,7 +217,16 @@ def _conv(
 
   y = operands.apply(op, lhs, rhs, tuple(range(rhs.ndim - 1)))
   kind = _conv_kind(rhs.shape, kwargs['feature_group_count'])
-  operands.record(kind, y.size * rhs[..., 0].size, rhs.size, rhs.shape[-1])
+  operands.record(
+    kind,
+    macs=y.size * rhs[..., 0].size,
+    weights=rhs.size,
+    channels=rhs.shape[-1],
+    inputs=lhs.size,
+    outputs=y.size,
+    window=rhs.shape[:-2],
+    strides=tuple(window_strides),
+  )
   return y
 
 
@@ -312,7 +321,11 @@ def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
       macs=y.size * largest[..., 0].size,
       weights=largest.size,
       channels=module.features,
+      inputs=inputs.size,
+      outputs=y.size,
       spare=sum(kernel.size for kernel in kernels) - largest.size,
+      window=largest.shape[:-2],
+      strides=window,
     )
   else:
     one = [functools.partial(branch, kernel) for kernel in kernels]
@@ -354,7 +367,14 @@ def _dot_general(
 
   y = operands.apply(op, lhs, rhs, tuple(rhs_contract))
   summed = math.prod(rhs.shape[i] for i in rhs_contract)
-  operands.record('dense', y.size * summed, rhs.size, rhs.size // summed)
+  operands.record(
+    'dense',
+    macs=y.size * summed,
+    weights=rhs.size,
+    channels=rhs.size // summed,
+    inputs=lhs.size,
+    outputs=y.size,
+  )
   return y
 
 
@@ -399,8 +419,14 @@ def apply_einsum(
     operands.calibrate(op, x, w, contracted, has_examples=apart and x.ndim > 2)
     x_q, w_q = operands(x, w, contracted)
     summed = math.prod(w.shape[i] for i in contracted)
-    macs = math.prod(sizes.values())
-    operands.record('einsum', macs, w.size, w.size // summed)
+    operands.record(
+      'einsum',
+      macs=math.prod(sizes.values()),
+      weights=w.size,
+      channels=w.size // summed,
+      inputs=x.size,
+      outputs=math.prod(sizes[label] for label in result),
+    )
     if bias is not None:
       bias = bias.reshape(broadcast)
     after.extend((x_q.scale, spread(w_q.scale), bias))

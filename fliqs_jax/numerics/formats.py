@@ -194,12 +194,18 @@ def menu(
 
   Args:
     formats: a named space (`int_s`, `int_l`, `fp_s`, `fp_l`), one format or
-      its name, or a list of names.
+      its name, several of both joined by `+`, or a list of names. What two
+      named spaces share counts once.
 
   Raises:
     ValueError: for an unknown name, an empty list or a format named twice.
   """
-  if isinstance(formats, str) and formats in SPACES:
+  if isinstance(formats, str) and '+' in formats:
+    parts = [part.strip() for part in formats.split('+')]
+    spaces = [menu(part) for part in parts if part in SPACES]
+    others = tuple(parse(part) for part in parts if part not in SPACES)
+    choices = (*dict.fromkeys(sum(spaces, ())), *others)
+  elif isinstance(formats, str) and formats in SPACES:
     choices = tuple(parse(name) for name in SPACES[formats])
   elif isinstance(formats, (str, NumericFormat)):
     try:

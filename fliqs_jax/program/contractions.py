@@ -46,6 +46,16 @@ class Contraction:
     """The number of multiply-accumulates."""
     raise NotImplementedError
 
+  @property
+  def window(self) -> tuple[int, ...]:
+    """The height and width of a kernel in pixels; () if there is none."""
+    return ()
+
+  @property
+  def strides(self) -> tuple[int, ...]:
+    """The strides of a convolution; () of another product."""
+    return ()
+
   def refusal(self, side: int | None) -> str:
     """Returns why the product cannot be quantized, or nothing.
 
@@ -243,6 +253,16 @@ class Conv(Contraction):
       groups = self.options['feature_group_count']
       return math.prod(self.shapes[0]) * math.prod(taps) * outputs // groups
     return self.results * math.prod(self.shapes[1][i] for i in self._kernel[1:])
+
+  @property
+  def window(self) -> tuple[int, ...]:
+    """The height and width of the kernel in pixels."""
+    return tuple(self.shapes[1][i] for i in self._kernel[2:])
+
+  @property
+  def strides(self) -> tuple[int, ...]:
+    """The strides along height and width."""
+    return tuple(self.options['window_strides'])
 
   def refusal(self, side: int | None) -> str:
     """Convolutions of gradients have another form."""

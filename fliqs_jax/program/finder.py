@@ -266,6 +266,11 @@ class _Finder:
       macs=contraction.macs // math.prod(slices),
       weights=size,
       channels=channels,
+      inputs=sum(v.aval.size for i, v in enumerate(eqn.invars[:2]) if i != side)
+      // math.prod(slices),
+      outputs=contraction.results // math.prod(slices),
+      window=contraction.window,
+      strides=contraction.strides,
       scans=scans,
       slices=slices,
       softmax=frozenset(
@@ -287,6 +292,10 @@ class _Finder:
       macs=0,
       weights=table.size,
       channels=table.shape[0],
+      inputs=0,
+      outputs=eqn.outvars[0].aval.size,
+      window=(),
+      strides=(),
       scans=origins[0].scans,
       slices=(),
       softmax=frozenset(),

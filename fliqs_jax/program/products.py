@@ -33,6 +33,11 @@ class Product:
     macs: multiply-accumulates of one call, of one iteration and slice.
     weights: number of its weights, of one iteration and slice.
     channels: number of scales of its weights, of one iteration and slice.
+    inputs: number of activations that one call reads, of one iteration and
+      slice; of two activations, those of both operands.
+    outputs: number of results of one call, of one iteration and slice.
+    window: height and width of its kernel in pixels; () if it has none.
+    strides: strides of a convolution; () of another product.
     scans: (place, length) of the scans of which each iteration has weights of
       its own; of two activations, those with any weights of an iteration.
     slices: lengths of the batch axes of the weights.
@@ -52,6 +57,10 @@ class Product:
   macs: int
   weights: int
   channels: int
+  inputs: int
+  outputs: int
+  window: tuple[int, ...]
+  strides: tuple[int, ...]
   scans: tuple[tuple[Place, int], ...]
   slices: tuple[int, ...]
   softmax: frozenset[int]

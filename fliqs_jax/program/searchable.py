@@ -274,9 +274,13 @@ class Searchable:
         macs=product.macs * product.calls,
         weights=product.weights,
         channels=product.channels,
+        inputs=product.inputs * product.calls,
+        outputs=product.outputs * product.calls,
         weight_menu=choices.weights,
         act_menu=choices.activations,
         tied=choices.tied,
+        window=product.window,
+        strides=product.strides,
       )
       is_stacked = bool(product.stack)
       ops += [

@@ -10,6 +10,7 @@ import html
 import json
 import math
 
+from fliqs_jax.report import costs_table
 from fliqs_jax.report import figures
 from fliqs_jax.report import finished_run
 from fliqs_jax.report import number_text
@@ -134,6 +135,9 @@ def render(
   ]
   if 'allocation' in images:
     body += ['<h2>Bits beside sizes</h2>', _figure('allocation', images)]
+  # Results of earlier versions lack the key.
+  if costs := run.result.get('costs'):
+    body += ['<h2>Costs</h2>', costs_table.costs(costs)]
   if run.references:
     body += ['<h2>Beside other networks</h2>', tables.references(run)]
     same = 'networks' if run.searched_sizes else 'the same network'
@@ -321,6 +325,6 @@ def _provenance(run: finished_run.FinishedRun) -> str:
     f'<details><summary>The exact config</summary><pre>{config}</pre></details>'
     '<p style="margin-top:1.5rem">To make this run again, in its directory:</p>'
     f'<pre>{html.escape(_REPRODUCE)}</pre>'
-    '<p class="soft">Bit operations and sizes are computed from the formats; '
-    'they are not measured times.</p>'
+    '<p class="soft">Bit operations, sizes and the costs of chips are computed '
+    'from the formats; none is a measured time.</p>'
   )

@@ -9,6 +9,7 @@ import ml_collections
 from fliqs_jax.numerics import formats as formats_lib
 from fliqs_jax.search import presets
 from fliqs_jax.search import sensitivity
+from fliqs_jax.space import allocation
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes as sizes_lib
@@ -64,6 +65,15 @@ def search(keys: ml_collections.ConfigDict, steps: int) -> None:
     )
 
 
+def reported(
+  keys: ml_collections.ConfigDict, space: search_space.SearchSpace
+) -> None:
+  """Raises ValueError if a cost to report is unknown or prices no option."""
+  for kind in keys.reported:
+    with named('cost.reported', kind):
+      allocation.bounds(space, space.cost(kind))
+
+
 def sizes(
   config: ml_collections.ConfigDict, space: search_space.SearchSpace
 ) -> None:
@@ -94,7 +104,7 @@ def sizes(
       'sizes.widths and sizes.kernels to ()'
     )
   kind = config.cost.kind
-  if open_sizes and cost_model.KINDS[kind].is_per_weight:
+  if open_sizes and cost_model.kind_of(kind).is_per_weight:
     raise ValueError(
       f'cost.kind={kind!r} does not depend on sizes, and this config '
       "searches sizes; use cost.kind='bops' or 'size'"

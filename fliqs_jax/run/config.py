@@ -170,6 +170,8 @@ SCHEMA: dict[str, Any] = {
     'target': _number(0),
     'relative_to': _TEXT,
     'bound': _TEXT,
+    'reported': _list_of('kinds of costs', _TEXT),
+    'caps': _list_of('limits KIND=NUMBER or KIND=NUMBERxFORMAT', _TEXT),
   },
   'search': {
     'preset': _TEXT,
@@ -219,7 +221,7 @@ SCHEMA: dict[str, Any] = {
 
 # Keys that configs of 0.2.0 lack, and the values that mean what they did.
 _ADDED = {
-  'cost': {'bound': 'near'},
+  'cost': {'bound': 'near', 'caps': (), 'reported': ()},
   'search': {'scores': '', 'scorings': 0},
   'quant': {'act_threshold': 'deviation', 'strategies': ()},
   'train': {'dtype': 'float32', 'frozen': False, 'teacher': False},
@@ -227,6 +229,7 @@ _ADDED = {
 
 # Keys on which the training of the network does not depend.
 _FREE = {
+  'cost.reported',
   'data.data_dir',
   'references',
   'train.checkpoint_every',
@@ -328,15 +331,20 @@ def differences_in_training(old: Mapping, new: Mapping) -> list[str]:
 
 
 def binding(
-  config: ml_collections.ConfigDict, assigned: Mapping[str, Any]
+  config: ml_collections.ConfigDict,
+  assigned: Mapping[str, Any],
+  chips: Mapping[str, str],
 ) -> dict[str, Any]:
   """Returns what the checkpoints of a run are bound to, as JSON values.
 
   Args:
     config: config of the run.
     assigned: {layer: names of its formats}, if `quant.arch` gives them.
+    chips: {kind of cost: hash of the file of its chip}.
   """
-  content = dict(config=config.to_dict(), assigned=dict(assigned))
+  content = dict(
+    config=config.to_dict(), assigned=dict(assigned), chips=dict(chips)
+  )
   return json.loads(json.dumps(content))
 
 
@@ -359,13 +367,16 @@ def check_binding(
     return
   saved = extra['binding']
   # A later version has more keys.
-  saved = binding(completed(saved['config']), saved['assigned'])
+  saved = binding(
+    completed(saved['config']), saved['assigned'], saved.get('chips', {})
+  )
   lines = [
     line
     for line in differences_in_training(saved['config'], own['config'])
     if not line.startswith(_PLACES)
   ]
   lines += differences(saved['assigned'], own['assigned'])
+  lines += differences(saved['chips'], own['chips'], 'the file of ')
   if lines:
     raise ValueError(
       f'the checkpoints in {workdir} belong to a run of another config, which '

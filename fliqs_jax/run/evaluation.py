@@ -16,8 +16,8 @@ import numpy as np
 
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
-from fliqs_jax.run import results
 from fliqs_jax.run import statistics as statistics_lib
+from fliqs_jax.run.records import results
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import restoring
 from fliqs_jax.runtime import workdir as workdir_lib

@@ -1,7 +1,6 @@
 """Parts of a run, built from a config; refuses a config that cannot work."""
 
 from collections.abc import Callable, Mapping
-import contextlib
 import dataclasses
 import functools
 import types
@@ -15,6 +14,7 @@ import optax
 
 from fliqs_jax import data
 from fliqs_jax import models
+from fliqs_jax.run import budgets as budgets_lib
 from fliqs_jax.run import checks
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.runtime import devices as devices_lib
@@ -33,15 +33,6 @@ from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes as sizes_lib
 from fliqs_jax.tasks import fitting
 
-# Relative tolerance with which a cost target is compared with the lowest and
-# the highest cost: all of them are float32 sums.
-_TOLERANCE = 1e-6
-
-# The values of `cost.bound`: the cost is at most the target, or near it.
-AT_MOST, NEAR = 'at_most', 'near'
-# Distances from the target that are tried for `near`, in this order.
-_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -58,6 +49,7 @@ class Experiment:
     space: the decisions and ops of the network.
     cost: the cost model of the network.
     target: the cost target C_T, in the cost's unit.
+    caps: limits of other costs (`cost.caps`).
     phases: first step of each phase of training.
     controller: the controller that proposes architectures and updates the
       policy.
@@ -76,6 +68,7 @@ class Experiment:
   space: search_space.SearchSpace
   cost: cost_model.Cost
   target: float
+  caps: tuple[allocation.Budget, ...]
   phases: schedules.Phases
   controller: controller_lib.Controller
   optimizer: optax.GradientTransformation
@@ -139,7 +132,12 @@ class Experiment:
     assigned = {}
     if self.config.quant.arch:
       assigned = self.space.assignment(self.space.only())
-    return config_lib.binding(self.config, assigned)
+    chips = {
+      cost.kind: cost.rules.chip.digest
+      for cost in (self.cost, *(cap.cost for cap in self.caps))
+      if cost.rules.chip is not None
+    }
+    return config_lib.binding(self.config, assigned, chips)
 
   @property
   def is_relaxed(self) -> bool:
@@ -183,26 +181,23 @@ class Experiment:
       ValueError: a score is not finite, or no architecture is within the bound.
     """
     budget = allocation.Budget(self.cost, self.target)
-    if self.config.cost.bound == AT_MOST:
-      return allocation.solve(self.space, scores, [budget])
-    *shares, last = _SHARES
-    for share in shares:
-      budget = allocation.near(self.cost, self.target, share)
-      with contextlib.suppress(ValueError):
-        return allocation.solve(self.space, scores, [budget])
-    budget = allocation.near(self.cost, self.target, last)
-    return allocation.solve(self.space, scores, [budget])
+    bound = self.config.cost.bound
+    return budgets_lib.solved(self.space, scores, budget, self.caps, bound)
 
   def selected(self, policy: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the architecture that is served, {decision: [K] one-hot}.
 
-    The likeliest one; of those within the budget, if `cost.bound='at_most'`.
+    The likeliest one of those within the caps, and within the budget if
+    `cost.bound='at_most'`.
 
     Args:
       policy: {decision: [K]} logits, on the host.
     """
-    at_most = self.config.cost.bound == AT_MOST and not self.space.is_fixed
-    budgets = [allocation.Budget(self.cost, self.target)] if at_most else []
+    if self.space.is_fixed:
+      return allocation.likeliest(self.space, policy)
+    budgets = [*self.caps]
+    if self.config.cost.bound == budgets_lib.AT_MOST:
+      budgets.append(allocation.Budget(self.cost, self.target))
     return allocation.likeliest(self.space, policy, budgets)
 
   def cost_of(self, choices: Mapping[str, Any]) -> Any:
@@ -268,10 +263,13 @@ def build(
   )
   if arch is not None:
     space.check_sizes(arch['sizes'])
-  cost = space.cost(config.cost.kind)
+  with checks.named('cost.kind', config.cost.kind):
+    cost = space.cost(config.cost.kind)
   checks.sizes(config, space)
-  target = _target(config.cost, cost, space)
-  controller = _controller(config, space, cost, target, phases)
+  caps = budgets_lib.caps(config.cost, space)
+  target = budgets_lib.target(config.cost, cost, space, caps)
+  checks.reported(config.cost, space)
+  controller = _controller(config, space, cost, target, caps, phases)
   mixing = presets.PRESETS[config.search.preset].mix
   return Experiment(
     config=config,
@@ -283,6 +281,7 @@ def build(
     space=space,
     cost=cost,
     target=target,
+    caps=caps,
     phases=phases,
     controller=controller,
     optimizer=optimizer,
@@ -336,45 +335,13 @@ def _clip(value: str | float) -> str | float:
     return value
 
 
-def _target(
-  keys: ml_collections.ConfigDict,
-  cost: cost_model.Cost,
-  space: search_space.SearchSpace,
-) -> float:
-  if keys.bound not in (AT_MOST, NEAR):
-    raise ValueError(
-      f'cost.bound={keys.bound!r} is unknown; allowed: {AT_MOST}, {NEAR}'
-    )
-  target = keys.target
-  if keys.relative_to:
-    with checks.named('cost.relative_to', keys.relative_to):
-      target *= cost_model.uniform(cost, keys.relative_to)
-  least, most = cost_model.bounds(cost)
-  slack = _TOLERANCE * most
-  if most - least <= slack and target >= least - slack:
-    return target  # Strategies cost nothing.
-  if not space.is_fixed and not least - slack <= target <= most + slack:
-    relative = f' x {keys.relative_to}' if keys.relative_to else ''
-    raise ValueError(
-      f'cost.target={keys.target}{relative} = {target:.6g} {cost.unit} cannot '
-      f'be reached: the cheapest assignment costs {least:.6g}, the most '
-      f'expensive one {most:.6g}'
-    )
-  if not space.is_fixed and target <= least + slack:
-    raise ValueError(
-      f'cost.target={keys.target} = {target:.6g} {cost.unit} leaves nothing to '
-      'search: only the cheapest network costs no more; raise the target, or '
-      'train that network with quant.formats=FORMAT'
-    )
-  return target
-
-
-def _controller(config, space, cost, target, phases):
+def _controller(config, space, cost, target, caps, phases):
   keys = config.search
   controller = presets.make(
     keys.preset,
     space.relative_cost(cost, target),
     phases,
+    caps=[space.relative_cost(cap.cost, cap.target) for cap in caps],
     gamma=keys.gamma,
     learning_rate=keys.learning_rate,
     entropy_schedule=keys.entropy_schedule,

@@ -18,13 +18,14 @@ import numpy as np
 from fliqs_jax import models
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
-from fliqs_jax.run import results
+from fliqs_jax.run.records import results
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import digests
 from fliqs_jax.runtime import versions
 from fliqs_jax.search import sensitivity
 from fliqs_jax.space import allocation
 from fliqs_jax.space import cost_model
+from fliqs_jax.space import search_space
 from fliqs_jax.tasks import fitting
 
 _SCHEMA = 1
@@ -93,7 +94,11 @@ def measure(
     batches=batches,
     hashes=hashes(run),
     negative=sensitivity.regular(space, scores)[1],
-    costs={kind: _range(space.cost(kind)) for kind in cost_model.KINDS},
+    costs={
+      kind: _range(space, space.cost(kind))
+      for kind, rules in cost_model.KINDS.items()
+      if not (rules.is_per_weight and space.open_sizes)
+    },
     decisions={
       d.name: dict(
         kind=d.kind,
@@ -247,7 +252,8 @@ def allocate(
     )
   scores, _ = sensitivity.regular(experiment.space, raw)
   budget = allocation.Budget(experiment.cost, experiment.target)
-  choices = METHODS[method](experiment.space, scores, [budget])
+  budgets = [budget, *experiment.caps]
+  choices = METHODS[method](experiment.space, scores, budgets)
   return Allocated(
     choices,
     sum(float(scores[name] @ one_hot) for name, one_hot in choices.items()),
@@ -278,7 +284,9 @@ def front(
   """
   if count < 2:
     raise ValueError(f'--front={count} must be at least 2')
-  targets = np.geomspace(*cost_model.bounds(experiment.cost), count)
+  targets = np.geomspace(
+    *allocation.bounds(experiment.space, experiment.cost), count
+  )
   return [
     allocate(dataclasses.replace(experiment, target=float(t)), raw, method)
     for t in targets
@@ -311,6 +319,8 @@ def _scorer(
   )
 
 
-def _range(cost: cost_model.Cost) -> dict[str, Any]:
-  cheapest, dearest = cost_model.bounds(cost)
+def _range(
+  space: search_space.SearchSpace, cost: cost_model.Cost
+) -> dict[str, Any]:
+  cheapest, dearest = allocation.bounds(space, cost)
   return dict(unit=cost.unit, cheapest=cheapest, dearest=dearest)

@@ -11,8 +11,8 @@ import numpy as np
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import loop
-from fliqs_jax.run import results
 from fliqs_jax.run import train
+from fliqs_jax.run.records import results
 from fliqs_jax.runtime import checkpoint
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib

@@ -18,7 +18,8 @@ from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import loop
-from fliqs_jax.run import results
+from fliqs_jax.run.records import costs
+from fliqs_jax.run.records import results
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import monitoring
@@ -110,6 +111,7 @@ def train_and_evaluate(
       found=found,
       references=references,
       retrained=retrained,
+      costs=costs.costs(experiment, choices),
       layers=results.layers(experiment, choices),
       decisions=results.decisions(experiment, policy),
       warnings=results.warnings(experiment, policy),

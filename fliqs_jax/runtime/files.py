@@ -11,6 +11,8 @@ import os
 import pathlib
 from typing import Any
 
+import yaml
+
 
 def user_cache() -> pathlib.Path:
   """Returns our directory in the user's cache; `~` in it is the user's home."""
@@ -46,6 +48,33 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return json.loads(pathlib.Path(path).read_text('utf-8'))
   except (ValueError, RecursionError) as error:  # No UTF-8, no JSON, too deep.
     raise ValueError(f'{path} is damaged: {error}') from None
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+  """Returns the content of a YAML file.
+
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: it is no YAML, gives a key twice, or is nested too deeply.
+  """
+  try:
+    text = pathlib.Path(path).read_text(encoding='utf-8')
+    return yaml.load(text, Loader=_Loader)
+  except RecursionError:
+    raise ValueError('it is nested too deeply') from None
+  except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+    raise ValueError(' '.join(str(error).split())) from None
+
+
+class _Loader(yaml.SafeLoader):
+  """YAML that refuses a repeated key; PyYAML keeps the last one silently."""
+
+  def construct_mapping(self, node, deep=False):
+    keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    for i, key in enumerate(keys):
+      if key in keys[:i]:
+        raise ValueError(f'{key!r} is given twice; give it once')
+    return super().construct_mapping(node, deep)
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -108,6 +108,27 @@ def expected_absolute_error(
   ) * jnp.exp(-(mu**2) / (2 * sd**2))
 
 
+def excess(relative_cost: Any) -> Any:
+  """Returns max(C / C_T - 1, 0), what is above a cap."""
+  return jnp.maximum(relative_cost - 1.0, 0.0)
+
+
+def expected_excess(
+  relative_cost: RelativeCost, probabilities: Any, weight: jax.Array
+) -> jax.Array:
+  """Returns E max(C / C_T - 1, 0) [] under a factorised policy.
+
+  It is half of E|C / C_T - 1| and of E[C] / C_T - 1.
+
+  Args:
+    relative_cost: tree of [K] -> C / C_T [].
+    probabilities: tree of [K].
+    weight: [] in [0, 1], weight of the gradient through the variance.
+  """
+  error = expected_absolute_error(relative_cost, probabilities, weight)
+  return (error + relative_cost(probabilities) - 1.0) / 2
+
+
 def check_gamma(gamma: float) -> None:
   """Checks the weight of the cost.
 

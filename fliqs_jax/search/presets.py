@@ -1,6 +1,6 @@
 """Presets of the search: controllers with their config keys."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import math
 from typing import Any, NamedTuple
 
@@ -28,8 +28,9 @@ class Preset(NamedTuple):
   """A row of `PRESETS`.
 
   Attributes:
-    controller: (relative_cost, phases, *, gamma, learning_rate, entropy_weight,
-      replicas) -> `Controller`; with `leave_one_out` where the preset has it.
+    controller: (relative_cost, phases, *, gamma, learning_rate,
+      entropy_weight, caps, replicas) -> `Controller`; with `leave_one_out`
+      where the preset has it.
     keys: steps of training -> the `search` section of a config but `preset`:
       `start`, `freeze`, `gamma`, `quality`, `learning_rate`,
       `entropy_schedule`, `entropy_beta`, `scores`, `scorings`.
@@ -193,6 +194,7 @@ def make(
   relative_cost: controller_lib.RelativeCost,
   phases: schedules.Phases,
   *,
+  caps: Sequence[controller_lib.RelativeCost] = (),
   replicas: replicas_lib.Replicas = replicas_lib.ONE,
   leave_one_out: bool = False,
   **overrides: Any,
@@ -208,6 +210,8 @@ def make(
     relative_cost: {decision: [K]} -> C / C_T [], the result of
       `SearchSpace.relative_cost`.
     phases: the steps at which the search starts and ends.
+    caps: {decision: [K]} -> C / limit [] of other costs, which shall be at most
+      1; `sensitivity` leaves them to what solves the budget.
     replicas: the copies of the step in which the controller works.
     leave_one_out: whether the baseline of `paper` is the mean reward of the
       other replicas at the same step.
@@ -241,6 +245,7 @@ def make(
   return _preset(preset).controller(
     relative_cost,
     phases,
+    caps=tuple(caps),
     replicas=replicas,
     **baseline,
     gamma=keys['gamma'],

@@ -12,7 +12,7 @@ Signs: the paper writes ascent with r_bar - r; here a loss is descended,
 `-(r - baseline) log pi(arch) + beta_H H`, and gamma in Eq. 1 is negative.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -49,6 +49,7 @@ def paper(
   gamma: float,
   learning_rate: float,
   entropy_weight: Callable[[jax.Array], jax.Array],
+  caps: Sequence[controller_lib.RelativeCost] = (),
   replicas: replicas_lib.Replicas = replicas_lib.ONE,
   leave_one_out: bool = False,
 ) -> controller_lib.Controller:
@@ -66,6 +67,8 @@ def paper(
     learning_rate: learning rate of Adam: 4.6e-3 for 30,200 steps (A.4), scaled
       by sqrt(30200 / steps) for others.
     entropy_weight: progress of training -> beta_H [] (Eq. 9).
+    caps: tree of [K] -> C / limit [] of other costs; what is above 1 is added
+      to the error of the cost.
     replicas: the copies of the step, each with an architecture of its own; the
       policy learns from all of them.
     leave_one_out: whether the baseline is the mean reward of the other replicas
@@ -73,7 +76,7 @@ def paper(
   """
   controller_lib.check_gamma(gamma)
   adam = optax.adam(learning_rate, b1=0.0, b2=0.999, eps=1e-8)
-  cost_of = _of_stacked(relative_cost)
+  cost_of, *caps_of = map(_of_stacked, (relative_cost, *caps))
 
   def update(
     state: controller_lib.SearchState,
@@ -84,7 +87,7 @@ def paper(
     arch = jax.tree.map(lambda a: a[0], archs)
     cost = cost_of(arch)
     reward = controller_lib.reward(
-      qualities[0], controller_lib.absolute_error(cost), gamma
+      qualities[0], _error(arch, cost, caps_of), gamma
     )
     reward = jnp.where(jnp.isfinite(reward), reward, _baseline(state))
     average, count, baseline = _running_mean(
@@ -124,6 +127,7 @@ def default(
   gamma: float,
   learning_rate: float,
   entropy_weight: Callable[[jax.Array], jax.Array],
+  caps: Sequence[controller_lib.RelativeCost] = (),
   replicas: replicas_lib.Replicas = replicas_lib.ONE,
 ) -> controller_lib.Controller:
   """Returns the better controller: paired samples, cost in closed form.
@@ -143,12 +147,14 @@ def default(
     learning_rate: learning rate at the start of the search, usually
       1 / sqrt(search steps).
     entropy_weight: progress of the search -> beta_H [] (Eq. 9).
+    caps: tree of [K] -> C / limit [] of other costs; what is above 1 is added
+      to the error of the cost.
     replicas: the copies of the step, each with architectures and images of its
       own; the policy learns from all of them.
   """
   controller_lib.check_gamma(gamma)
   adam = optax.scale_by_adam(b1=0.9, b2=0.999)
-  cost_of = _of_stacked(relative_cost)
+  cost_of, *caps_of = map(_of_stacked, (relative_cost, *caps))
 
   def update(
     state: controller_lib.SearchState,
@@ -176,11 +182,11 @@ def default(
       log_probs = jax.vmap(functools.partial(policy_lib.log_prob, policy))(
         archs
       )
-      error = controller_lib.expected_absolute_error(
-        cost_of,
-        policy_lib.probabilities(policy),
-        0.5 * (1 - jnp.cos(jnp.pi * p)),
-      )
+      pi = policy_lib.probabilities(policy)
+      weight = 0.5 * (1 - jnp.cos(jnp.pi * p))
+      error = controller_lib.expected_absolute_error(cost_of, pi, weight)
+      for cap in caps_of:
+        error += controller_lib.expected_excess(cap, pi, weight)
       # The gradient of the expected reward: of the qualities by REINFORCE, of
       # the cost in closed form; both in units of the advantages' scale.
       expected_reward = controller_lib.reward(
@@ -206,7 +212,9 @@ def default(
     cost = jax.vmap(cost_of)(archs)
     # Without the ramp, so that rewards of different steps can be compared.
     rewards = controller_lib.reward(
-      qualities, controller_lib.absolute_error(cost), gamma
+      qualities,
+      jax.vmap(lambda arch, cost: _error(arch, cost, caps_of))(archs, cost),
+      gamma,
     )
     return updated, dict(reward=rewards.mean(), sampled_cost=cost.mean())
 
@@ -269,6 +277,14 @@ def _of_stacked(
   relative_cost: controller_lib.RelativeCost,
 ) -> controller_lib.RelativeCost:
   return lambda choices: relative_cost(policy_lib.unstack(choices))
+
+
+def _error(
+  arch: Any, cost: jax.Array, caps: Sequence[controller_lib.RelativeCost]
+) -> jax.Array:
+  """Returns |C / C_T - 1|, and what an architecture is above each cap."""
+  error = controller_lib.absolute_error(cost)
+  return sum((controller_lib.excess(cap(arch)) for cap in caps), error)
 
 
 def _running_mean(

@@ -6,6 +6,7 @@ lambda of the cost is raised while the expected cost is above the target and
 lowered while it is below, so it needs no tuning.
 """
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -36,7 +37,8 @@ class RelaxedState:
   Attributes:
     policy: tree of [K] logits.
     opt_state: Adam's moments.
-    price: [] weight lambda of the cost, in units of the loss.
+    price: weight lambda of the cost [], or of it and each cap [1 + caps], in
+      units of the loss.
     soft: [] quality of the mixture just before the freeze; NaN until then.
     hard: [] quality of the selected architecture at that time.
   """
@@ -53,6 +55,7 @@ def controller(
   phases: schedules.Phases,
   *,
   learning_rate: float,
+  caps: Sequence[controller_lib.RelativeCost] = (),
   replicas: replicas_lib.Replicas = replicas_lib.ONE,
   **unused: Any,
 ) -> controller_lib.Controller:
@@ -65,6 +68,8 @@ def controller(
     relative_cost: tree of [K] -> C / C_T [].
     phases: when the search starts and ends.
     learning_rate: of Adam on the logits.
+    caps: tree of [K] -> C / limit [] of other costs; each has a price of its
+      own.
     replicas: the copies of the step; all train on the same mixture.
     **unused: keys of the other presets.
   """
@@ -73,8 +78,9 @@ def controller(
 
   def init(logits: Any) -> RelaxedState:
     unknown = jnp.full((), jnp.nan)
+    price = jnp.zeros(1 + len(caps) if caps else ())
     return RelaxedState(
-      logits, adam.init(logits), jnp.zeros(()), unknown, unknown.copy()
+      logits, adam.init(logits), price, unknown, unknown.copy()
     )
 
   def propose(state: RelaxedState, key: jax.Array, step: jax.Array) -> Any:
@@ -94,17 +100,20 @@ def controller(
       p = policy_lib.probabilities(policy)
       # The training loss, linear about the mixture.
       terms = jax.tree.map(lambda g, p: jnp.sum(g * p), gradient, p)
-      cost = relative_cost(p)
-      return sum(jax.tree.leaves(terms)) + state.price * cost, cost
+      costs = relative_cost(p)
+      if caps:
+        costs = jnp.stack([costs, *(cap(p) for cap in caps)])
+      priced = jnp.sum(state.price * costs)
+      return sum(jax.tree.leaves(terms)) + priced, costs
 
-    slope, cost = jax.grad(loss, has_aux=True)(state.policy)
+    slope, costs = jax.grad(loss, has_aux=True)(state.policy)
     updates, opt_state = adam.update(slope, state.opt_state)
     rate = _PRICE_RATE / phases.search_steps
     learnt = dataclasses.replace(
       state,
       policy=optax.apply_updates(state.policy, updates),
       opt_state=opt_state,
-      price=jnp.maximum(0.0, state.price + rate * (cost - 1.0)),
+      price=jnp.maximum(0.0, state.price + rate * (costs - 1.0)),
     )
     state = jax.tree.map(
       lambda new, old: jnp.where(phases.searching(step), new, old),
@@ -112,7 +121,9 @@ def controller(
       state,
     )
     return state, dict(
-      cost=cost, entropy=policy_lib.entropy(state.policy), price=state.price
+      cost=costs.ravel()[0],
+      entropy=policy_lib.entropy(state.policy),
+      price=state.price.ravel()[0],
     )
 
   return controller_lib.Controller(

@@ -8,7 +8,6 @@ is exact here, too.
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -105,13 +104,7 @@ def solve(
       all budgets; the message names the lowest cost.
   """
   check_scores(space, scores)
-  program = Program(
-    {d.name: len(d.labels) for d in space.decisions},
-    [
-      Limit(terms(space, budget.cost), budget.target, budget.lowest)
-      for budget in budgets
-    ],
-  )
+  program = _program(space, budgets)
   # Sums of float32 may exceed a limit that the program's float64 sums meet.
   for slack in (0.5 * TOLERANCE, 0.0, -TOLERANCE):
     chosen = program.solved(scores, slack)
@@ -120,7 +113,56 @@ def solve(
     choices = space.at(chosen)
     if all(budget.admits(choices) for budget in budgets):
       return choices
-  raise ValueError(_infeasible(budgets))
+  raise ValueError(_infeasible(space, budgets))
+
+
+def bounds(
+  space: search_space.SearchSpace, cost: cost_model.Cost
+) -> tuple[float, float]:
+  """Returns the cost of the cheapest and of the dearest architecture.
+
+  Args:
+    space: the decisions of a model.
+    cost: one of its costs.
+  """
+  least, most = least_within(space, cost), least_within(space, cost, sign=-1)
+  assert least is not None
+  assert most is not None
+  return least, most
+
+
+def least_within(
+  space: search_space.SearchSpace,
+  cost: cost_model.Cost,
+  budgets: Sequence[Budget] = (),
+  sign: int = 1,
+) -> float | None:
+  """Returns the lowest cost of all architectures within budgets.
+
+  Args:
+    space: the decisions of a model.
+    cost: one of its costs.
+    budgets: limits of other costs.
+    sign: 1 for the lowest cost, -1 for the highest one.
+
+  Returns:
+    The cost in its unit; None if no architecture is within all budgets.
+  """
+  table = terms(space, cost)
+  chosen = _program(space, budgets).extreme(table, sign)
+  return None if chosen is None else float(cost(space.at(chosen)))
+
+
+def _program(
+  space: search_space.SearchSpace, budgets: Sequence[Budget]
+) -> 'Program':
+  return Program(
+    {d.name: len(d.labels) for d in space.decisions},
+    [
+      Limit(terms(space, budget.cost), budget.target, budget.lowest)
+      for budget in budgets
+    ],
+  )
 
 
 def likeliest(
@@ -162,7 +204,8 @@ def greedy(
   """Returns an architecture within all budgets, found step by step.
 
   Starts at the dearest options and takes, as long as a budget is exceeded, the
-  option that adds the least to the scores for what it saves of that cost.
+  option that adds the least to the scores for what it saves of that cost, of
+  those that exceed no budget that is met.
 
   Args:
     space: the decisions of a model.
@@ -175,20 +218,27 @@ def greedy(
   """
   check_scores(space, scores)
   chosen = {d.name: d.dearest for d in space.decisions}
-  for budget in budgets:
-    table = terms(space, budget.cost)
-    while (cost := table.cost(chosen)) > budget.target * (1 + TOLERANCE):
+  limits = [
+    (terms(space, budget.cost), budget.target * (1 + TOLERANCE))
+    for budget in budgets
+  ]
+  for table, limit in limits:
+    while (cost := table.cost(chosen)) > limit:
+      met = [x for x in limits if x[0].cost(chosen) <= x[1]]
       steps: list[tuple[float, str, Any]] = []
       for d in space.decisions:
         values = np.asarray(scores[d.name], np.float64)
         added = values - values[chosen[d.name]]
         saved = table.saved(d.name, chosen)
+        allowed = saved > TOLERANCE * cost
+        for other, most in met:
+          room = most - other.cost(chosen)
+          allowed = allowed & (-other.saved(d.name, chosen) <= room)
         steps += [
-          (added[k] / saved[k], d.name, k)
-          for k in np.flatnonzero(saved > TOLERANCE * cost)
+          (added[k] / saved[k], d.name, k) for k in np.flatnonzero(allowed)
         ]
       if not steps:
-        raise ValueError(_infeasible(budgets))
+        raise ValueError(_infeasible(space, budgets))
       _, name, k = min(steps)
       chosen[name] = int(k)
   return space.at(chosen)
@@ -246,19 +296,16 @@ def terms(space: search_space.SearchSpace, cost: cost_model.Cost) -> Terms:
     if not names:
       constant += float(of({}))
       continue
+    # All combinations at once: the options of each decision lie along an axis.
+    one_hots = {
+      name: np.eye(options[name])[
+        tuple(slice(None) if other == name else None for other in names)
+      ]
+      for name in names
+    }
+    table = of({leaf: one_hots[name] for leaf, name in follows.items()})
     shape = tuple(options[name] for name in names)
-    table = np.empty(shape)
-    for index in itertools.product(*map(range, shape)):
-      picked = dict(zip(names, index))
-      table[index] = float(
-        of(
-          {
-            leaf: np.eye(options[name])[picked[name]]
-            for leaf, name in follows.items()
-          }
-        )
-      )
-    tables[names] = tables.get(names, 0.0) + table
+    tables[names] = tables.get(names, 0.0) + np.broadcast_to(table, shape)
   return Terms(constant, tables)
 
 
@@ -351,17 +398,36 @@ class Program:
     # score, but scores differ by more than that.
     chosen, largest = None, float(excess.max())
     while True:
-      x = self._minimum(excess, largest, rows)
-      if x is None:
+      objective = excess / (largest or 1.0)
+      for limit, costs in zip(self._limits, self._costs):
+        # So small that it decides among equal scores alone.
+        for variable, value in costs:
+          objective[variable] -= 1e-6 * value / (abs(limit.target) or 1.0)
+      found = self._minimum(objective, excess <= largest, rows)
+      if found is None:
         return chosen
-      chosen = {
-        name: int(np.argmax(x[first : first + self._options[name]]))
-        for name, first in self._first.items()
-      }
+      chosen = found
       total = sum(excess[self._first[name] + k] for name, k in chosen.items())
       if largest == 0 or total > largest / 8:
         return chosen
       largest = float(total)
+
+  def extreme(self, cost: Terms, sign: int) -> dict[str, int] | None:
+    """Returns {decision: index of its option} at the least or most cost.
+
+    None if no choice is within the limits.
+
+    Args:
+      cost: the cost.
+      sign: 1 for the least, -1 for the most.
+    """
+    coefficients = list(self._coefficients(cost))
+    objective = np.zeros(self._count)
+    for variable, value in coefficients:
+      objective[variable] += sign * value
+    objective /= np.abs(objective).max() or 1.0
+    allowed = np.ones(self._count, bool)
+    return self._minimum(objective, allowed, self._constraints(0.0))
 
   def _constraints(self, slack: float) -> scipy.optimize.LinearConstraint:
     rows = list(self._rows)
@@ -391,36 +457,41 @@ class Program:
 
   def _minimum(
     self,
-    excess: np.ndarray,
-    largest: float,
+    objective: np.ndarray,
+    allowed: np.ndarray,
     constraints: scipy.optimize.LinearConstraint,
-  ) -> np.ndarray | None:
-    """Returns the variables of the best choice; None: there is none.
+  ) -> dict[str, int] | None:
+    """Returns {decision: index of its option} of the best choice.
+
+    None if there is none.
 
     Args:
-      excess: score of each variable, at least zero.
-      largest: the largest score of a variable that may be used.
+      objective: what each variable adds.
+      allowed: whether each variable may be used.
       constraints: the rows of the program.
     """
-    objective = excess / (largest or 1.0)
-    for limit, costs in zip(self._limits, self._costs):
-      # So small that it decides among equal scores alone.
-      for variable, value in costs:
-        objective[variable] -= 1e-6 * value / (abs(limit.target) or 1.0)
     binary = np.arange(self._count) < self._binary
-    return scipy.optimize.milp(
+    x = scipy.optimize.milp(
       objective,
       integrality=binary.astype(int),
-      bounds=scipy.optimize.Bounds(0, np.where(excess <= largest, 1, 0)),
+      bounds=scipy.optimize.Bounds(0, np.where(allowed, 1, 0)),
       constraints=constraints,
       options={'mip_rel_gap': 0.0},
     ).x
+    if x is None:
+      return None
+    return {
+      name: int(np.argmax(x[first : first + self._options[name]]))
+      for name, first in self._first.items()
+    }
 
 
-def _infeasible(budgets: Sequence[Budget]) -> str:
+def _infeasible(
+  space: search_space.SearchSpace, budgets: Sequence[Budget]
+) -> str:
   lines = []
   for budget in budgets:
-    least, most = cost_model.bounds(budget.cost)
+    least, most = bounds(space, budget.cost)
     limit = f'at most {budget.target:.6g}'
     if budget.lowest > -math.inf:
       limit = f'{budget.lowest:.6g} to {budget.target:.6g}'

@@ -1,5 +1,6 @@
 """Baselines: architectures that need no search, by hand or by chance."""
 
+from collections.abc import Sequence
 import math
 
 import numpy as np
@@ -59,24 +60,27 @@ def random_at_cost(
   cost: cost_model.Cost,
   target: float,
   rng: np.random.Generator,
+  caps: Sequence[allocation.Budget] = (),
 ) -> allocation.Choices:
   """Returns a random architecture that costs the target, or up to 1 % less.
 
   Options are drawn with `probabilities_at_cost`. If none of 64 draws costs 99
   to 100 % of the target, single options of the last one are drawn anew, cheaper
   ones above the target and dearer ones below, until one does; after many, the
-  dearest architecture within the target is returned.
+  dearest architecture within the target is returned. With caps, it is the one
+  of the least sum of random scores if no draw is within all limits.
 
   Args:
     space: the decisions of a model.
     cost: one of its costs.
     target: the highest cost, in the unit of `cost`.
     rng: source of the draws.
+    caps: limits of other costs.
 
   Raises:
     ValueError: no architecture costs so little.
   """
-  least, _ = cost_model.bounds(cost)
+  least, _ = allocation.bounds(space, cost)
   highest = target * (1 + allocation.TOLERANCE)
   if least > highest:
     raise ValueError(
@@ -91,7 +95,13 @@ def random_at_cost(
       name: rng.choice(len(p), p=p) for name, p in probabilities.items()
     }
     if _LEAST_SHARE * target <= terms.cost(chosen) <= highest:
-      return space.at(chosen)
+      found = space.at(chosen)
+      if all(cap.admits(found) for cap in caps):
+        return found
+  if caps:
+    scores = {d.name: rng.random(len(d.labels)) for d in space.decisions}
+    budgets = [allocation.Budget(cost, target), *caps]
+    return allocation.solve(space, scores, budgets)
   best, best_cost = chosen, math.inf
   for _ in range(_REPAIRS):
     now = terms.cost(chosen)

@@ -1,4 +1,4 @@
-"""Costs of an architecture: bit operations (Eq. 1), size, average bits.
+"""Costs of an architecture: bit operations (Eq. 1), size, and those of chips.
 
 Every cost is a function of the tree of decisions and linear in each of them, so
 the expected cost of a policy is the cost at its probabilities, and its gradient
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fliqs_jax.numerics import formats
+from fliqs_jax.space import chip_prices
+from fliqs_jax.space import chips
 from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import sizes
 
@@ -71,11 +73,10 @@ def op_mbit(op: ops_lib.Op, leaves: ops_lib.Leaves) -> Any:
 
 
 class Kind(NamedTuple):
-  """A kind of cost, a row of `KINDS`.
+  """A kind of cost, a row of `KINDS` or a section of a chip.
 
   The cost of an op must be linear in each leaf, so that the expected cost is
-  the cost of the probabilities, and must grow with each leaf's bits, counts and
-  sizes (`bounds` relies on it).
+  the cost of the probabilities.
 
   Attributes:
     unit: unit of the cost, as it is printed.
@@ -88,6 +89,7 @@ class Kind(NamedTuple):
       they cost nothing.
     is_per_weight: whether the cost is a mean over the model's weights. Such a
       cost says nothing about sizes.
+    chip: the chip whose prices it takes; None: it is of no chip.
   """
 
   unit: str
@@ -96,9 +98,10 @@ class Kind(NamedTuple):
   counts_calls: bool = False
   of_parameters: Callable[[int], float] | None = None
   is_per_weight: bool = False
+  chip: chips.Chip | None = None
 
 
-# The names of `cost.kind`. Another kind is another row.
+# The names of `cost.kind` beside those of chips. Another kind is another row.
 KINDS: dict[str, Kind] = {
   'bops': Kind(
     'GBOPs', op_gbops, sides=('weights', 'activations'), counts_calls=True
@@ -115,12 +118,35 @@ KINDS: dict[str, Kind] = {
 }
 
 
+def kind_of(name: str) -> Kind:
+  """Returns the kind of cost that `cost.kind` names.
+
+  Args:
+    name: a key of `KINDS`, or the section of a chip, such as `latency:t4`.
+
+  Raises:
+    ValueError: there is none, or the chip's file is wrong.
+  """
+  if chips.is_chip(name):
+    chip = chips.read(name)
+    of_op = functools.partial(chip_prices.of_op, chip)
+    return Kind(chip.unit, of_op, counts_calls=True, chip=chip)
+  if name not in KINDS:
+    raise ValueError(
+      f'cost.kind={name!r} is unknown; allowed: {", ".join(KINDS)}, or the '
+      f'cost of a chip: {", ".join(chips.SECTIONS)}, a colon and one of '
+      f'{", ".join(chips.names())} or a file'
+    )
+  return KINDS[name]
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
   """A cost of a whole model, as a function of its decisions.
 
   Attributes:
-    kind: name of the kind, a key of `KINDS`.
+    kind: name of the kind, as `kind_of` takes it.
+    rules: the kind.
     ops: the model's ops; of a shared layer one per call or one, as the kind
       counts.
     others: {path of a leaf: parameters that follow it}.
@@ -129,6 +155,7 @@ class Cost:
   """
 
   kind: str
+  rules: Kind
   ops: tuple[ops_lib.Op, ...]
   others: Mapping[str, ops_lib.PerChannel]
   constant: float
@@ -137,13 +164,12 @@ class Cost:
   @property
   def unit(self) -> str:
     """The unit of the cost, as it is printed."""
-    return KINDS[self.kind].unit
+    return self.rules.unit
 
   def of_op(self, op: ops_lib.Op, leaves: ops_lib.Leaves) -> Any:
     """Returns the part of the cost [] that one op causes, in the unit."""
-    kind = KINDS[self.kind]
-    cost = kind.of_op(op, leaves)
-    if kind.is_per_weight:
+    cost = self.rules.of_op(op, leaves)
+    if self.rules.is_per_weight:
       cost = cost / sum(op_weights(o, leaves) for o in self.ops)
     return cost
 
@@ -163,9 +189,7 @@ class Cost:
     Raises:
       ValueError: the cost is a mean over weights, whose number is open.
     """
-    if KINDS[self.kind].is_per_weight and any(
-      op.shape.decided for op in self.ops
-    ):
+    if self.rules.is_per_weight and any(op.shape.decided for op in self.ops):
       raise ValueError(
         f'the cost {self.kind!r} is a mean over weights, so with open sizes it '
         "is no sum over layers; use 'bops' or 'size'"
@@ -181,7 +205,7 @@ class Cost:
 
     Only a kind with a price for them has any.
     """
-    other, price = self.others[leaf], KINDS[self.kind].of_parameters
+    other, price = self.others[leaf], self.rules.of_parameters
     assert price is not None
     return ops_lib.dot(leaves[leaf], other.channels.counts) * price(
       other.params
@@ -218,62 +242,27 @@ def make(
 
   Args:
     kind: `bops` (billions, Eq. 1), `size` (megabits of weights, scales and, at
-      32 bits, every other parameter), `average_bits` (per weight), or another
-      key of `KINDS`.
+      32 bits, every other parameter), `average_bits` (per weight), or a cost of
+      a chip, such as `latency:t4`.
     ops: the model's ops, one per call.
     params: number of all parameters, those outside the ops included.
     others: {path of a leaf: parameters that follow it}.
     decision_of: {path of a leaf: name of the decision that it follows}.
 
   Raises:
-    ValueError: unknown kind.
+    ValueError: unknown kind, or the chip's file is wrong.
   """
-  if kind not in KINDS:
-    raise ValueError(
-      f'cost.kind={kind!r} is unknown; allowed: {", ".join(KINDS)}'
-    )
-  rules = KINDS[kind]
+  rules = kind_of(kind)
   if rules.counts_calls:
     counted = ops
   else:
     counted = tuple({op.path: op for op in ops}.values())
   if rules.of_parameters is None:
-    return Cost(kind, counted, {}, 0.0, decision_of)
+    return Cost(kind, rules, counted, {}, 0.0, decision_of)
   rest = params - sum(op.shape.weights + op.shape.spare for op in counted)
   rest -= sum(other.allocated for other in others.values())
-  return Cost(kind, counted, others, rules.of_parameters(rest), decision_of)
-
-
-def bounds(cost: Cost) -> tuple[float, float]:
-  """Returns the cost of the cheapest and of the dearest architecture."""
-  # The parts of an op's cost are products or sums of one term per leaf, and no
-  # term is negative: each size decides for itself, whatever the formats are.
-  # The formats come after the sizes: which one is dearest depends on how many
-  # weights share a scale.
-  first = {
-    op.leaf(name): _one_hot(0, len(menu))
-    for op in cost.ops
-    for name, menu in op.shape.leaves().items()
-  }
-  extremes = []
-  for pick in (min, max):
-    leaves = first | {
-      leaf: _one_hot(
-        other.channels.counts.index(pick(other.channels.counts)),
-        len(other.channels.counts),
-      )
-      for leaf, other in cost.others.items()
-    }
-    for op in cost.ops:
-      for name, menu in reversed(op.shape.leaves().items()):
-        one_hots = [_one_hot(i, len(menu)) for i in range(len(menu))]
-        costs = [
-          float(cost.of_op(op, leaves | {op.leaf(name): one_hot}))
-          for one_hot in one_hots
-        ]
-        leaves[op.leaf(name)] = one_hots[costs.index(pick(costs))]
-    extremes.append(float(cost.of_leaves(leaves)))
-  return extremes[0], extremes[1]
+  constant = rules.of_parameters(rest)
+  return Cost(kind, rules, counted, others, constant, decision_of)
 
 
 def uniform(cost: Cost, numeric_format: str) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
-from flax import struct
+import jax
 import numpy as np
 
 from fliqs_jax.numerics import formats
@@ -17,7 +17,8 @@ Leaves = Mapping[str, Any]  # {leaf's path: [K] one-hot or probability}
 FormatValue = Callable[[formats.NumericFormat], int]
 
 
-@struct.dataclass
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
 class OpShape:
   """The shape of one quantizable op; all fields are static.
 
@@ -28,6 +29,8 @@ class OpShape:
     macs: multiply-accumulates for the input that the model was traced with.
     weights: number of weights.
     channels: number of weight scales, one per output channel.
+    inputs: number of activations that it reads, of both operands of `attend`.
+    outputs: number of its results.
     weight_menu: formats of the weights; None if they are not quantized.
     act_menu: formats of the input activations; None if they are not quantized.
     tied: whether one decision sets the formats of both.
@@ -35,23 +38,23 @@ class OpShape:
       `sizes.Kernel` that it picks from. `macs`, `weights` and `channels` are
       those of the largest sizes.
     spare: number of weights of the kernel's branches other than the largest.
+    window: height and width of a convolution's kernel in pixels; () otherwise.
+    strides: strides of a convolution, along height and width; () otherwise.
   """
 
-  kind: str = struct.field(pytree_node=False)
-  macs: int = struct.field(pytree_node=False)
-  weights: int = struct.field(pytree_node=False)
-  channels: int = struct.field(pytree_node=False)
-  weight_menu: tuple[formats.NumericFormat, ...] | None = struct.field(
-    pytree_node=False
-  )
-  act_menu: tuple[formats.NumericFormat, ...] | None = struct.field(
-    pytree_node=False
-  )
-  tied: bool = struct.field(pytree_node=False)
-  decided: tuple[tuple[str, Any], ...] = struct.field(
-    pytree_node=False, default=()
-  )
-  spare: int = struct.field(pytree_node=False, default=0)
+  kind: str
+  macs: int
+  weights: int
+  channels: int
+  inputs: int
+  outputs: int
+  weight_menu: tuple[formats.NumericFormat, ...] | None
+  act_menu: tuple[formats.NumericFormat, ...] | None
+  tied: bool
+  decided: tuple[tuple[str, Any], ...] = ()
+  spare: int = 0
+  window: tuple[int, ...] = ()
+  strides: tuple[int, ...] = ()
 
   def leaves(self) -> dict[str, tuple[Any, ...]]:
     """Returns {name of an arch leaf of this layer: what it picks from}."""
@@ -66,7 +69,8 @@ class OpShape:
     return {name: menu for name, menu in menus.items() if menu is not None}
 
 
-@struct.dataclass
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
 class PerChannel:
   """Parameters outside of ops that follow channels: biases, batch norm.
 
@@ -77,9 +81,9 @@ class PerChannel:
     params: number of parameters for each channel (for each count).
   """
 
-  leaf: str = struct.field(pytree_node=False)
-  channels: Any = struct.field(pytree_node=False)
-  params: int = struct.field(pytree_node=False)
+  leaf: str
+  channels: Any
+  params: int
 
   @property
   def allocated(self) -> int:
@@ -87,7 +91,8 @@ class PerChannel:
     return self.params * self.channels.size
 
 
-@struct.dataclass
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
 class Stacked:
   """The same op in all iterations of a scan, or slices of a vmap; all static.
 
@@ -97,9 +102,9 @@ class Stacked:
     shared: whether one decision governs all of them.
   """
 
-  shape: OpShape = struct.field(pytree_node=False)
-  length: int = struct.field(pytree_node=False)
-  shared: bool = struct.field(pytree_node=False)
+  shape: OpShape
+  length: int
+  shared: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,9 +29,9 @@ from typing import Any
 from absl import flags
 import ml_collections
 from ml_collections import config_flags
-import yaml
 
 from fliqs_jax.run import config as config_lib
+from fliqs_jax.runtime import files
 
 # Tells the runs of several sweeps apart.
 SWEEP = 'sweep'
@@ -90,10 +90,8 @@ def read(path: str | os.PathLike[str]) -> Sweep:
   """
   file = pathlib.Path(path)
   try:
-    content = yaml.load(file.read_text(encoding='utf-8'), Loader=_Loader)
-  except RecursionError:
-    raise ValueError(f'sweep {path}: it is nested too deeply') from None
-  except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+    content = files.read_yaml(file)
+  except (OSError, ValueError) as error:
     message = ' '.join(str(error).split())
     raise ValueError(f'sweep {path}: {message}') from None
   return declared(file.stem, content, str(path))
@@ -253,17 +251,6 @@ def _made(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     message = str(error).strip().splitlines()[-1]
     message = message.removeprefix('ValueError: ')
     raise ValueError(f'{" ".join(arguments)}: {message}') from None
-
-
-class _Loader(yaml.SafeLoader):
-  """YAML that refuses a repeated key; PyYAML keeps the last one silently."""
-
-  def construct_mapping(self, node, deep=False):
-    keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-    for i, key in enumerate(keys):
-      if key in keys[:i]:
-        raise ValueError(f'{key!r} is given twice; give it once')
-    return super().construct_mapping(node, deep)
 
 
 def _runs(content: Any) -> Iterator[Run]:

@@ -673,15 +673,25 @@ def test_a_layer_records_its_macs_its_weights_and_its_channels(case):
   kernel = variables['params']['kernel'].shape
   summed = np.prod([kernel[axis] for axis in case.summed])
   # Every output is a sum over the summed axes of the kernel.
+  window = kernel[:-2] if case.linen is nn.Conv else ()
+  strides = np.broadcast_to(case.kwargs.get('strides', 1), len(window))
   assert op == ops_lib.OpShape(
     kind=case.kind,
     macs=y.size * summed,
     weights=np.prod(kernel),
     channels=np.prod(kernel) // summed,
+    inputs=op.inputs,
+    outputs=y.size,
     weight_menu=cases.MENU,
     act_menu=cases.MENU,
     tied=False,
+    window=window,
+    strides=tuple(strides),
   )
+  if case.kwargs.get('padding') in ('CIRCULAR', 'CAUSAL'):
+    assert op.inputs > np.prod(case.input_shape)  # Linen pads them before.
+  else:
+    assert op.inputs == np.prod(case.input_shape)
 
 
 def test_inputs_are_there_to_profile_on_request():

@@ -16,7 +16,7 @@ from fliqs_jax.run import sensitivity_table
 from fliqs_jax.run import train
 from fliqs_jax.runtime import files
 from fliqs_jax.search import sensitivity
-from fliqs_jax.space import cost_model
+from fliqs_jax.space import allocation
 from tests import tiny
 
 
@@ -152,7 +152,7 @@ def test_every_target_costs_at_most_that_and_scores_no_more_than_less(trained):
   raw = sensitivity_table.raw_scores(table)
   for method in sensitivity_table.METHODS:
     points = sensitivity_table.front(run.experiment, raw, 7, method)
-    least, most = cost_model.bounds(run.experiment.cost)
+    least, most = allocation.bounds(run.experiment.space, run.experiment.cost)
     targets = [point.target for point in points]
     np.testing.assert_allclose(
       np.diff(np.log(targets)), np.log(most / least) / 6, rtol=1e-6

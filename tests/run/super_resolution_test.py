@@ -9,7 +9,7 @@ import pytest
 from configs import super_resolution
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
-from fliqs_jax.run import results
+from fliqs_jax.run.records import results
 from fliqs_jax.runtime import devices as devices_lib
 
 

@@ -16,6 +16,8 @@ def _space(*paths):
     macs=1,
     weights=1,
     channels=1,
+    inputs=1,
+    outputs=1,
     weight_menu=None,
     act_menu=formats.menu(['INT2', 'BF16']),
     tied=False,

@@ -11,27 +11,14 @@ import pytest
 
 from fliqs_jax import models
 from fliqs_jax.layers import quant_layers
+from fliqs_jax.space import allocation
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
 from tests import helpers
+from tests.space import cases
 
 BITS = {'INT4': 4, 'INT5': 5, 'INT8': 8, 'E2M1': 4, 'E4M3': 8, 'BF16': 16}
-INPUT = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32)
-
-
-class Net(nn.Module):
-  """Three layers of three kinds."""
-
-  spec: quant_spec.QuantSpec
-
-  @nn.compact
-  def __call__(self, x):
-    conv = functools.partial(quant_layers.QuantConv, spec=self.spec)
-    x = conv(6, (3, 3), strides=2, name='conv')(x)
-    x = conv(6, (3, 3), feature_group_count=6, name='depthwise')(x)
-    x = x.mean(axis=(1, 2))
-    return quant_layers.QuantDense(5, spec=self.spec, name='head')(x)
 
 
 # {layer: (MACs, weights, output channels)}, by hand.
@@ -77,7 +64,7 @@ def cost_by_hand(kind, assignment):
 @functools.cache
 def net_space(rules_id):
   spec = quant_spec.QuantSpec('int_s', **RULES[rules_id])
-  return discovery.find(Net(spec), INPUT, spec=spec)
+  return discovery.find(cases.Net(spec), cases.INPUT, spec=spec)
 
 
 @functools.cache
@@ -136,7 +123,8 @@ def test_the_expected_cost_is_the_mean_over_all_architectures(rules_id, kind):
 @EVERY_COST
 def test_the_bounds_are_those_of_the_enumeration(rules_id, kind):
   _, by_hand = enumerated(rules_id, kind)
-  bounds = cost_model.bounds(net_space(rules_id).cost(kind))
+  space = net_space(rules_id)
+  bounds = allocation.bounds(space, space.cost(kind))
   assert bounds == pytest.approx((by_hand.min(), by_hand.max()), rel=1e-6)
 
 
@@ -211,7 +199,8 @@ def test_macs_of_a_grouped_dilated_strided_convolution():
   (name,) = (decision.name for decision in space.decisions)
   assert size({name: np.array([1.0, 0.0])}) == pytest.approx(int4 / 1e6)
   assert size({name: np.array([0.0, 1.0])}) == pytest.approx(bf16 / 1e6)
-  assert cost_model.bounds(size) == pytest.approx((int4 / 1e6, bf16 / 1e6))
+  bounds = allocation.bounds(space, size)
+  assert bounds == pytest.approx((int4 / 1e6, bf16 / 1e6))
   assert list(space.leaves({name: 0})) == ['format']
 
 
@@ -238,7 +227,7 @@ def test_where_scales_outweigh_the_weights_more_bits_may_be_smaller():
     'INT8': 20 * 8 + 11 * 32 + 10 * 32,  # 832
     'BF16': 20 * 16 + 10 * 32,  # 640: the smallest.
   }
-  bounds = cost_model.bounds(space.cost('size'))
+  bounds = allocation.bounds(space, space.cost('size'))
   assert bounds == pytest.approx((sizes['BF16'] / 1e6, sizes['INT8'] / 1e6))
 
 

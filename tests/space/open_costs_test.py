@@ -1,86 +1,20 @@
 """What open sizes cost: by hand, in expectation, and once they are found."""
 
-import functools
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fliqs_jax import models
-from fliqs_jax.layers import channel_masks
-from fliqs_jax.layers import quant_layers
+from fliqs_jax.space import allocation
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import sizes
 from tests import helpers
-
-between = sizes.between
-IMAGE = jax.ShapeDtypeStruct((1, 5, 5, 3), jnp.float32)
-SPEC = quant_spec.QuantSpec(
-  ('INT4', 'BF16'),
-  menus=(('depthwise', 'INT8'), ('head', 'INT4')),
-  groups=(('outer', 'stem'), ('outer', 'project')),
-)
-
-
-class Net(nn.Module):
-  """Each kind of layer once, of few enough decisions to enumerate.
-
-  An inverted bottleneck whose hidden channels are six times the first, with
-  squeeze-and-excitation, and dense layers. The `first` channels scale both
-  sides of `expand`, the `last` both of `square`.
-  """
-
-  sizes: sizes.Sizes
-
-  @nn.compact
-  def __call__(self, x):
-    conv = functools.partial(quant_layers.QuantConv, spec=SPEC, use_bias=False)
-    dense = functools.partial(quant_layers.QuantDense, spec=SPEC)
-    norm = functools.partial(channel_masks.BatchNorm, use_running_average=True)
-    image, classes = sizes.constant(3), sizes.constant(3)
-    first = self.sizes.channels('first', 4)
-    hidden = first.scaled(lambda count: 6 * count)
-    squeezed = first.scaled(lambda count: count // 2)
-    last = self.sizes.channels('last', 4, lambda count: 2 * int(count) - 2)
-    kernel = self.sizes.kernel('middle', 3)
-
-    def layer(make, inputs, outputs, name, kernel=None, **fields):
-      make = between(make, inputs, outputs, kernel)
-      return make(name=name, **fields)
-
-    x = layer(conv, image, first, 'stem', kernel_size=(3, 3), strides=2)(x)
-    x = norm(channels=first, name='stem_norm')(x)
-    x = layer(conv, first, hidden, 'expand', kernel_size=(1, 1))(x)
-    x = norm(channels=hidden, name='expand_norm')(x)
-    x = layer(
-      functools.partial(conv, use_bias=True),
-      hidden,
-      hidden,
-      'depthwise',
-      kernel,
-      feature_group_count=hidden.size,
-    )(x)
-    gate = layer(channel_masks.Dense, hidden, squeezed, 'squeeze')(x)
-    x = x * layer(channel_masks.Dense, squeezed, hidden, 'excite')(gate)
-    x = layer(conv, hidden, last, 'project', kernel_size=(1, 1))(x)
-    x = norm(channels=last, use_scale=False, name='project_norm')(x)
-    x = x.mean(axis=(1, 2))
-    x = layer(dense, last, last, 'square')(x)
-    x = channel_masks.Mask(last, name='square_mask')(x)
-    return layer(dense, last, classes, 'head')(x)
-
-
-def find(open_sizes):
-  return discovery.find(Net(open_sizes), IMAGE, spec=SPEC)
-
-
-def opened(kernel_weights):
-  return find(sizes.Sizes((0.5, 1.0), (3, 5), kernel_weights))
+from tests.space import cases
 
 
 def by_hand(kind, first, last, kernel, outer, expand, square):
@@ -120,7 +54,7 @@ def by_hand(kind, first, last, kernel, outer, expand, square):
 
 @pytest.mark.parametrize('kernel_weights', [sizes.BRANCHES, sizes.MASKED])
 def test_every_architecture_costs_what_it_does_by_hand(kernel_weights):
-  space = opened(kernel_weights)
+  space = cases.opened(kernel_weights)
   menus = {d.name: d.menu for d in space.formats}
   menus |= {d.name: d.labels for d in space.open_sizes}
   assert list(menus) == [
@@ -151,13 +85,14 @@ def test_every_architecture_costs_what_it_does_by_hand(kernel_weights):
       # Shares of what is allocated are float32.
       assert costs[-1] == pytest.approx(expected, rel=1e-6)
     assert len(costs) == 2**6
-    assert cost_model.bounds(cost) == pytest.approx((min(costs), max(costs)))
+    bounds = allocation.bounds(space, cost)
+    assert bounds == pytest.approx((min(costs), max(costs)))
 
 
 @pytest.mark.parametrize('kind', ['bops', 'size'])
 @pytest.mark.parametrize('seed', range(3))
 def test_the_expected_cost_is_the_sum_over_all_architectures(kind, seed):
-  space = opened(sizes.BRANCHES)
+  space = cases.opened(sizes.BRANCHES)
   cost = space.cost(kind)
   rng = np.random.default_rng(seed)
   policy = {
@@ -176,12 +111,12 @@ def test_the_expected_cost_is_the_sum_over_all_architectures(kind, seed):
 
 
 def test_the_found_network_costs_what_its_architecture_does():
-  space = opened(sizes.BRANCHES)
+  space = cases.opened(sizes.BRANCHES)
   for indices in helpers.architectures(space):
     if any(indices[name] for name in ('outer', 'expand', 'square')):
       continue
     choices = helpers.one_hots(space, indices)
-    found = find(sizes.Sizes(found=space.sizes(choices)))
+    found = cases.find(sizes.Sizes(found=space.sizes(choices)))
     assert found.params < space.params
     # Formats are open still: the first of each menu, and the last.
     for pick in (0, -1):

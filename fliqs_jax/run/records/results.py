@@ -13,6 +13,7 @@ from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.runtime import versions
 from fliqs_jax.search import policy as policy_lib
 from fliqs_jax.search import relaxed as relaxed_lib
+from fliqs_jax.space import allocation
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import ops as ops_lib
 
@@ -219,7 +220,7 @@ def warnings(
   choices = experiment.selected(policy)
   cost = float(experiment.cost_of(choices))
   error = cost / experiment.target - 1
-  least, most = cost_model.bounds(experiment.cost)
+  least, most = allocation.bounds(experiment.space, experiment.cost)
   if abs(error) > 0.05 and most > least:
     lines.append(
       f'the selected architecture costs {cost:.4g} {experiment.cost.unit}, '

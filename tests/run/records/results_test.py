@@ -8,7 +8,7 @@ import pytest
 
 from configs import mobilenetv2_imagenet
 from fliqs_jax.run import experiment as experiment_lib
-from fliqs_jax.run import results
+from fliqs_jax.run.records import results
 from fliqs_jax.search import policy as policy_lib
 
 

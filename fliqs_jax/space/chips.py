@@ -1,0 +1,466 @@
+"""Prices of chips, read from `targets/NAME.yaml`.
+
+A file describes one chip. Its sections `latency`, `energy` and `lut` are costs
+apart, `cost.kind='latency:NAME'` and so on; NAME is that of a file of
+`fliqs_jax/targets/`, or the path of another one. docs/chips.md has the schema.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import hashlib
+import math
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+from fliqs_jax.numerics import formats
+from fliqs_jax.runtime import files
+
+_DIRECTORY = pathlib.Path(__file__).parents[1] / 'targets'
+# Where figures come from: a vendor's data sheet, measurement, assumption.
+CONFIDENCES = ('datasheet', 'measured', 'assumed')
+# Kinds of ops that a rate may be limited to, of `ops.OpShape.kind`.
+_OPS = (
+  'pointwise',
+  'depthwise',
+  'conv',
+  'dense',
+  'einsum',
+  'embed',
+  'attend',
+)
+
+
+class Section(NamedTuple):
+  """A row of `SECTIONS`: a kind of cost that a file may describe.
+
+  Attributes:
+    unit: unit of the cost, as it is printed.
+    rate: key of the price of a multiply-accumulate in the file.
+    of_rate: value of that key -> price of a multiply-accumulate, in the unit.
+    layer: key of a price of an op as such, 1000 times the unit; empty: none.
+    memory: key of the price of memory traffic; empty: it costs nothing.
+    of_memory: value of that key -> price of a byte, in the unit.
+    overlaps: whether computing hides memory traffic, so that the longer of
+      both counts and not their sum.
+  """
+
+  unit: str
+  rate: str
+  of_rate: Callable[[float], float]
+  layer: str
+  memory: str
+  of_memory: Callable[[float], float]
+  overlaps: bool
+
+
+# A multiply-accumulate is two operations, as vendors count them.
+SECTIONS: dict[str, Section] = {
+  'latency': Section(
+    'ms',
+    'teraops',
+    lambda teraops: 2e-9 / teraops,
+    'microseconds_per_layer',
+    'terabytes_per_second',
+    lambda terabytes: 1e-9 / terabytes,
+    overlaps=True,
+  ),
+  'energy': Section(
+    'uJ',
+    'picojoules',
+    lambda picojoules: 1e-6 * picojoules,
+    '',
+    'picojoules_per_byte',
+    lambda picojoules: 1e-6 * picojoules,
+    overlaps=False,
+  ),
+  'lut': Section(
+    'kLUT',
+    'luts',
+    lambda luts: 1e-3 * luts,
+    'luts_per_layer',
+    '',
+    lambda luts: 0.0,
+    overlaps=False,
+  ),
+}
+
+
+class Figures(NamedTuple):
+  """Where a figure comes from.
+
+  Attributes:
+    source: a publication or a command.
+    date: when it was read or measured, as text.
+    confidence: one of `CONFIDENCES`.
+  """
+
+  source: str
+  date: str
+  confidence: str
+
+
+class Rate(NamedTuple):
+  """The price of an op whose operands have two formats.
+
+  Attributes:
+    weights: format of the weights, without a strategy.
+    activations: format of the activations.
+    ops: kinds of ops that have this price; (): all.
+    per_mac: price of a multiply-accumulate, in the unit of the section.
+    per_layer: price of the op as such, in the unit of the section.
+    figures: where it comes from.
+  """
+
+  weights: formats.NumericFormat
+  activations: formats.NumericFormat
+  ops: tuple[str, ...]
+  per_mac: float
+  per_layer: float
+  figures: Figures
+
+
+class Key(NamedTuple):
+  """What identifies a layer among measured ones.
+
+  Attributes:
+    is_depthwise: whether it is a depthwise convolution.
+    inputs: input channels that an output channel reads.
+    outputs: output channels.
+    kernel: height and width of its kernel in pixels; (1, 1) of a dense layer.
+    strides: its strides; (1, 1) of a dense layer.
+    positions: number of results of a channel for one input, such as 28 * 28.
+  """
+
+  is_depthwise: bool
+  inputs: int
+  outputs: int
+  kernel: tuple[int, ...]
+  strides: tuple[int, ...]
+  positions: int
+
+  @property
+  def macs(self) -> int:
+    """The multiply-accumulates of the layer for one input."""
+    taps = math.prod(self.kernel)
+    return self.positions * taps * self.inputs * self.outputs
+
+
+class Measured(NamedTuple):
+  """The measured times of one layer, weights and activations at one format.
+
+  Attributes:
+    key: what identifies the layer.
+    times: {format: price}, in the unit of the section.
+    figures: where they come from.
+  """
+
+  key: Key
+  times: Mapping[formats.NumericFormat, float]
+  figures: Figures
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chip:
+  """One section of a file: the prices of a chip.
+
+  Attributes:
+    name: name in the file.
+    kind: `SECTION:NAME`, as `cost.kind` has it.
+    unit: unit of the prices.
+    batch: number of inputs that are computed at once, which a price is of.
+    rates: prices by formats; () if only measured layers have prices.
+    per_byte: price of a byte of memory traffic.
+    overlaps: as in `Section`.
+    cast_passes: how often an operand passes through memory in the format of its
+      rate, if it is stored in another one.
+    stored_bits: {format: bits} of formats whose numbers are not stored in the
+      next of 4, 8 and 16 bits.
+    layers: measured layers; others are interpolated.
+    fixed_share: share of the price at `fixed_format` that no format changes.
+    fixed_format: the format of that price; None: there is no such share.
+    digest: hash of the file's content.
+  """
+
+  name: str
+  kind: str
+  unit: str
+  batch: int
+  rates: tuple[Rate, ...]
+  per_byte: float
+  overlaps: bool
+  cast_passes: float
+  stored_bits: Mapping[formats.NumericFormat, int]
+  layers: tuple[Measured, ...]
+  fixed_share: float
+  fixed_format: formats.NumericFormat | None
+  digest: str
+
+  def bits(self, numeric_format: formats.NumericFormat) -> int:
+    """Returns the bits in which a number of a format is stored."""
+    stored = self.stored_bits.get(numeric_format)
+    if stored is not None:
+      return stored
+    return next(bits for bits in (4, 8, 16) if numeric_format.bits <= bits)
+
+
+def names() -> list[str]:
+  """Returns the names of the files in `fliqs_jax/targets/`."""
+  return sorted(path.stem for path in _DIRECTORY.glob('*.yaml'))
+
+
+def is_chip(kind: str) -> bool:
+  """Returns whether a kind of cost names a section of a chip."""
+  return ':' in kind
+
+
+def read(kind: str) -> Chip:
+  """Returns the prices that `SECTION:NAME` names.
+
+  Args:
+    kind: a key of `SECTIONS`, a colon, and the name of a file in
+      `fliqs_jax/targets/` or the path of another file.
+
+  Raises:
+    ValueError: there is no such file or section, or its content is wrong; the
+      message names file, key and value.
+  """
+  section, _, name = kind.partition(':')
+  if section not in SECTIONS:
+    raise ValueError(
+      f'{kind!r}: {section!r} is no section of a chip; allowed: '
+      f'{", ".join(SECTIONS)}, as in latency:t4'
+    )
+  shipped = _DIRECTORY / f'{name}.yaml'
+  path = shipped if name in names() else pathlib.Path(name)
+  if not path.is_file():
+    raise ValueError(
+      f'{kind!r}: there is no file {name}; allowed: the path of a file, or '
+      f'{", ".join(names())}'
+    )
+  try:
+    content = _Content(files.read_yaml(path), '')
+    return _chip(content, kind, section, path)
+  except (OSError, ValueError) as error:
+    raise ValueError(f'{path}: {error}') from None
+
+
+class _Content:
+  """A mapping of a file whose keys are read once; `done` refuses others."""
+
+  def __init__(self, mapping: Any, where: str):
+    self._where = where
+    if not isinstance(mapping, dict):
+      raise ValueError(f'{where or "a target"} must be a mapping of keys')
+    self._mapping: dict[Any, Any] = mapping
+    self._seen: list[str] = []
+
+  def __contains__(self, key: str) -> bool:
+    return key in self._mapping
+
+  def error(self, key: str, problem: str) -> ValueError:
+    """Returns the error of a key's value."""
+    return ValueError(f'{self._name(key)}={self._mapping.get(key)!r} {problem}')
+
+  def _name(self, key: str) -> str:
+    return f'{self._where}.{key}' if self._where else key
+
+  def get(self, key: str, default: Any = None) -> Any:
+    """Returns a value; without a default the key must be there."""
+    self._seen.append(key)
+    if key in self._mapping:
+      return self._mapping[key]
+    if default is None:
+      raise ValueError(f'{self._name(key)} is missing')
+    return default
+
+  def number(
+    self, key: str, default: float | None = None, *, positive: bool = False
+  ) -> float:
+    """Returns a finite number, at least 0 or above it."""
+    value = self.get(key, default)
+    # YAML 1.1 reads 1e12 as text.
+    try:
+      number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+      number = math.nan
+    if not 0 <= number < math.inf or (positive and not number):
+      bound = 'above 0' if positive else 'of at least 0'
+      raise self.error(key, f'must be a finite number {bound}')
+    return number
+
+  def count(self, key: str, default: int | None = None) -> int:
+    """Returns a whole number of at least 1."""
+    number = self.number(key, default, positive=True)
+    if number != int(number):
+      raise self.error(key, 'must be a whole number')
+    return int(number)
+
+  def pair(self, key: str) -> tuple[int, int]:
+    """Returns two whole numbers; one stands for both, none for ones."""
+    value = self.get(key, 1)
+    both = value if isinstance(value, list) else [value, value]
+    is_pair = len(both) == 2 and all(type(n) is int and n > 0 for n in both)
+    if not is_pair:
+      raise self.error(key, 'must be one or two whole numbers of at least 1')
+    return both[0], both[1]
+
+  def text(self, key: str, default: str | None = None) -> str:
+    """Returns text, or a date as text."""
+    value = self.get(key, default)
+    if isinstance(value, (dict, list, bool)) or value is None:
+      raise self.error(key, 'must be text')
+    return str(value)
+
+  def parsed(self, key: str, names: Any) -> formats.NumericFormat:
+    """Returns a format; raises with the name of the key."""
+    try:
+      parsed = formats.parse(names)
+    except ValueError as error:
+      raise ValueError(f'{self._name(key)}: {error}') from None
+    if parsed.strategy:
+      raise self.error(key, 'must be a format without a strategy')
+    return parsed
+
+  def format(self, key: str) -> formats.NumericFormat:
+    """Returns the format that a key names."""
+    return self.parsed(key, self.get(key))
+
+  def mapping(self, key: str) -> '_Content':
+    """Returns the mapping at a key; empty if the key is missing."""
+    return _Content(self.get(key, {}), self._name(key))
+
+  def items(self, key: str) -> list['_Content']:
+    """Returns the mappings of a list; empty if the key is missing."""
+    items = self.get(key, [])
+    if not isinstance(items, list):
+      raise self.error(key, 'must be a list of mappings')
+    where = self._name(key)
+    return [_Content(item, f'{where}[{i}]') for i, item in enumerate(items)]
+
+  def by_format(
+    self, positive: bool = True
+  ) -> Iterator[tuple[formats.NumericFormat, float]]:
+    """Yields {format: number} of a mapping whose keys are formats."""
+    for name in self._mapping:
+      yield self.parsed(name, name), self.number(name, positive=positive)
+
+  def figures(self, default: Figures | None = None) -> Figures:
+    """Returns source, date and confidence of what the mapping holds."""
+    known = default._asdict() if default else {}
+    found = Figures(*(self.text(k, known.get(k)) for k in Figures._fields))
+    if found.confidence not in CONFIDENCES:
+      raise self.error('confidence', f'must be one of {", ".join(CONFIDENCES)}')
+    return found
+
+  def done(self) -> None:
+    """Refuses the keys that nothing has read."""
+    for key in self._mapping:
+      if key not in self._seen:
+        raise ValueError(
+          f'unknown key {self._name(str(key))}; allowed here: '
+          f'{", ".join(dict.fromkeys(self._seen))}'
+        )
+
+
+def _chip(
+  content: _Content, kind: str, section: str, path: pathlib.Path
+) -> Chip:
+  name, rules = content.text('name'), SECTIONS[section]
+  figures = content.figures()
+  described = [key for key in SECTIONS if key in content]
+  for key in SECTIONS:
+    content.get(key, {})
+  content.done()
+  if section not in described:
+    raise ValueError(
+      f'it has no section {section!r}, only {", ".join(described) or "none"}'
+    )
+  part = content.mapping(section)
+  base = None
+  if 'layers_of' in part:
+    base = read(f'{section}:{_sibling(part.text("layers_of"), path)}')
+  lanes = part.number('macs_per_lane', 1, positive=True)
+  rates = tuple(_rates(part, rules, figures, lanes))
+  layers = base.layers if base else tuple(_layers(part, figures))
+  if not rates and not layers:
+    raise ValueError(
+      f'{section} needs `rates`, prices by formats, or `layers`, measured ones'
+    )
+  per_byte = 0.0
+  if rates and rules.memory:
+    price = part.number(rules.memory, positive=rules.overlaps)
+    per_byte = rules.of_memory(price)
+  fixed = part.mapping('fixed')
+  chip = Chip(
+    name=name,
+    kind=kind,
+    unit=part.text('unit', base.unit if base else rules.unit),
+    batch=part.count('batch', base.batch if base else 1),
+    rates=rates,
+    per_byte=per_byte,
+    overlaps=rules.overlaps,
+    cast_passes=part.number('cast_passes', 0),
+    stored_bits={
+      f: int(bits) for f, bits in part.mapping('stored_bits').by_format()
+    },
+    layers=layers,
+    fixed_share=fixed.number('share') if 'fixed' in part else 0.0,
+    fixed_format=fixed.format('format') if 'fixed' in part else None,
+    digest=hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+  )
+  fixed.done()
+  part.done()
+  return chip
+
+
+def _sibling(name: str, path: pathlib.Path) -> str:
+  """Returns a name that `read` takes; a path is relative to the own file."""
+  if name in names():
+    return name
+  return os.fspath(path.parent / name)
+
+
+def _rates(
+  part: _Content, rules: Section, figures: Figures, lanes: float
+) -> Iterator[Rate]:
+  for item in part.items('rates'):
+    if 'formats' in item:
+      weights = activations = item.format('formats')
+    else:
+      weights, activations = item.format('weights'), item.format('activations')
+    ops = item.get('ops', [])
+    if not isinstance(ops, list) or not set(ops) <= set(_OPS):
+      raise item.error('ops', f'must be a list of some of {", ".join(_OPS)}')
+    per_layer = per_mac = 0.0
+    if rules.layer in item:
+      per_layer = 1e-3 * item.number(rules.layer, positive=True)
+    if rules.rate in item or not per_layer:
+      per_mac = rules.of_rate(item.number(rules.rate, positive=True)) / lanes
+    yield Rate(
+      weights,
+      activations,
+      tuple(ops),
+      per_mac,
+      per_layer,
+      item.figures(figures),
+    )
+    item.done()
+
+
+def _layers(part: _Content, figures: Figures) -> Iterator[Measured]:
+  for item in part.items('layers'):
+    inputs, outputs = item.count('inputs'), item.count('outputs')
+    kernel, strides = item.pair('kernel'), item.pair('strides')
+    positions, is_depthwise = item.count('positions'), False
+    if 'ops' in item:
+      is_depthwise = item.text('ops') == 'depthwise'
+      if not is_depthwise:
+        raise item.error('ops', "must be 'depthwise', or be left out")
+    times = item.mapping('times')
+    yield Measured(
+      Key(is_depthwise, inputs, outputs, kernel, strides, positions),
+      times=dict(times.by_format()),
+      figures=item.figures(figures),
+    )
+    item.done()
