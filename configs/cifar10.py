@@ -7,8 +7,8 @@ The paper has no such search. He et al. 2015 report 91.25 % for the float
 network; not yet measured by us.
 
 Arguments:
-  space: a named space (int_s, int_l, fp_s, fp_l) or one format, which trains
-    that uniform network.
+  space: a named space (int_s, int_l, fp_s, fp_l), one format, or several joined
+    by a +; one format trains that uniform network.
   mode: tied, weights, activations or separate.
   target: cost target, as a multiple of uniform 4-bit.
   cost: bops, size, average_bits, or the cost of a chip: latency:t4,

@@ -9,8 +9,8 @@ takes about half a minute on two cores; docs/results.md has the measured
 results.
 
 Arguments:
-  space: a named space (int_s, int_l, fp_s, fp_l) or one format, which trains
-    that uniform network.
+  space: a named space (int_s, int_l, fp_s, fp_l), one format, or several joined
+    by a +; one format trains that uniform network.
   nas: also search the channels of each layer, 0.5, 1, 1.5 or 2 times.
   mode: tied, weights, activations or separate.
   target: cost target, as a multiple of uniform 4-bit.

@@ -3,9 +3,9 @@
 All need `--config.data.data_dir`: the directory in which TFDS has prepared
 imagenet2012 as ArrayRecord (docs/configs.md, "Data"). Every recipe has these
 arguments:
-  space: a named space (int_s, int_l, fp_s, fp_l) or one format, which trains
-    that uniform network: `space=E4M3` and E1M6, E2M5, E3M4, E5M2 are the five
-    runs of Table 7.
+  space: a named space (int_s, int_l, fp_s, fp_l), one format, or several joined
+    by a +; one format trains that uniform network: `space=E4M3` and E1M6, E2M5,
+    E3M4, E5M2 are the five runs of Table 7.
   mode: tied, weights, activations or separate.
   target: cost target, as a multiple of uniform 4-bit.
   cost: bops, size, average_bits, or the cost of a chip: latency:t4,

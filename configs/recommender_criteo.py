@@ -7,8 +7,9 @@ DATA holds train.txt of the Kaggle challenge (45,840,617 lines). The paper
 draws AUC against MBOPs (Figure 13) and prints no numbers.
 
 Arguments:
-  space: a named space (int_s, int_l, fp_s, fp_l) or one format, which trains
-    that uniform network. The paper searches int_l and fp_l.
+  space: a named space (int_s, int_l, fp_s, fp_l), one format, or several joined
+    by a +; one format trains that uniform network. The paper searches int_l and
+    fp_l.
   nas: also search the rank and the width of each hidden layer, 0.25 to 2 times
     the published one (A.13).
   mode: tied, weights, activations or separate.

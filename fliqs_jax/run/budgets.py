@@ -70,19 +70,15 @@ def caps(
       kind, budget = _cap(entry, space)
       if kind in (keys.kind, *found):
         raise ValueError(f'{kind} is limited twice; limit it once')
+      least, _ = allocation.bounds(space, budget.cost)
+      if least > budget.target * (1 + _TOLERANCE) and not space.is_fixed:
+        raise ValueError(
+          f'it cannot be met: {budget.target:.6g} {budget.cost.unit} are '
+          f'allowed, and the cheapest network costs {least:.6g}'
+        )
       found[kind] = budget
   budgets = tuple(found.values())
-  if space.is_fixed:
-    return budgets
-  for entry, budget in zip(keys.caps, budgets):
-    least = allocation.least_within(space, budget.cost)
-    if least > budget.target * (1 + _TOLERANCE):
-      raise ValueError(
-        f'cost.caps={entry!r} cannot be met: {budget.target:.6g} '
-        f'{budget.cost.unit} are allowed, and the cheapest network costs '
-        f'{least:.6g}'
-      )
-  if len(budgets) > 1:
+  if len(budgets) > 1 and not space.is_fixed:
     _check_together(space, budgets)
   return budgets
 
@@ -155,7 +151,8 @@ def target(
   if keys.relative_to:
     with checks.named('cost.relative_to', keys.relative_to):
       result *= cost_model.uniform(cost, keys.relative_to)
-  least, most = allocation.bounds(space, cost)
+  with checks.named('cost.kind', keys.kind):
+    least, most = allocation.bounds(space, cost)
   slack = _TOLERANCE * most
   if most - least <= slack and result >= least - slack:
     return result  # Strategies cost nothing.
