@@ -21,8 +21,8 @@ Arguments:
     each one: max_abs, kl, eq, admm; none if not given.
   mode: tied, weights, activations or separate.
   target: cost target, as a multiple of uniform 4-bit.
-  cost: bops, size, average_bits, or the cost of a chip: latency:t4,
-    energy:45nm, or latency: and a file of your own (docs/chips.md).
+  cost: bops, size, compressed_bytes, average_bits, or that of a chip:
+    latency:t4, energy:45nm, or latency: and your own file (docs/chips.md).
   caps: limits of other costs: size=1.5xINT4+energy:45nm=1.2xINT8.
   reported: costs to report beside: latency:h100+energy:45nm.
   steps: number of steps of training; of the size if not given.

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -26,6 +27,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from fliqs_jax.numerics import entropy_coding
 from fliqs_jax.numerics import formats
 from fliqs_jax.numerics import packing
 from fliqs_jax.runtime import files
@@ -115,15 +117,20 @@ def write(
   path = check_free(directory)
   contents = {WEIGHTS: packed_file(tensors), **others}
   floats = 4 * sum(np.size(x) for x in tensors.values())
+  stored = compressed = sum(x.nbytes for x in tensors.values())
   for name, layer in stored_layers.packed(layers).items():
     floats += 4 * (int(np.prod(layer.shape)) - np.size(tensors[name]))
+    values = packing.decode(tensors[name], layer.weights, layer.shape)
+    coded = math.ceil(entropy_coding.measured(np.asarray(values)) / 8)
+    compressed += coded - tensors[name].nbytes
   scales = [x.nbytes for n, x in tensors.items() if n.startswith('scales/')]
   manifest = dict(
     schema=SCHEMA,
     **manifest,
     bytes=dict(
       float32=floats - sum(scales),
-      stored=sum(x.nbytes for x in tensors.values()),
+      stored=stored,
+      compressed=compressed,
       weights_file=len(contents[WEIGHTS]),
     ),
     layers={

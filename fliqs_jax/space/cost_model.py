@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fliqs_jax.numerics import entropy_coding
 from fliqs_jax.numerics import formats
 from fliqs_jax.space import chip_prices
 from fliqs_jax.space import chips
@@ -72,6 +73,20 @@ def op_mbit(op: ops_lib.Op, leaves: ops_lib.Leaves) -> Any:
   return (bits + op.expected(leaves, _one, _scale_bits)) / 1e6
 
 
+def op_compressed_bytes(op: ops_lib.Op, leaves: ops_lib.Leaves) -> Any:
+  """Returns the expected bytes of the op's weights after entropy coding.
+
+  The weights are taken to be Gaussian (`entropy_coding.expected`), and scales
+  are as in `op_mbit`.
+  """
+  count = max(op.shape.weights // max(op.shape.channels, 1), 1)
+  coded = functools.partial(entropy_coding.expected, count=count)
+  scales = op_mbit(op, leaves) * 1e6 - op_weight_bits(op, leaves)
+  return (
+    op_weights(op, leaves) * op.expected(leaves, coded, _one) + scales
+  ) / 8
+
+
 class Kind(NamedTuple):
   """A kind of cost, a row of `KINDS` or a section of a chip.
 
@@ -111,6 +126,11 @@ KINDS: dict[str, Kind] = {
     op_mbit,
     sides=('weights',),
     of_parameters=lambda count: _OTHER_BITS * count / 1e6,
+  ),
+  'compressed_bytes': Kind(
+    'bytes',
+    op_compressed_bytes,
+    of_parameters=lambda count: _OTHER_BITS * count / 8,
   ),
   'average_bits': Kind(
     'bits', op_weight_bits, sides=('weights',), is_per_weight=True
@@ -242,8 +262,9 @@ def make(
 
   Args:
     kind: `bops` (billions, Eq. 1), `size` (megabits of weights, scales and, at
-      32 bits, every other parameter), `average_bits` (per weight), or a cost of
-      a chip, such as `latency:t4`.
+      32 bits, every other parameter), `compressed_bytes` (the same after
+      entropy coding, expected), `average_bits` (per weight), or a cost of a
+      chip, such as `latency:t4`.
     ops: the model's ops, one per call.
     params: number of all parameters, those outside the ops included.
     others: {path of a leaf: parameters that follow it}.

@@ -14,7 +14,7 @@ import numpy as np
 from fliqs_jax.numerics import formats
 
 Leaves = Mapping[str, Any]  # {leaf's path: [K] one-hot or probability}
-FormatValue = Callable[[formats.NumericFormat], int]
+FormatValue = Callable[[formats.NumericFormat], float]
 
 
 @jax.tree_util.register_static

@@ -11,6 +11,8 @@ import pytest
 
 from fliqs_jax import models
 from fliqs_jax.layers import quant_layers
+from fliqs_jax.numerics import entropy_coding
+from fliqs_jax.numerics import formats
 from fliqs_jax.space import allocation
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import discovery
@@ -47,17 +49,25 @@ RULES = {
 def cost_by_hand(kind, assignment):
   """Returns the cost of {layer: (weights, activations)}; None: unquantized."""
   total = {'bops': 0, 'size': 32 * BIASES, 'average_bits': 0}
+  total['compressed_bytes'] = 4 * BIASES
   for layer, (weights, activations) in assignment.items():
     macs, count, channels = COUNTS[layer]
     weight_bits = BITS[weights or 'BF16']
     total['bops'] += weight_bits * BITS[activations or 'BF16'] * macs
     total['size'] += weight_bits * count
+    coded = entropy_coding.expected(
+      formats.parse(weights or 'BF16'), count // channels
+    )
+    total['compressed_bytes'] += coded * count / 8
     if weights not in (None, 'BF16'):
       total['size'] += 32 * channels
+      total['compressed_bytes'] += 4 * channels
     if activations not in (None, 'BF16'):
       total['size'] += 32
+      total['compressed_bytes'] += 4
     total['average_bits'] += weight_bits * count
   unit = {'bops': 1e9, 'size': 1e6, 'average_bits': WEIGHTS}
+  unit['compressed_bytes'] = 1
   return total[kind] / unit[kind]
 
 
@@ -254,7 +264,8 @@ def test_a_shared_layer_works_twice_but_is_stored_once():
 
 def test_an_unknown_kind_is_an_error_that_lists_the_kinds():
   with pytest.raises(
-    ValueError, match="cost.kind='flops' .*: bops, size, average_bits"
+    ValueError,
+    match="cost.kind='flops' .*: bops, size, compressed_bytes, average_bits",
   ):
     cost_model.make('flops', (), 0, {}, {})
 
