@@ -20,10 +20,10 @@ import jax.numpy as jnp
 
 from fliqs_jax import models
 from fliqs_jax.runtime import commands
-from fliqs_jax.space import chip_prices
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import search_space
+from fliqs_jax.space.chips import prices
 
 
 def space_of(
@@ -128,7 +128,7 @@ def table(space: search_space.SearchSpace, kind: str = 'bops') -> str:
     weights, _ = formats_of[op.path]
     value = float(cost.of_op(op, leaves))
     if chip:
-      price = chip_prices.price(chip, *chip_prices.chosen(op, leaves))
+      price = prices.price(chip, *prices.chosen(op, leaves))
       pair = dict.fromkeys((price.weights.name, price.activations.name))
       more = f'  {" x ".join(pair):13}  {price.confidence}'
     lines.append(

@@ -34,10 +34,10 @@ from fliqs_jax.runtime import files
 from fliqs_jax.search import train_step
 from fliqs_jax.serving import served_program
 from fliqs_jax.serving import stored_products
-from fliqs_jax.space import chip_prices
 from fliqs_jax.space import discovery
 from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import quant_spec
+from fliqs_jax.space.chips import prices
 from fliqs_jax.sweep import sweep_file
 
 # Seconds of a sample, which has many calls of a fast layer: neither the
@@ -60,7 +60,7 @@ def layer_of(op: ops_lib.OpShape) -> tuple[nn.Module, tuple[int, ...]]:
   Raises:
     ValueError: it is another op.
   """
-  key = chip_prices.counts(op, {}).key
+  key = prices.counts(op, {}).key
   if op.kind not in _KINDS or len(key.kernel) != 2:
     raise ValueError(f'{op.kind} is no convolution of images or dense layer')
   if not op.window:
@@ -173,7 +173,7 @@ def profile(
   rows: dict[Any, dict[str, Any]] = {}
   skipped = []
   for op in ops:
-    counts = chip_prices.counts(op.shape, {})
+    counts = prices.counts(op.shape, {})
     try:
       layer, (_, *shape) = layer_of(op.shape)
     except ValueError:

@@ -11,9 +11,9 @@ import pytest
 import fliqs_jax as fliqs
 from fliqs_jax import profile_chip
 from fliqs_jax.layers import quant_layers
-from fliqs_jax.space import chip_prices
-from fliqs_jax.space import chips
 from fliqs_jax.space import quant_spec
+from fliqs_jax.space.chips import chip_file
+from fliqs_jax.space.chips import prices
 from tests import helpers
 
 pytestmark = pytest.mark.filterwarnings(  # Of ml_collections.
@@ -50,8 +50,8 @@ def test_a_layer_that_is_timed_alone_is_the_layer_of_the_network():
       jax.ShapeDtypeStruct(shape, jnp.float32),
     )
     (found,) = alone.ops
-    expected = chip_prices.counts(op.shape, {})
-    assert chip_prices.counts(found.shape, {}) == expected, op.path
+    expected = prices.counts(op.shape, {})
+    assert prices.counts(found.shape, {}) == expected, op.path
 
 
 @pytest.mark.parametrize('name', ['INT8', 'INT4', 'BF16'])
@@ -80,7 +80,7 @@ def test_a_measured_file_prices_its_layers_and_others(tmp_path, capsys):
   )
   assert status == 0
   assert f'cost.kind=latency:{path}' in capsys.readouterr().out
-  chip = chips.read(f'latency:{path}')
+  chip = chip_file.read(f'latency:{path}')
   assert chip.batch == 2
   assert [sorted(map(str, x.times)) for x in chip.layers] == [
     ['BF16', 'INT4', 'INT8']

@@ -15,10 +15,11 @@ import numpy as np
 
 from fliqs_jax.numerics import entropy_coding
 from fliqs_jax.numerics import formats
-from fliqs_jax.space import chip_prices
-from fliqs_jax.space import chips
 from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import sizes
+from fliqs_jax.space.chips import chip as chip_lib
+from fliqs_jax.space.chips import chip_file
+from fliqs_jax.space.chips import prices
 
 # {leaf's path: [K]} -> (expected) part of a cost [].
 Term = Callable[[ops_lib.Leaves], Any]
@@ -113,7 +114,7 @@ class Kind(NamedTuple):
   counts_calls: bool = False
   of_parameters: Callable[[int], float] | None = None
   is_per_weight: bool = False
-  chip: chips.Chip | None = None
+  chip: chip_lib.Chip | None = None
 
 
 # The names of `cost.kind` beside those of chips. Another kind is another row.
@@ -147,15 +148,15 @@ def kind_of(name: str) -> Kind:
   Raises:
     ValueError: there is none, or the chip's file is wrong.
   """
-  if chips.is_chip(name):
-    chip = chips.read(name)
-    of_op = functools.partial(chip_prices.of_op, chip)
+  if chip_file.is_chip(name):
+    chip = chip_file.read(name)
+    of_op = functools.partial(prices.of_op, chip)
     return Kind(chip.unit, of_op, counts_calls=True, chip=chip)
   if name not in KINDS:
     raise ValueError(
       f'cost.kind={name!r} is unknown; allowed: {", ".join(KINDS)}, or the '
-      f'cost of a chip: {", ".join(chips.SECTIONS)}, a colon and one of '
-      f'{", ".join(chips.names())} or a file'
+      f'cost of a chip: {", ".join(chip_lib.SECTIONS)}, a colon and one of '
+      f'{", ".join(chip_file.names())} or a file'
     )
   return KINDS[name]
 

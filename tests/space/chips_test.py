@@ -14,9 +14,10 @@ import fliqs_jax as fliqs
 from fliqs_jax.layers import quant_layers
 from fliqs_jax.numerics import formats
 from fliqs_jax.space import allocation
-from fliqs_jax.space import chip_prices
-from fliqs_jax.space import chips
 from fliqs_jax.space import cost_model
+from fliqs_jax.space.chips import chip as chip_lib
+from fliqs_jax.space.chips import chip_file
+from fliqs_jax.space.chips import prices
 from tests import helpers
 from tests.space import cases
 
@@ -28,7 +29,7 @@ INT4, INT5, INT8, E2M1, E4M3, BF16 = map(
 def _conv(inputs, outputs, kernel, stride, size, kind='conv'):
   """The numbers of a convolution with a result of size x size pixels."""
   weights = inputs * outputs * kernel**2
-  return chip_prices.Counts(
+  return prices.Counts(
     kind,
     macs=weights * size**2,
     weights=weights,
@@ -41,10 +42,10 @@ def _conv(inputs, outputs, kernel, stride, size, kind='conv'):
 
 
 def _price(kind, op, weights, activations=None):
-  return chip_prices.price(_read(kind), op, weights, activations or weights)
+  return prices.price(_read(kind), op, weights, activations or weights)
 
 
-_read = functools.cache(chips.read)
+_read = functools.cache(chip_file.read)
 
 
 def _resnet18():
@@ -82,23 +83,21 @@ def _resnet50():
   return layers, projections
 
 
-@pytest.mark.parametrize('name', chips.names())
+@pytest.mark.parametrize('name', chip_file.names())
 def test_each_shipped_file_has_its_figures_and_prices_integers(name):
   sections = 0
-  for section in chips.SECTIONS:
+  for section in chip_lib.SECTIONS:
     try:
-      chip = chips.read(f'{section}:{name}')
+      chip = chip_file.read(f'{section}:{name}')
     except ValueError:
       continue
     sections += 1
     for figures in [x.figures for x in (*chip.rates, *chip.layers)]:
-      assert figures.confidence in chips.CONFIDENCES
+      assert figures.confidence in chip_lib.CONFIDENCES
       assert figures.source
       assert figures.date
     op = _conv(64, 64, 3, 1, 56)
-    by_bits = [
-      chip_prices.price(chip, op, f, f).value for f in (INT4, INT5, INT8)
-    ]
+    by_bits = [prices.price(chip, op, f, f).value for f in (INT4, INT5, INT8)]
     assert 0 < by_bits[0] <= by_bits[1] <= by_bits[2]
   assert sections == 1
 
@@ -121,7 +120,7 @@ def test_every_measured_layer_is_in_the_table_that_all_share():
   table = pathlib.Path(__file__).with_name('hawq_v3.csv')
   rows = csv.DictReader(table.read_text(encoding='utf-8').splitlines())
   macs = {int(float(row['macs'])) for row in rows}
-  chip = chips.read('latency:t4')
+  chip = chip_file.read('latency:t4')
   assert {layer.key.macs for layer in chip.layers} == macs
 
 
@@ -255,7 +254,7 @@ def test_expected_costs_and_bounds_are_those_of_the_enumeration(rules, kind):
   spec = fliqs.QuantSpec(('INT4', 'E4M3', 'INT8'), **MENUS[rules])
   space = fliqs.find_decisions(cases.Net(spec), cases.INPUT, spec=spec)
   cost = space.cost(kind)
-  chip = chips.read(kind)
+  chip = chip_file.read(kind)
   all_costs, chances = [], []
   rng = np.random.default_rng(0)
   policy = {
@@ -267,8 +266,8 @@ def test_expected_costs_and_bounds_are_those_of_the_enumeration(rules, kind):
     leaves = space.leaves(choices)
     by_hand = 0.0
     for op in space.ops:
-      chosen = chip_prices.chosen(op, leaves)
-      by_hand += chip_prices.price(chip, *chosen).value
+      chosen = prices.chosen(op, leaves)
+      by_hand += prices.price(chip, *chosen).value
     assert float(cost(choices)) == pytest.approx(by_hand, rel=1e-5)
     all_costs.append(by_hand)
     chances.append(np.prod([policy[n][i] for n, i in architecture.items()]))
@@ -283,15 +282,15 @@ def test_expected_costs_and_bounds_are_those_of_the_enumeration(rules, kind):
 def test_open_sizes_are_priced_at_each_combination():
   space = cases.opened('branches')
   for kind in ('latency:h100', 'energy:45nm'):
-    cost, chip = space.cost(kind), chips.read(kind)
+    cost, chip = space.cost(kind), chip_file.read(kind)
     costs = []
     for architecture in helpers.architectures(space):
       choices = helpers.one_hots(space, architecture)
       leaves = space.leaves(choices)
       by_hand = 0.0
       for op in space.ops:
-        chosen = chip_prices.chosen(op, leaves)
-        by_hand += chip_prices.price(chip, *chosen).value
+        chosen = prices.chosen(op, leaves)
+        by_hand += prices.price(chip, *chosen).value
       costs.append(float(cost(choices)))
       assert costs[-1] == pytest.approx(by_hand, rel=1e-5)
     bounds = allocation.bounds(space, cost)
@@ -304,7 +303,7 @@ def test_numbers_of_an_op_follow_its_sizes():
     chosen = {d.name: range(len(d.labels))[which] for d in space.decisions}
     leaves = space.leaves(space.at(chosen))
     for op in space.ops:
-      counts, *_ = chip_prices.chosen(op, leaves)
+      counts, *_ = prices.chosen(op, leaves)
       taps = int(np.prod(counts.window or (1,)))
       key = counts.key
       # Results x what each sums over, and the channels of the key.
@@ -384,7 +383,7 @@ def test_a_wrong_file_is_refused_with_the_key(tmp_path, old, new, message):
   assert old in _FILE
   kind = _written(tmp_path, _FILE.replace(old, new))
   with pytest.raises(ValueError, match=message) as caught:
-    chips.read(kind)
+    chip_file.read(kind)
   assert 'mine.yaml' in str(caught.value)
 
 
@@ -422,5 +421,5 @@ def test_a_format_is_held_by_wider_ones_of_its_kind_and_by_bf16():
     'BF16': {'BF16'},
   }
   for narrow, wide in itertools.product(names, names):
-    actual = chip_prices.holds(formats.parse(wide), formats.parse(narrow))
+    actual = prices.holds(formats.parse(wide), formats.parse(narrow))
     assert actual == (wide in held[narrow]), (wide, narrow)

@@ -13,7 +13,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from fliqs_jax.space import allocation
+from fliqs_jax.space import integer_program
 
 _TABLE = pathlib.Path(__file__).with_name('hawq_v3.csv')
 
@@ -43,7 +43,7 @@ def _problem(network, kind):
     scores[name] = scores.get(name, 0) + score
     costs[name,] = costs.get((name,), 0) + np.asarray(by_bits[kind])
   ties = [f'layer{row["tied_to"]:.0f}' for row in rows]
-  return scores, allocation.Terms(0.0, costs), ties
+  return scores, integer_program.Terms(0.0, costs), ties
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,10 @@ def test_budgets_midway_from_int4_to_int8(
 ):
   scores, terms, ties = _problem(network, kind)
   ends = [terms.cost(dict.fromkeys(scores, k)) for k in (0, 1)]
-  limit = allocation.Limit(terms, sum(ends) / 2)
-  chosen = allocation.Program(dict.fromkeys(scores, 2), [limit]).solved(scores)
+  limit = integer_program.Limit(terms, sum(ends) / 2)
+  chosen = integer_program.Program(dict.fromkeys(scores, 2), [limit]).solved(
+    scores
+  )
   total = sum(scores[name][k] for name, k in chosen.items())
   assert round(total, 6) == sensitivity
   assert terms.cost(chosen) <= limit.target * (1 + 1e-9)

@@ -5,9 +5,9 @@ import contextlib
 from typing import Any
 
 from fliqs_jax.run import experiment as experiment_lib
-from fliqs_jax.space import chip_prices
-from fliqs_jax.space import chips
 from fliqs_jax.space import cost_model
+from fliqs_jax.space.chips import chip as chip_lib
+from fliqs_jax.space.chips import prices
 
 # The uniform networks whose costs stand beside that of the found one.
 _UNIFORM = ('INT4', 'INT8', 'E4M3', 'BF16')
@@ -71,7 +71,7 @@ def _of_chip(
 
 
 def _layers(
-  chip: chips.Chip,
+  chip: chip_lib.Chip,
   experiment: experiment_lib.Experiment,
   choices: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
@@ -84,10 +84,10 @@ def _layers(
   leaves = experiment.space.leaves(choices)
   rows = []
   for op in experiment.space.ops:
-    counts, *formats = chip_prices.chosen(op, leaves)
-    price = chip_prices.price(chip, counts, *formats)
+    counts, *formats = prices.chosen(op, leaves)
+    price = prices.price(chip, counts, *formats)
     used = price.weights, price.activations
-    wider = chip_prices.price(chip, counts, *used).value
+    wider = prices.price(chip, counts, *used).value
     narrower = any(u.bits > f.bits for u, f in zip(used, formats))
     rows.append(
       dict(

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fliqs_jax.numerics import formats
-from fliqs_jax.space import chips
 from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import sizes
+from fliqs_jax.space.chips import chip as chip_lib
 
 # Where a price comes from, if not from a figure of the file.
 INTERPOLATED = 'interpolated'
@@ -29,7 +29,7 @@ class Price(NamedTuple):
     value: the price, in the unit of the chip.
     weights: format in which the chip multiplies the weights.
     activations: format in which it multiplies the activations.
-    confidence: one of `chips.CONFIDENCES`, or `interpolated`.
+    confidence: one of `chip.CONFIDENCES`, or `interpolated`.
   """
 
   value: float
@@ -62,12 +62,12 @@ class Counts(NamedTuple):
   strides: tuple[int, ...]
 
   @property
-  def key(self) -> chips.Key:
+  def key(self) -> chip_lib.Key:
     """What identifies the op among measured layers."""
     window = self.window or (1, 1)
     channels = round(self.channels)
     inputs = self.weights / (math.prod(window) * channels)
-    return chips.Key(
+    return chip_lib.Key(
       self.kind == 'depthwise',
       max(round(inputs), 1),
       channels,
@@ -77,7 +77,7 @@ class Counts(NamedTuple):
     )
 
 
-def of_op(chip: chips.Chip, op: ops_lib.Op, leaves: ops_lib.Leaves) -> Any:
+def of_op(chip: chip_lib.Chip, op: ops_lib.Op, leaves: ops_lib.Leaves) -> Any:
   """Returns the (expected) price [] of an op, in the unit of the chip.
 
   Args:
@@ -104,7 +104,7 @@ def of_op(chip: chips.Chip, op: ops_lib.Op, leaves: ops_lib.Leaves) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _table(
-  chip: chips.Chip, shape: ops_lib.OpShape
+  chip: chip_lib.Chip, shape: ops_lib.OpShape
 ) -> tuple[np.ndarray, tuple[str, ...]]:
   """Returns [K1, K2, ...] prices, float32, and the leaf of each axis."""
   menus = shape.format_leaves()
@@ -189,7 +189,7 @@ def counts(
 
 
 def price(
-  chip: chips.Chip,
+  chip: chip_lib.Chip,
   op: Counts,
   weights: formats.NumericFormat,
   activations: formats.NumericFormat,
@@ -216,7 +216,7 @@ def price(
 
 
 def _variable(
-  chip: chips.Chip,
+  chip: chip_lib.Chip,
   op: Counts,
   weights: formats.NumericFormat,
   activations: formats.NumericFormat,
@@ -264,7 +264,7 @@ def _held(
 
 
 def _rated(
-  chip: chips.Chip,
+  chip: chip_lib.Chip,
   op: Counts,
   weights: formats.NumericFormat,
   activations: formats.NumericFormat,
@@ -280,7 +280,7 @@ def _rated(
   if not fitting:
     raise ValueError(_no_price(chip, op, weights, activations))
 
-  def computing(rate: chips.Rate) -> float:
+  def computing(rate: chip_lib.Rate) -> float:
     return rate.per_mac * op.macs * chip.batch + rate.per_layer
 
   rate = min(
@@ -312,7 +312,7 @@ def _rated(
 
 
 def _interpolated(
-  chip: chips.Chip,
+  chip: chip_lib.Chip,
   op: Counts,
   weights: formats.NumericFormat,
   activations: formats.NumericFormat,
@@ -347,12 +347,12 @@ def _interpolated(
   return Price(value, used, used, INTERPOLATED)
 
 
-def _alike(one: chips.Key, other: chips.Key) -> bool:
+def _alike(one: chip_lib.Key, other: chip_lib.Key) -> bool:
   return (one.is_depthwise, one.kernel) == (other.is_depthwise, other.kernel)
 
 
 def _between(
-  layers: Sequence[chips.Measured],
+  layers: Sequence[chip_lib.Measured],
   numeric_format: formats.NumericFormat,
   macs: float,
 ) -> float:
@@ -367,7 +367,7 @@ def _between(
 
 
 def _no_price(
-  chip: chips.Chip,
+  chip: chip_lib.Chip,
   op: Counts,
   weights: formats.NumericFormat,
   activations: formats.NumericFormat,

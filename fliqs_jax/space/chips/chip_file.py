@@ -1,24 +1,22 @@
-"""Prices of chips, read from `targets/NAME.yaml`.
+"""Files of chips: `targets/NAME.yaml`, read and checked.
 
 A file describes one chip. Its sections `latency`, `energy` and `lut` are costs
 apart, `cost.kind='latency:NAME'` and so on; NAME is that of a file of
 `fliqs_jax/targets/`, or the path of another one. docs/chips.md has the schema.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-import dataclasses
+from collections.abc import Iterator
 import hashlib
 import math
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 from fliqs_jax.numerics import formats
 from fliqs_jax.runtime import files
+from fliqs_jax.space.chips import chip as chip_lib
 
-_DIRECTORY = pathlib.Path(__file__).parents[1] / 'targets'
-# Where figures come from: a vendor's data sheet, measurement, assumption.
-CONFIDENCES = ('datasheet', 'measured', 'assumed')
+_DIRECTORY = pathlib.Path(__file__).parents[2] / 'targets'
 # Kinds of ops that a rate may be limited to, of `ops.OpShape.kind`.
 _OPS = (
   'pointwise',
@@ -31,179 +29,6 @@ _OPS = (
 )
 
 
-class Section(NamedTuple):
-  """A row of `SECTIONS`: a kind of cost that a file may describe.
-
-  Attributes:
-    unit: unit of the cost, as it is printed.
-    rate: key of the price of a multiply-accumulate in the file.
-    of_rate: value of that key -> price of a multiply-accumulate, in the unit.
-    layer: key of a price of an op as such, 1000 times the unit; empty: none.
-    memory: key of the price of memory traffic; empty: it costs nothing.
-    of_memory: value of that key -> price of a byte, in the unit.
-    overlaps: whether computing hides memory traffic, so that the longer of
-      both counts and not their sum.
-  """
-
-  unit: str
-  rate: str
-  of_rate: Callable[[float], float]
-  layer: str
-  memory: str
-  of_memory: Callable[[float], float]
-  overlaps: bool
-
-
-# A multiply-accumulate is two operations, as vendors count them.
-SECTIONS: dict[str, Section] = {
-  'latency': Section(
-    'ms',
-    'teraops',
-    lambda teraops: 2e-9 / teraops,
-    'microseconds_per_layer',
-    'terabytes_per_second',
-    lambda terabytes: 1e-9 / terabytes,
-    overlaps=True,
-  ),
-  'energy': Section(
-    'uJ',
-    'picojoules',
-    lambda picojoules: 1e-6 * picojoules,
-    '',
-    'picojoules_per_byte',
-    lambda picojoules: 1e-6 * picojoules,
-    overlaps=False,
-  ),
-  'lut': Section(
-    'kLUT',
-    'luts',
-    lambda luts: 1e-3 * luts,
-    'luts_per_layer',
-    '',
-    lambda luts: 0.0,
-    overlaps=False,
-  ),
-}
-
-
-class Figures(NamedTuple):
-  """Where a figure comes from.
-
-  Attributes:
-    source: a publication or a command.
-    date: when it was read or measured, as text.
-    confidence: one of `CONFIDENCES`.
-  """
-
-  source: str
-  date: str
-  confidence: str
-
-
-class Rate(NamedTuple):
-  """The price of an op whose operands have two formats.
-
-  Attributes:
-    weights: format of the weights, without a strategy.
-    activations: format of the activations.
-    ops: kinds of ops that have this price; (): all.
-    per_mac: price of a multiply-accumulate, in the unit of the section.
-    per_layer: price of the op as such, in the unit of the section.
-    figures: where it comes from.
-  """
-
-  weights: formats.NumericFormat
-  activations: formats.NumericFormat
-  ops: tuple[str, ...]
-  per_mac: float
-  per_layer: float
-  figures: Figures
-
-
-class Key(NamedTuple):
-  """What identifies a layer among measured ones.
-
-  Attributes:
-    is_depthwise: whether it is a depthwise convolution.
-    inputs: input channels that an output channel reads.
-    outputs: output channels.
-    kernel: height and width of its kernel in pixels; (1, 1) of a dense layer.
-    strides: its strides; (1, 1) of a dense layer.
-    positions: number of results of a channel for one input, such as 28 * 28.
-  """
-
-  is_depthwise: bool
-  inputs: int
-  outputs: int
-  kernel: tuple[int, ...]
-  strides: tuple[int, ...]
-  positions: int
-
-  @property
-  def macs(self) -> int:
-    """The multiply-accumulates of the layer for one input."""
-    taps = math.prod(self.kernel)
-    return self.positions * taps * self.inputs * self.outputs
-
-
-class Measured(NamedTuple):
-  """The measured times of one layer, weights and activations at one format.
-
-  Attributes:
-    key: what identifies the layer.
-    times: {format: price}, in the unit of the section.
-    figures: where they come from.
-  """
-
-  key: Key
-  times: Mapping[formats.NumericFormat, float]
-  figures: Figures
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Chip:
-  """One section of a file: the prices of a chip.
-
-  Attributes:
-    name: name in the file.
-    kind: `SECTION:NAME`, as `cost.kind` has it.
-    unit: unit of the prices.
-    batch: number of inputs that are computed at once, which a price is of.
-    rates: prices by formats; () if only measured layers have prices.
-    per_byte: price of a byte of memory traffic.
-    overlaps: as in `Section`.
-    cast_passes: how often an operand passes through memory in the format of its
-      rate, if it is stored in another one.
-    stored_bits: {format: bits} of formats whose numbers are not stored in the
-      next of 4, 8 and 16 bits.
-    layers: measured layers; others are interpolated.
-    fixed_share: share of the price at `fixed_format` that no format changes.
-    fixed_format: the format of that price; None: there is no such share.
-    digest: hash of the file's content.
-  """
-
-  name: str
-  kind: str
-  unit: str
-  batch: int
-  rates: tuple[Rate, ...]
-  per_byte: float
-  overlaps: bool
-  cast_passes: float
-  stored_bits: Mapping[formats.NumericFormat, int]
-  layers: tuple[Measured, ...]
-  fixed_share: float
-  fixed_format: formats.NumericFormat | None
-  digest: str
-
-  def bits(self, numeric_format: formats.NumericFormat) -> int:
-    """Returns the bits in which a number of a format is stored."""
-    stored = self.stored_bits.get(numeric_format)
-    if stored is not None:
-      return stored
-    return next(bits for bits in (4, 8, 16) if numeric_format.bits <= bits)
-
-
 def names() -> list[str]:
   """Returns the names of the files in `fliqs_jax/targets/`."""
   return sorted(path.stem for path in _DIRECTORY.glob('*.yaml'))
@@ -214,11 +39,11 @@ def is_chip(kind: str) -> bool:
   return ':' in kind
 
 
-def read(kind: str) -> Chip:
+def read(kind: str) -> chip_lib.Chip:
   """Returns the prices that `SECTION:NAME` names.
 
   Args:
-    kind: a key of `SECTIONS`, a colon, and the name of a file in
+    kind: a key of `chip.SECTIONS`, a colon, and the name of a file in
       `fliqs_jax/targets/` or the path of another file.
 
   Raises:
@@ -226,10 +51,10 @@ def read(kind: str) -> Chip:
       message names file, key and value.
   """
   section, _, name = kind.partition(':')
-  if section not in SECTIONS:
+  if section not in chip_lib.SECTIONS:
     raise ValueError(
       f'{kind!r}: {section!r} is no section of a chip; allowed: '
-      f'{", ".join(SECTIONS)}, as in latency:t4'
+      f'{", ".join(chip_lib.SECTIONS)}, as in latency:t4'
     )
   shipped = _DIRECTORY / f'{name}.yaml'
   path = shipped if name in names() else pathlib.Path(name)
@@ -345,12 +170,18 @@ class _Content:
     for name in self._mapping:
       yield self.parsed(name, name), self.number(name, positive=positive)
 
-  def figures(self, default: Figures | None = None) -> Figures:
+  def figures(
+    self, default: chip_lib.Figures | None = None
+  ) -> chip_lib.Figures:
     """Returns source, date and confidence of what the mapping holds."""
     known = default._asdict() if default else {}
-    found = Figures(*(self.text(k, known.get(k)) for k in Figures._fields))
-    if found.confidence not in CONFIDENCES:
-      raise self.error('confidence', f'must be one of {", ".join(CONFIDENCES)}')
+    found = chip_lib.Figures(
+      *(self.text(k, known.get(k)) for k in chip_lib.Figures._fields)
+    )
+    if found.confidence not in chip_lib.CONFIDENCES:
+      raise self.error(
+        'confidence', f'must be one of {", ".join(chip_lib.CONFIDENCES)}'
+      )
     return found
 
   def done(self) -> None:
@@ -365,11 +196,11 @@ class _Content:
 
 def _chip(
   content: _Content, kind: str, section: str, path: pathlib.Path
-) -> Chip:
-  name, rules = content.text('name'), SECTIONS[section]
+) -> chip_lib.Chip:
+  name, rules = content.text('name'), chip_lib.SECTIONS[section]
   figures = content.figures()
-  described = [key for key in SECTIONS if key in content]
-  for key in SECTIONS:
+  described = [key for key in chip_lib.SECTIONS if key in content]
+  for key in chip_lib.SECTIONS:
     content.get(key, {})
   content.done()
   if section not in described:
@@ -392,7 +223,7 @@ def _chip(
     price = part.number(rules.memory, positive=rules.overlaps)
     per_byte = rules.of_memory(price)
   fixed = part.mapping('fixed')
-  chip = Chip(
+  chip = chip_lib.Chip(
     name=name,
     kind=kind,
     unit=part.text('unit', base.unit if base else rules.unit),
@@ -422,8 +253,11 @@ def _sibling(name: str, path: pathlib.Path) -> str:
 
 
 def _rates(
-  part: _Content, rules: Section, figures: Figures, lanes: float
-) -> Iterator[Rate]:
+  part: _Content,
+  rules: chip_lib.Section,
+  figures: chip_lib.Figures,
+  lanes: float,
+) -> Iterator[chip_lib.Rate]:
   for item in part.items('rates'):
     if 'formats' in item:
       weights = activations = item.format('formats')
@@ -437,7 +271,7 @@ def _rates(
       per_layer = 1e-3 * item.number(rules.layer, positive=True)
     if rules.rate in item or not per_layer:
       per_mac = rules.of_rate(item.number(rules.rate, positive=True)) / lanes
-    yield Rate(
+    yield chip_lib.Rate(
       weights,
       activations,
       tuple(ops),
@@ -448,7 +282,9 @@ def _rates(
     item.done()
 
 
-def _layers(part: _Content, figures: Figures) -> Iterator[Measured]:
+def _layers(
+  part: _Content, figures: chip_lib.Figures
+) -> Iterator[chip_lib.Measured]:
   for item in part.items('layers'):
     inputs, outputs = item.count('inputs'), item.count('outputs')
     kernel, strides = item.pair('kernel'), item.pair('strides')
@@ -458,8 +294,8 @@ def _layers(part: _Content, figures: Figures) -> Iterator[Measured]:
       if not is_depthwise:
         raise item.error('ops', "must be 'depthwise', or be left out")
     times = item.mapping('times')
-    yield Measured(
-      Key(is_depthwise, inputs, outputs, kernel, strides, positions),
+    yield chip_lib.Measured(
+      chip_lib.Key(is_depthwise, inputs, outputs, kernel, strides, positions),
       times=dict(times.by_format()),
       figures=item.figures(figures),
     )
