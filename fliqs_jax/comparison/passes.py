@@ -4,8 +4,9 @@ from collections.abc import Mapping
 import statistics
 from typing import Any, NamedTuple
 
+import ml_collections
+
 from fliqs_jax.run import allocator
-from fliqs_jax.run import config as config_lib
 from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
 
@@ -35,7 +36,7 @@ def of_run(content: Mapping[str, Any], result: Mapping[str, Any]) -> Passes:
     content: content of config.json.
     result: content of result.json.
   """
-  config = config_lib.completed(content)
+  config = ml_collections.ConfigDict(content)
   steps = config.train.steps
   options = [len(d['options']) for d in result['decisions'].values()]
   if all(count == 1 for count in options):

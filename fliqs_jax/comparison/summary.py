@@ -14,6 +14,7 @@ from fliqs_jax.comparison import passes
 from fliqs_jax.comparison import plan as plan_lib
 from fliqs_jax.report import figures
 from fliqs_jax.report import number_text
+from fliqs_jax.run import config as config_lib
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.space import allocation
@@ -339,7 +340,7 @@ def _compute(
   workdir: pathlib.Path,
 ) -> tuple[dict[str, Any], float, passes.Passes]:
   """Returns result.json, the seconds of training, and the passes of a run."""
-  config = files.read_json(workdir / workdir_lib.CONFIG)
+  config = config_lib.read(workdir / workdir_lib.CONFIG)
   result = files.read_json(workdir / workdir_lib.RESULT)
   seconds = result['wall_seconds'] - result['compile_seconds']
   if result.get('retrained'):

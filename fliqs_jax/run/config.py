@@ -241,18 +241,17 @@ _FREE = {
 _PLACES = ('quant.arch:', 'init_from:')
 
 
-def completed(content: Mapping[str, Any]) -> ml_collections.ConfigDict:
-  """Returns the config that a config.json holds, with the keys added since."""
-  config = ml_collections.ConfigDict({'init_from': '', **content})
-  for section, keys in _ADDED.items():
-    for key, value in keys.items():
-      if section in config and key not in config[section]:
-        config[section][key] = value
-  return config
+def _completed(content: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the content of a config.json with the keys added since."""
+  known = {'init_from': '', **content}
+  for section, added in _ADDED.items():
+    if isinstance(known.get(section), Mapping):
+      known[section] = {**added, **known[section]}
+  return json.loads(json.dumps(known))
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """Returns the content of a config.json.
+  """Returns the content of a config.json, with the keys added since.
 
   Raises:
     FileNotFoundError: there is none.
@@ -263,7 +262,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
       kind = type(content).__name__
       raise ValueError(f'{path} is damaged: it holds {kind}, not an object')
-    return content
+    return _completed(content)
   except ValueError as error:
     raise ValueError(
       f'{error}. Delete it and start the run with its own command again, which '
@@ -367,9 +366,7 @@ def check_binding(
     return
   saved = extra['binding']
   # A later version has more keys.
-  saved = binding(
-    completed(saved['config']), saved['assigned'], saved.get('chips', {})
-  )
+  saved = {'chips': {}, **saved, 'config': _completed(saved['config'])}
   lines = [
     line
     for line in differences_in_training(saved['config'], own['config'])

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from fliqs_jax.run import config as config_lib
@@ -191,7 +192,7 @@ def restore(workdir: str) -> RestoredRun:
       f'{workdir} is no workdir of a run: {error}; name the --workdir of a '
       'finished run'
     ) from None
-  experiment = experiment_lib.build(config_lib.completed(content))
+  experiment = experiment_lib.build(ml_collections.ConfigDict(content))
   folder = path / workdir_lib.CHECKPOINTS
   saved = restoring.newest_extra(folder)
   config_lib.check_binding(experiment.binding, saved or {}, workdir)

@@ -217,7 +217,7 @@ def look(
   if not (workdir / workdir_lib.CONFIG).exists():
     return is_('not started', f'{workdir} holds no run')
   try:
-    claimed = files.read_json(workdir / workdir_lib.CONFIG)
+    claimed = config_lib.read(workdir / workdir_lib.CONFIG)
     planned = json.loads(json.dumps(sweep_file.config(run)))
     if different := config_lib.differences_in_training(claimed, planned):
       return is_('of another config', '; '.join(different))

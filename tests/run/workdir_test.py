@@ -11,6 +11,8 @@ from fliqs_jax.run import evaluation
 from fliqs_jax.run import train
 from fliqs_jax.runtime import array_files
 from fliqs_jax.runtime import workdir as workdir_lib
+from fliqs_jax.sweep import collect
+from fliqs_jax.sweep import sweep_file
 from tests import helpers
 from tests import tiny
 
@@ -99,6 +101,22 @@ def test_checkpoints_without_a_binding_are_used(copy, finished, monkeypatch):
     evaluation.restoring, 'newest_extra', lambda _: dict(seconds=1.0)
   )
   assert evaluation.evaluate(str(copy)) == finished[1]['found']
+
+
+@pytest.mark.filterwarnings('ignore:the load_module')  # Of ml_collections.
+def test_a_run_of_an_earlier_version_goes_on(copy, finished):
+  # Its config.json lacks what was added since.
+  path = copy / 'config.json'
+  content = json.loads(path.read_text())
+  for section, key in (('cost', 'caps'), ('cost', 'reported')):
+    del content[section][key]
+  path.write_text(json.dumps(content))
+  found = finished[1]['found']
+  run = sweep_file.Run(copy.name, {}, 'tests/tiny.py', {})
+  assert collect.look(run, copy)['state'] == 'finished'
+  assert evaluation.evaluate(str(copy)) == found
+  again = train.train_and_evaluate(tiny.get_config(), copy)
+  assert again['found'] == found
 
 
 @pytest.mark.parametrize('content', ['{"seed": 0, "tra', '', '[]', '\x00'])
