@@ -88,10 +88,10 @@ def architecture(
   if split:
     halves = 'halves: weights above, activations below'
     handles.append(patches.Patch(alpha=0, label=halves))
+  figure.set_size_inches(right + 0.2, bottom)  # Legends are placed by it.
   explained = _sizes_key(canvas)
   figures.key(figure, explained)
   figures.key(figure, handles, lift=0.2 * bool(explained))
-  figure.set_size_inches(right + 0.2, bottom)
   axes.set(xlim=(-0.1, right + 0.1), ylim=(bottom, 0))
   axes.set_axis_off()
   return figure

@@ -50,9 +50,11 @@ def costs(rows: Sequence[Mapping[str, Any]]) -> str:
 def _of_chip(row: Mapping[str, Any]) -> str:
   """Returns which layers gain nothing on a chip, and how sure prices are."""
   layers = row['layers']
-  inputs = f'{row["batch"]} inputs' if row['batch'] > 1 else 'one input'
+  inputs = (
+    f'{row["batch"]} inputs cost' if row['batch'] > 1 else 'an input costs'
+  )
   text = (
-    f'<b>{html.escape(row["kind"])}</b> predicts what {inputs} cost on '
+    f'<b>{html.escape(row["kind"])}</b> predicts what {inputs} on '
     f'{html.escape(row["chip"])}; it is not measured here. '
   )
   idle = [x for x in layers if not x['gains']]
@@ -65,7 +67,7 @@ def _of_chip(row: Mapping[str, Any]) -> str:
       f'multiplies them as {html.escape(", ".join(used))}, at the same cost. '
     )
   else:
-    text += 'Each format gains there what it promises. '
+    text += 'No layer would cost the same there with more bits. '
   for confidence, what in (
     ('interpolated', 'between those of measured layers'),
     ('assumed', 'by figures that are assumptions'),
@@ -73,7 +75,7 @@ def _of_chip(row: Mapping[str, Any]) -> str:
     some = [x for x in layers if x['confidence'] == confidence]
     if some:
       text += f'Priced {what}: {_named(some, len(layers))}. '
-  return f'<p>{text.strip()}</p>'
+  return f'<p style="margin-top:1rem">{text.strip()}</p>'
 
 
 def _named(rows: Sequence[Mapping[str, Any]], count: int = 0) -> str:
