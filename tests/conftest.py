@@ -31,15 +31,11 @@ if hasattr(os, 'sched_setaffinity'):  # Linux has it.
 
 import jax  # noqa: E402
 from jax._src import compiler  # noqa: E402
+from matplotlib import figure as figure_lib  # noqa: E402
 import pytest  # noqa: E402
 
-# Less than half of the time, and a step takes twice as long.
-_FAST = {
-  'xla_backend_optimization_level': 0,
-  'xla_llvm_disable_expensive_passes': True,
-}
-if jax.__version_info__ < (0, 11):  # Later versions have no such option.
-  _FAST['xla_cpu_use_fusion_emitters'] = False
+from fliqs_jax.report import figures  # noqa: E402
+from tests import helpers  # noqa: E402
 
 # The files that take longest, first: no worker shall end alone with one.
 _LONG = (
@@ -48,26 +44,30 @@ _LONG = (
   'export_model_test',
   'train_test',
   'served_products_test',
-  'onnx_test',
   'slicing_test',
+  'foreign_test',
+  'searchable_test',
   'examples_test',
   'found_networks_test',
   'compare_test',
-  'devices_test',
-  'searchable_test',
-  'published_costs_test',
   'benchmarks_test',
   'quant_layers_test',
+  'onnx_test',
+  'devices_test',
   'models_test',
-  'export_test',
+  'published_costs_test',
   'float_ops_test',
-  'foreign_test',
-  'aqt_test',
-  'scanned_test',
   'checkpoint_test',
+  'workdir_test',
+  'dtype_test',
+  'export_test',
+  'frozen_test',
+  'report_test',
+  'quantize_test',
+  'aqt_test',
   'open_layers_test',
+  'scanned_test',
   'relaxed_layers_test',
-  'report_sizes_test',
 )
 
 jax.config.update('jax_num_cpu_devices', 8)
@@ -75,7 +75,7 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_default_device', jax.devices()[0])
 # For the processes that tests start; the devices of this one exist.
 os.environ['XLA_FLAGS'] = ' '.join(
-  f'--{name}={str(value).lower()}' for name, value in _FAST.items()
+  f'--{name}={str(value).lower()}' for name, value in helpers.FAST.items()
 )
 
 
@@ -83,7 +83,7 @@ _optimized_options = compiler.get_compile_options
 
 
 def _fast_options(*args, env_options_overrides, **kwargs):
-  options = _FAST | env_options_overrides
+  options = helpers.FAST | env_options_overrides
   return _optimized_options(*args, env_options_overrides=options, **kwargs)
 
 
@@ -111,3 +111,22 @@ def pytest_collection_modifyitems(items):
     return _LONG.index(name) if name in _LONG else len(_LONG)
 
   items.sort(key=place)
+
+
+@pytest.fixture(scope='session')
+def _picture():
+  return figures.pngs(figure_lib.Figure)
+
+
+@pytest.fixture
+def empty_pictures(_picture, monkeypatch):
+  """Draws figures without rendering them, which is half of a report's time.
+
+  What is rendered is looked at in tests/report.
+  """
+
+  def drawn(draw):
+    draw()
+    return _picture
+
+  monkeypatch.setattr(figures, 'pngs', drawn)

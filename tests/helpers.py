@@ -7,6 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Options of `jax.jit` that compile in less than half of the time, to programs
+# that take twice as long; for tests that are `optimized`, where no bits of a
+# program are compared. The others have them anyway (tests/conftest.py).
+FAST = {
+  'xla_backend_optimization_level': 0,
+  'xla_llvm_disable_expensive_passes': True,
+  # To split a program for the threads that a single core lacks takes a quarter.
+  'xla_cpu_parallel_codegen_split_count': 1,
+}
+if jax.__version_info__ < (0, 11):  # Later versions have no such option.
+  FAST['xla_cpu_use_fusion_emitters'] = False
+
 
 def random(shape, seed=0):
   x = np.random.default_rng(seed).standard_normal(shape)
@@ -39,7 +51,7 @@ def init(model, *args, **kwargs):
   """Returns initial variables; compiles only what leads to them."""
   return jax.jit(
     lambda key: model.init(key, *args, **kwargs),
-    compiler_options={'xla_backend_optimization_level': 1},
+    compiler_options=FAST,
   )(jax.random.key(0))
 
 

@@ -12,6 +12,7 @@ import pytest
 from fliqs_jax.report import number_text
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
+from fliqs_jax.run import train
 
 pytestmark = pytest.mark.slow
 
@@ -131,7 +132,9 @@ _KINDS = {
 
 
 def _run(name, arg, workdir):
-  """Runs a recipe as a user does; returns its result."""
+  """Runs a recipe; returns its result."""
+  if name != 'digits':  # The first command of a user.
+    return train.train_and_evaluate(_config(name, arg), workdir)
   done = subprocess.run(
     [
       sys.executable,

@@ -97,7 +97,7 @@ def write(finding: Finding, name: str, out: str | os.PathLike[str]) -> str:
   directory = pathlib.Path(out)
   directory.mkdir(parents=True, exist_ok=True)
   files.write_bytes(directory / f'{name}.csv', _csv(finding.rows).encode())
-  image = figures.png(finding.draw), figures.png(finding.draw, dark=True)
+  image = figures.pngs(finding.draw)
   files.write_bytes(directory / f'{name}.png', image[0])
   path = directory / f'{name}.html'
   files.write_bytes(path, _render(finding, image).encode())

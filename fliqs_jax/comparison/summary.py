@@ -240,7 +240,7 @@ class Summary:
     draw = functools.partial(
       figure.draw, points, self.sweep.metric, self.sweep.unit
     )
-    image = figures.png(draw), figures.png(draw, dark=True)
+    image = figures.pngs(draw)
     out = self.plan.out
     files.write_bytes(out / workdir_lib.COMPARISON_FIGURE, image[0])
     files.write_bytes(

@@ -56,9 +56,8 @@ def write_report(
       picture_figure.pictures, shown, scale
     )
   for name, draw in drawings.items():
-    light = figures.png(draw)
-    files.write_bytes(os.path.join(workdir, f'{name}.png'), light)
-    images[name] = light, figures.png(draw, dark=True)
+    images[name] = figures.pngs(draw)
+    files.write_bytes(os.path.join(workdir, f'{name}.png'), images[name][0])
   path = os.path.join(workdir, workdir_lib.REPORT)
   files.write_bytes(path, page.render(run, images, tint).encode())
   return path

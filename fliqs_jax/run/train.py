@@ -13,7 +13,6 @@ import jax
 import ml_collections
 
 from fliqs_jax.report import number_text
-from fliqs_jax.report import report
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
@@ -125,6 +124,10 @@ def train_and_evaluate(
       **results.scored(experiment, search_state),
     )
     if processes.index() == 0:
+      # It needs matplotlib, which takes long to import: not before a config is
+      # checked, and not in other processes.
+      from fliqs_jax.report import report
+
       _LOG.info('report: %s', report.write_report(path, result))
       files.write_json(path / workdir_lib.RESULT, result)
   _summarize(result)

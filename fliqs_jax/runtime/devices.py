@@ -205,6 +205,12 @@ class Devices:
     )
 
 
+def jit_once(function: Callable) -> Callable:
+  """Returns `jax.jit(function)` for a program that runs once, without a run."""
+  is_on_cpu = jax.default_backend() == 'cpu'
+  return jax.jit(function, compiler_options=_ONCE if is_on_cpu else None)
+
+
 def keep_compiled(directory: str | None = None) -> None:
   """Keeps compiled programs for later starts, in JAX's compilation cache.
 

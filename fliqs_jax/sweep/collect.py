@@ -322,7 +322,7 @@ def write(summary: Summary, out: str | os.PathLike[str]) -> None:
   draw = functools.partial(
     figure.draw, summary.points, summary.metric, summary.unit
   )
-  image = figures.png(draw), figures.png(draw, dark=True)
+  image = figures.pngs(draw)
   directory = pathlib.Path(out)
   files.write_bytes(directory / workdir_lib.SWEEP_FIGURE, image[0])
   files.write_bytes(

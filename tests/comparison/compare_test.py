@@ -346,6 +346,7 @@ def test_another_comparison_in_the_directory_is_refused(compared, started):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('empty_pictures')
 def test_from_end_to_end_and_again(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(commands, 'log', lambda: None)
   monkeypatch.setattr(processes, 'Stop', lambda: lambda: False)

@@ -20,8 +20,6 @@ from fliqs_jax.space import quant_spec
 from tests import helpers
 from tests.layers import cases
 
-pytestmark = pytest.mark.optimized
-
 
 @functools.cache
 def forward_and_backward(layer):
@@ -91,6 +89,7 @@ def test_the_default_initializers_are_linens():
   jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+@pytest.mark.optimized
 @cases.CASE
 def test_an_excluded_layer_is_the_linen_layer(case):
   x = helpers.random(case.input_shape)
@@ -107,13 +106,14 @@ def test_an_excluded_layer_is_the_linen_layer(case):
     np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.optimized
 @cases.CASE
 def test_integer_formats_are_integer_arithmetic_bit_for_bit(case):
   x = helpers.random(case.input_shape, seed=2)
   params = cases.random_params(case, seed=2)
   if 'bias' in params:
     params['bias'] *= 0
-  compiled = forward_and_backward(case.quantized())
+  layer = jax.jit(case.quantized().apply)
   integer = jax.jit(integer_layer(case).apply)
   pairs = [(name, name) for name in cases.INTEGERS]
   for weights, activations in [*pairs, ('INT4', 'INT8'), ('INT7', 'INT5')]:
@@ -125,11 +125,7 @@ def test_integer_formats_are_integer_arithmetic_bit_for_bit(case):
     # Two roundings, in this order.
     expected = accumulator.astype(np.float32) * x_scale
     expected = expected * case.scale_of_output(w_scale)
-    y, _ = compiled(
-      cases.with_formats(params, weights, activations),
-      x,
-      np.ones_like(expected),
-    )
+    y = layer(cases.with_formats(params, weights, activations), x)
     np.testing.assert_array_equal(y, expected)
 
 
@@ -213,6 +209,7 @@ def test_gradients_are_those_of_the_straight_through_estimator(case):
       assert np.all(dx[np.abs(x) <= threshold])
 
 
+@pytest.mark.optimized
 def test_int8_is_exact_up_to_1040_products_of_the_largest_values():
   # 1040 * 127 * 127 = 16,774,160 < 2**24 = 16,777,216: all partial sums are
   # integers that float32 holds.
@@ -233,6 +230,7 @@ def test_int8_is_exact_up_to_1040_products_of_the_largest_values():
   np.testing.assert_array_equal(y, np.tile(expected[:, None], 3))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize('case_id', ['dense', 'conv', 'einsum_permuted'])
 def test_a_bfloat16_layer_rounds_the_float32_result_once(case_id):
   case = cases.CASES[case_id]
@@ -450,6 +448,7 @@ def test_activations_ignore_the_clip_of_weights(weight_clip):
   )
 
 
+@pytest.mark.optimized
 def test_statistics_stand_still_unless_they_are_mutable():
   layer = cases.CASES['dense'].quantized()
   x = helpers.random((2, 3, 8))
@@ -465,6 +464,7 @@ def test_statistics_stand_still_unless_they_are_mutable():
   assert learning(variables, x)[1]['quant_stats']['count'] == 2
 
 
+@pytest.mark.optimized
 def test_activations_wait_for_their_phase_and_for_statistics():
   case = cases.CASES['dense']
   x, params = (
@@ -511,6 +511,7 @@ def test_the_switch_reaches_every_layer_and_may_be_traced():
     assert sum(jax.tree.leaves(unchanged)) == 10 + 2 * active
 
 
+@pytest.mark.optimized
 def test_constant_activations_give_no_nan():
   # Their variance is 0, and BF16 has an infinite multiple of it.
   layer = cases.CASES['dense'].quantized()
@@ -694,6 +695,7 @@ def test_a_layer_records_its_macs_its_weights_and_its_channels(case):
     assert op.inputs == np.prod(case.input_shape)
 
 
+@pytest.mark.optimized
 def test_inputs_are_there_to_profile_on_request():
   case = cases.CASES['dense']
   x = helpers.random(case.input_shape)

@@ -18,8 +18,6 @@ from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
 from tests import helpers
 
-pytestmark = pytest.mark.optimized
-
 X = jax.ShapeDtypeStruct((2, 8), jnp.float32)
 SEQUENCE = jax.ShapeDtypeStruct((2, 5, 8), jnp.float32)
 

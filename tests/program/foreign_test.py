@@ -450,7 +450,7 @@ def test_a_foreign_model_is_searched_as_it_is(build):
   covered = coverage.coverage(model, *foreign.inputs, **first)
   assert sum(layer.macs for layer in covered.layers) == foreign.macs
   assert covered.share == 1
-  variables = model.init(jax.random.key(0), *foreign.inputs, **first)
+  variables = helpers.init(model, *foreign.inputs, **first)
   excluded = searchable(fliqs.QuantSpec(exclude=('*',)))
   own = {k: v for k, v in variables.items() if k not in searchable_lib.OWN}
   expected = foreign.native(own, *foreign.inputs)
@@ -476,7 +476,7 @@ def test_a_foreign_model_is_searched_as_it_is(build):
 
     return jax.grad(loss, has_aux=True)(variables['params'])
 
-  compiled = jax.jit(step)
+  compiled = jax.jit(step, compiler_options=helpers.FAST)
   errors = []
   for name in ('INT4', 'INT8'):
     variables['arch'] = space.expand(space.uniform(name))

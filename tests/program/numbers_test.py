@@ -13,8 +13,6 @@ from fliqs_jax.program import searchable as searchable_lib
 from tests import helpers
 from tests.layers import cases
 
-pytestmark = pytest.mark.optimized
-
 SPEC = fliqs.QuantSpec(('int4', 'e4m3'))
 
 
@@ -166,6 +164,7 @@ def in_bfloat16(v, x):
   return x.astype(jnp.bfloat16) @ w + c[None]
 
 
+@pytest.mark.optimized
 def test_weights_of_bfloat16_are_quantized_from_before_their_cast():
   x = helpers.random((4, 8))
   # In bfloat16 the weights 1.003 are 1, so that their scale would differ.
@@ -192,6 +191,7 @@ def branched(f):
   return run
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize('call', [jax.jit, jax.checkpoint, scanned, branched])
 def test_a_call_may_lie_between_the_cast_and_the_product(call):
   def f(v, x):

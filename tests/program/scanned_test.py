@@ -17,8 +17,6 @@ from fliqs_jax.space import quant_spec
 from tests import helpers
 from tests.program import foreign_models
 
-pytestmark = pytest.mark.optimized
-
 X = helpers.random((2, 8))
 NAMES = ['INT4', 'BF16', 'INT8']
 

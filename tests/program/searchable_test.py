@@ -19,8 +19,6 @@ from tests import helpers
 from tests.layers import cases
 from tests.program import foreign_models
 
-pytestmark = pytest.mark.optimized
-
 # One for each op and each of the ways in which it may be written.
 SAME = ('conv_strided_grouped', 'conv_depthwise', 'conv_1x1_unbatched', 'dense')
 # Their weights have batch axes: each slice of them is a layer of its own.
@@ -46,6 +44,7 @@ def with_formats(model, params, x, weights, activations, **statistics):
   }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize('case_id', SAME)
 def test_a_layer_is_the_quantized_layer_bit_for_bit(case_id):
   case = cases.CASES[case_id]
@@ -73,6 +72,7 @@ def test_an_einsum_is_the_quantized_einsum():
   )
 
 
+@pytest.mark.optimized
 @cases.CASE
 def test_an_excluded_layer_is_the_plain_layer_bit_for_bit(case):
   x = helpers.random(case.input_shape)
@@ -124,6 +124,7 @@ def in_bfloat16(x):
   return x.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize('case_id', ['dense', 'conv', 'einsum_heads'])
 def test_a_bfloat16_layer_is_the_quantized_layer_bit_for_bit(case_id):
@@ -201,6 +202,7 @@ def test_other_layers_multiply_what_is_on_the_grid(layer, dtype):
     np.testing.assert_allclose(np.float32(a), b, rtol=tolerance, atol=bound)
 
 
+@pytest.mark.optimized
 def test_an_embedding_is_looked_up_in_its_grid():
   layer = nn.Embed(7, 3)
   tokens = jnp.array([[0, 6, 2], [5, 5, 0]])
@@ -225,6 +227,7 @@ def test_an_embedding_is_looked_up_in_its_grid():
   )
 
 
+@pytest.mark.optimized
 def test_an_embedding_is_quantized_by_choice():
   tokens = jnp.zeros((1, 5), jnp.int32)
   for embed in (False, True):
@@ -302,6 +305,7 @@ def test_a_model_without_mutable_collections_returns_its_output_alone():
   assert y.shape == (2, 4, 11)
 
 
+@pytest.mark.optimized
 def test_with_everything_excluded_the_zoo_is_as_it_was():
   _, variables = zoo()
   spec = quant_spec.QuantSpec(exclude=('*',))
@@ -432,6 +436,7 @@ class QuantLoud(quant_layers.QuantDense):
     return self.gain * super().__call__(inputs) + 1.0
 
 
+@pytest.mark.optimized
 def test_a_subclass_keeps_what_it_adds():
   x = helpers.random((2, 8))
   params = dict(kernel=helpers.random((8, 5)), bias=helpers.random((5,)))
@@ -496,6 +501,7 @@ def test_transforms_and_shared_layers_are_those_of_quantized_layers(transform):
   assert len(set(outputs)) == 2
 
 
+@pytest.mark.optimized
 def test_a_program_that_jit_keeps_is_not_used_under_other_rules():
   x = helpers.random((4, 8))
   plain = foreign_models.Early().init(jax.random.key(0), x)
@@ -563,6 +569,7 @@ def test_formats_change_nothing_in_the_program():
   assert len(traces) == 1
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize('mix', ['composite', 'branched'])
 @pytest.mark.parametrize('case_id', ['dense', 'conv_depthwise'])

@@ -50,6 +50,7 @@ def test_a_search_of_sizes_has_two_pictures_more(sized):
   assert page.count('data:image/png;base64') == 14
 
 
+@pytest.mark.usefixtures('empty_pictures')
 def test_a_search_of_formats_has_none_of_it(tmp_path):
   page = finished.page(tmp_path, finished.files())
   table = page[page.index('<h2>Layers') :]
@@ -119,6 +120,7 @@ def test_a_probability_that_is_not_finite_is_a_dash(tmp_path):
   assert 'nan' not in re.sub('base64,[^"]*', '', page).lower()
 
 
+@pytest.mark.usefixtures('empty_pictures')
 @pytest.mark.slow
 def test_sizes_of_an_unknown_decision_are_still_shown(tmp_path):
   files = finished.sized_files()
@@ -155,6 +157,7 @@ def test_the_names_of_sizes_are_escaped(tmp_path):
   assert html.escape('<script>/kernel') in page
 
 
+@pytest.mark.usefixtures('empty_pictures')
 def test_found_sizes_that_are_trained_again_are_no_search(tmp_path):
   files = finished.sized_files()
   result, sizes = files['result.json'], files['arch.json']['sizes']
@@ -171,6 +174,7 @@ def test_found_sizes_that_are_trained_again_are_no_search(tmp_path):
   assert not (tmp_path / 'allocation.png').exists()
 
 
+@pytest.mark.usefixtures('empty_pictures')
 @pytest.mark.slow
 def test_a_search_of_sizes_alone_has_no_policy_of_formats(tmp_path):
   files = finished.sized_files()
@@ -188,6 +192,7 @@ def test_a_search_of_sizes_alone_has_no_policy_of_formats(tmp_path):
   assert not (tmp_path / 'policy.png').exists()
 
 
+@pytest.mark.usefixtures('empty_pictures')
 @pytest.mark.slow
 @pytest.mark.parametrize('mode', ['weights', 'activations', 'separate'])
 def test_every_mode_has_a_page(tmp_path, mode):

@@ -48,6 +48,7 @@ def test_the_page_asks_nothing_of_the_network(plain):
   assert '@import' not in page
 
 
+@pytest.mark.usefixtures('empty_pictures')
 def test_layers_are_listed_in_model_order(tmp_path):
   # Not in the order of the alphabet, nor in that of result.json.
   files = finished.files()
@@ -110,6 +111,7 @@ def test_a_decision_over_an_unknown_layer_is_refused(tmp_path):
     finished.page(tmp_path, files)
 
 
+@pytest.mark.usefixtures('empty_pictures')
 def test_a_run_with_fixed_formats_says_so_and_has_no_policy(tmp_path):
   found = dict.fromkeys(finished.FOUND, ('INT8', 'INT8'))
   files = finished.files(found, menu=('INT8',))
@@ -144,6 +146,7 @@ def test_a_history_of_nothing_still_makes_a_page(tmp_path):
   assert 'too few policies' in page
 
 
+@pytest.mark.usefixtures('empty_pictures')
 def test_unsettled_decisions_are_marked(tmp_path):
   files = finished.files()
   files['result.json']['decisions']['stem']['probabilities'] = [0.2, 0.7, 0.1]
@@ -181,6 +184,7 @@ def test_shares_are_of_the_found_and_of_the_uniform_cost(tmp_path):
     assert layer['macs_share'] == pytest.approx(1 / 5)
 
 
+@pytest.mark.usefixtures('empty_pictures')
 def test_separate_decisions_keep_their_sides(tmp_path):
   files = finished.files({'conv': ('INT4', 'INT8')}, mode='separate')
   files['result.json']['decisions']['conv/activations']['probabilities'] = [

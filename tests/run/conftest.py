@@ -11,3 +11,8 @@ def finished(tmp_path_factory):
   """A finished run: its workdir and its result."""
   workdir = tmp_path_factory.mktemp('finished')
   return workdir, train.train_and_evaluate(tiny.get_config(), workdir)
+
+
+@pytest.fixture(autouse=True)
+def _reports_have_empty_pictures(empty_pictures):
+  """Those of single tests; the run `finished` has them all."""

@@ -23,6 +23,8 @@ from tests import helpers
 from tests import tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
+_STEPS = 40  # Each of them waits for the other processes.
+_LOGGED = list(range(5, _STEPS + 1, 5))
 
 
 def _port():
@@ -34,7 +36,9 @@ def _port():
 class _Run:
   """Processes of `fliqs_jax.main` with the same workdir."""
 
-  def __init__(self, workdir, *flags, count=2, devices=2, steps=100, each=()):
+  def __init__(
+    self, workdir, *flags, count=2, devices=2, steps=_STEPS, each=()
+  ):
     port = _port()
     self.logs, self.children = [], []
     logs = pathlib.Path(tempfile.mkdtemp(dir=workdir.parents[2]))
@@ -95,7 +99,7 @@ def stopped(tmp_path_factory):
   """One that was asked to stop: a SIGTERM to its second process alone."""
   workdir = tmp_path_factory.mktemp('runs') / 'stopped'
   run = _Run(workdir)
-  run.wait_for('step 30/100')
+  run.wait_for(f'step 15/{_STEPS}')
   run.children[1].send_signal(signal.SIGTERM)
   assert run.wait() == [75, 75], run.text(0) + run.text(1)
   return workdir, run
@@ -106,11 +110,11 @@ def test_the_first_process_writes_and_all_log_with_their_index(whole):
   workdir, run = whole
   assert (workdir / 'report.html').exists()
   rows = _history(workdir)
-  assert [row['step'] for row in rows] == list(range(5, 101, 5))
+  assert [row['step'] for row in rows] == _LOGGED
   for i in (0, 1):
-    assert f'[{i}/2] step 100/100' in run.text(i)
+    assert f'[{i}/2] step {_STEPS}/{_STEPS}' in run.text(i)
     heartbeat = json.loads((workdir / 'heartbeat' / f'{i}.json').read_text())
-    assert heartbeat['step'] == 100
+    assert heartbeat['step'] == _STEPS
     assert abs(heartbeat['time'] - time.time()) < 600
   assert 'report.html' in run.text(0)
   assert 'report.html' not in run.text(1)
@@ -119,7 +123,7 @@ def test_the_first_process_writes_and_all_log_with_their_index(whole):
 @pytest.mark.slow
 def test_the_processes_are_one_run_on_any_number_of_devices(whole, tmp_path):
   one, two = tmp_path, whole[0]
-  train.train_and_evaluate(tiny.get_config('steps=100'), one)
+  train.train_and_evaluate(tiny.get_config(f'steps={_STEPS}'), one)
   assert (one / 'arch.json').read_bytes() == (two / 'arch.json').read_bytes()
   # Later a value at the edge of two steps of a grid falls to the other one.
   for a, b in zip(_history(one)[:4], _history(two)[:4], strict=True):
@@ -168,14 +172,14 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(
   run = _Run(workdir, count=1, devices=8)
   assert run.wait() == [0], run.text(0)
   assert f'resumed at step {newest}' in run.text(0)
-  assert [row['step'] for row in _history(workdir)] == list(range(5, 101, 5))
+  assert [row['step'] for row in _history(workdir)] == _LOGGED
   ours, theirs = ((w / 'arch.json').read_bytes() for w in (workdir, whole[0]))
   assert ours == theirs
 
 
 @pytest.mark.slow
 def test_what_many_devices_saved_is_read_by_one(stopped):
-  config = tiny.get_config('steps=100')
+  config = tiny.get_config(f'steps={_STEPS}')
   shapes = jax.eval_shape(experiment_lib.build(config).initial_state)
   with checkpoint.Checkpoints(stopped[0] / 'checkpoints') as checkpoints:
     restored = checkpoints.restore_latest(shapes)
@@ -202,7 +206,7 @@ def test_the_launcher_starts_all_again_when_one_is_killed(whole, tmp_path):
     launcher = subprocess.Popen(
       [
         *(sys.executable, '-m', 'launch', 'local', '--processes=2'),
-        *('--cpu_devices=2', '--config=tests/tiny.py:steps=100'),
+        *('--cpu_devices=2', f'--config=tests/tiny.py:steps={_STEPS}'),
         *(f'--workdir={workdir}', '--grace=5'),
       ],
       cwd=_ROOT,
@@ -211,7 +215,7 @@ def test_the_launcher_starts_all_again_when_one_is_killed(whole, tmp_path):
   heartbeat = workdir / 'heartbeat' / '1.json'
   deadline = time.monotonic() + 240
   while (
-    not heartbeat.exists() or json.loads(heartbeat.read_text())['step'] < 30
+    not heartbeat.exists() or json.loads(heartbeat.read_text())['step'] < 15
   ):
     assert time.monotonic() < deadline, (tmp_path / 'log').read_text()
     time.sleep(0.01)

@@ -28,11 +28,10 @@ with warnings.catch_warnings():
 
   from fliqs_jax.serving import aqt_configs
 
-pytestmark = [
-  pytest.mark.optimized,
-  # AQT asks for the type of arrays in a way that JAX will not have for long.
-  pytest.mark.filterwarnings('ignore:Implicit conversion:DeprecationWarning'),
-]
+# AQT asks for the type of arrays in a way that JAX will not have for long.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore:Implicit conversion:DeprecationWarning'
+)
 
 X = helpers.random((16, 6))
 PLAIN = nn.initializers.lecun_normal()
@@ -116,6 +115,7 @@ def test_decisions_have_the_names_of_parameters(searched):
   assert [op.shape.macs for op in space.ops] == [48, 64, 24]
 
 
+@pytest.mark.optimized
 def test_values_are_those_of_own_layers_bit_for_bit(searched):
   model, space = searched
   own = OwnNet(model.spec)
@@ -218,6 +218,7 @@ def test_a_config_of_aqt_itself_is_named_and_stays():
   assert reasons == dict(Dense_0=own_rules, mixed='', head=own_rules)
 
 
+@pytest.mark.optimized
 def test_a_traced_format_is_one_program_and_that_of_own_layers():
   menu = formats.menu(['INT4', 'INT8', 'E4M3', 'BF16'])
   threshold, w = jnp.float32(2.0), helpers.random((6, 8), 1)
@@ -298,6 +299,7 @@ def converted(found):
   return aqt_configs.converted(served(configs, 'convert'), by_path, params, X)
 
 
+@pytest.mark.optimized
 def test_convert_stores_weights_in_types_of_few_bits(found):
   leaves = jax.tree_util.tree_leaves_with_path(converted(found)['aqt'])
   types = {
@@ -308,6 +310,7 @@ def test_convert_stores_weights_in_types_of_few_bits(found):
   assert types == dict(Dense_0='int4', AqtEinsum_0='int8', head='float4_e2m1fn')
 
 
+@pytest.mark.optimized
 def test_serving_is_the_evaluation_of_the_search_bit_for_bit(found):
   _, evaluated, configs = found
   variables = converted(found)

@@ -35,7 +35,10 @@ class Run:
     )
     # Other inputs than the examples.
     seen = jax.tree.map(lambda x: (x * 0.7).astype(x.dtype), args)
-    learnt = jax.jit(lambda *given: learn(*given, **self._random)[1])
+    learnt = jax.jit(
+      lambda *given: learn(*given, **self._random)[1],
+      compiler_options=helpers.FAST,
+    )
     self.variables = {**variables, **learnt(variables, *seen)}
 
   def export(self, out, **changed):
@@ -51,8 +54,11 @@ class Run:
 
   def evaluate(self, *args, **random):
     """Returns the outputs of the search's evaluation."""
-    apply = functools.partial(self.model.apply, **self.call)
-    return jax.jit(apply)(self.variables, *args, **random)
+
+    def evaluate(variables, args, random):  # As an export does: compiled once.
+      return self.model.apply(variables, *args, **random, **self.call)
+
+    return jax.jit(evaluate)(self.variables, args, random)
 
   def check(self, out):
     """Exports; checks that what is served has the search's bits."""

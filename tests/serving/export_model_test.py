@@ -107,7 +107,8 @@ def test_thresholds_that_strategies_find_are_served(tmp_path):
   calibrate = functools.partial(
     run.model.apply, mutable=['quant_stats', 'calibration'], train=False
   )
-  _, found = jax.jit(calibrate)(run.variables, TOKENS)
+  calibrate = jax.jit(calibrate, compiler_options=helpers.FAST)
+  _, found = calibrate(run.variables, TOKENS)
   assert (found['quant_stats']['general']['weight_ratio'][2] < 1).any()
   run.variables = {**run.variables, **found}
   run.check(tmp_path / 'out')
@@ -501,9 +502,10 @@ def test_a_haiku_model_is_exported_whose_averages_training_makes(tmp_path):
   transformed = haiku.transform_with_state(network)
   model = fliqs.searchable(transformed, fliqs.QuantSpec('int8'))
   x = helpers.random((4, 3))
-  variables = model.init(jax.random.key(0), x, is_training=True)
+  variables = helpers.init(model, x, is_training=True)
   _, changed = jax.jit(
-    lambda v: model.apply(v, x, is_training=True, mutable=list(v))
+    lambda v: model.apply(v, x, is_training=True, mutable=list(v)),
+    compiler_options=helpers.FAST,
   )(variables)
   variables |= changed
   space = fliqs.find_decisions(model, x, is_training=True)

@@ -357,7 +357,7 @@ def test_only_what_a_product_and_another_equation_read_is_shared():
   spec = fliqs.QuantSpec('INT8')
   model = fliqs.searchable(_Shared(), spec)
   x = jnp.asarray(helpers.random((2, 3)))
-  variables = model.init(jax.random.key(0), x)
+  variables = helpers.init(model, x)
   variables = dict(
     variables,
     quant_stats=statistics(variables['quant_stats'], formats.menu(('INT8',))),
