@@ -20,12 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
+from benchmarks import serving
 from fliqs_jax import models
 from fliqs_jax import profile_chip
-from fliqs_jax import serving
 from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.search import train_step
-from fliqs_jax.serving import export_model
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
 
@@ -53,19 +52,11 @@ def _served(config, space, variables, choices, x, spec):
   program = dataclasses.replace(
     searchable_lib.searchable(stock, spec), fast_forms=True
   )
-  with tempfile.TemporaryDirectory() as directory:
-    out = pathlib.Path(directory) / 'out'
-    export_model.write(
-      out,
-      program,
-      {**variables, 'arch': space.expand(choices)},
-      space.assignment(choices),
-      {},
-      (x,),
-      None,
-      dict(train=False),
-    )
-    return serving.load(out)
+  arch = space.expand(choices)
+  assignment = space.assignment(choices)
+  return serving.exported(program, variables | dict(arch=arch), assignment, x)[
+    0
+  ]
 
 
 def main() -> None:

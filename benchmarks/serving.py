@@ -85,21 +85,8 @@ def variants(config, size: int, onnx: bool = False):
   program = dataclasses.replace(
     searchable_lib.searchable(stock, spec), fast_forms=True
   )
-  with tempfile.TemporaryDirectory() as directory:
-    out = pathlib.Path(directory) / 'out'
-    export_model.write(
-      out,
-      program,
-      fake,
-      space.assignment(space.only()),
-      {},
-      (x,),
-      None,
-      dict(train=False),
-      onnx,
-    )
-    int8 = serving.load(out)
-    model = (out / 'model.onnx').read_bytes() if onnx else b''
+  assignment = space.assignment(space.only())
+  int8, model = exported(program, fake, assignment, x, onnx)
   sliced = copy.copy(int8)
   sliced.at_once = SLICE
   plain = _applied(stock, floats)
@@ -134,6 +121,26 @@ def variants(config, size: int, onnx: bool = False):
     return functions, None
   ops = {op.path: op.shape for op in space.ops}
   return functions, layer_times.rows(stock, program, fake, ops, x)
+
+
+def exported(program, variables, assignment, x, onnx: bool = False):
+  """Returns an export of a network, loaded, and its ONNX model if asked for.
+
+  Args:
+    program: the searchable network.
+    variables: its collections, `arch` and statistics included.
+    assignment: the same architecture as {layer: (weights, activations)}.
+    x: [N, H, W, C] example images.
+    onnx: whether to export an ONNX model, too.
+  """
+  with tempfile.TemporaryDirectory() as directory:
+    out = pathlib.Path(directory) / 'out'
+    call = dict(train=False)
+    export_model.write(
+      out, program, variables, assignment, {}, (x,), None, call, onnx
+    )
+    model = (out / 'model.onnx').read_bytes() if onnx else b''
+    return serving.load(out), model
 
 
 def _session(model: bytes):

@@ -240,6 +240,14 @@ def test_a_layer_that_was_not_measured_lies_between_its_neighbours():
   )
 
 
+def _total(chip, space, choices):
+  """The price of an architecture, op by op."""
+  leaves = space.leaves(choices)
+  return sum(
+    prices.price(chip, *prices.chosen(op, leaves)).value for op in space.ops
+  )
+
+
 MENUS = {
   'tied': dict(mode='tied'),
   'separate': dict(mode='separate'),
@@ -263,11 +271,7 @@ def test_expected_costs_and_bounds_are_those_of_the_enumeration(rules, kind):
   }
   for architecture in helpers.architectures(space):
     choices = helpers.one_hots(space, architecture)
-    leaves = space.leaves(choices)
-    by_hand = 0.0
-    for op in space.ops:
-      chosen = prices.chosen(op, leaves)
-      by_hand += prices.price(chip, *chosen).value
+    by_hand = _total(chip, space, choices)
     assert float(cost(choices)) == pytest.approx(by_hand, rel=1e-5)
     all_costs.append(by_hand)
     chances.append(np.prod([policy[n][i] for n, i in architecture.items()]))
@@ -286,11 +290,7 @@ def test_open_sizes_are_priced_at_each_combination():
     costs = []
     for architecture in helpers.architectures(space):
       choices = helpers.one_hots(space, architecture)
-      leaves = space.leaves(choices)
-      by_hand = 0.0
-      for op in space.ops:
-        chosen = prices.chosen(op, leaves)
-        by_hand += prices.price(chip, *chosen).value
+      by_hand = _total(chip, space, choices)
       costs.append(float(cost(choices)))
       assert costs[-1] == pytest.approx(by_hand, rel=1e-5)
     bounds = allocation.bounds(space, cost)
