@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from fliqs_jax.numerics import formats as formats_lib
 from fliqs_jax.report import number_text
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
@@ -103,7 +104,8 @@ def test_an_unknown_variant_is_refused(name):
 def test_fashion_mnist_has_two_networks_and_menus_of_ones_own(model):
   config = _config('fashion_mnist', f'model={model},space=INT2+INT8,nas')
   config_lib.check(config)
-  assert config.quant.formats == ('INT2', 'INT8')
+  menu = formats_lib.menu(config.quant.formats)
+  assert [f.name for f in menu] == ['INT2', 'INT8']
   with pytest.raises(ValueError, match="'dense' is unknown; allowed: resnet, "):
     _config('fashion_mnist', 'model=dense')
 

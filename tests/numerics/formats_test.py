@@ -162,6 +162,20 @@ def test_an_unknown_space_is_an_error_that_lists_the_spaces():
     formats.menu('int_m')
 
 
+def test_spaces_and_formats_are_joined_by_a_plus():
+  joined = formats.menu('int_s+fp_s')
+  names = [f.name for f in joined]
+  # BF16, which both have, counts once.
+  assert names == ['INT4', 'INT8', 'BF16', 'E2M1', 'E4M3']
+  assert formats.menu('INT4 + INT8') == formats.menu(('INT4', 'INT8'))
+  with pytest.raises(ValueError, match='names a format twice'):
+    formats.menu('INT4+INT4')
+  with pytest.raises(ValueError, match='names a format twice'):
+    formats.menu('int_s+INT4')
+  with pytest.raises(ValueError, match="unknown format ''"):
+    formats.menu('INT4+')
+
+
 def test_an_unknown_format_within_a_menu_is_an_error():
   with pytest.raises(ValueError, match="unknown format 'INT9'"):
     formats.menu(['INT4', 'INT9'])
