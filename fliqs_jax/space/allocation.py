@@ -127,17 +127,17 @@ def bounds(
     space: the decisions of a model.
     cost: one of its costs.
   """
-  least, most = least_within(space, cost), least_within(space, cost, sign=-1)
+  table, program = terms(space, cost), _program(space, ())
+  least, most = program.extreme(table, 1), program.extreme(table, -1)
   assert least is not None
   assert most is not None
-  return least, most
+  return float(cost(space.at(least))), float(cost(space.at(most)))
 
 
 def least_within(
   space: search_space.SearchSpace,
   cost: cost_model.Cost,
-  budgets: Sequence[Budget] = (),
-  sign: int = 1,
+  budgets: Sequence[Budget],
 ) -> float | None:
   """Returns the lowest cost of all architectures within budgets.
 
@@ -145,13 +145,11 @@ def least_within(
     space: the decisions of a model.
     cost: one of its costs.
     budgets: limits of other costs.
-    sign: 1 for the lowest cost, -1 for the highest one.
 
   Returns:
     The cost in its unit; None if no architecture is within all budgets.
   """
-  table = terms(space, cost)
-  chosen = _program(space, budgets).extreme(table, sign)
+  chosen = _program(space, budgets).extreme(terms(space, cost), 1)
   return None if chosen is None else float(cost(space.at(chosen)))
 
 

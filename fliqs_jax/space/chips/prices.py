@@ -7,7 +7,6 @@ options before the search, so that the cost stays linear in each leaf.
 
 from collections.abc import Mapping, Sequence
 import functools
-import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -107,26 +106,18 @@ def _table(
   chip: chip_lib.Chip, shape: ops_lib.OpShape
 ) -> tuple[np.ndarray, tuple[str, ...]]:
   """Returns [K1, K2, ...] prices, float32, and the leaf of each axis."""
-  menus = shape.format_leaves()
-  # Sizes of one decision go together: one leaf stands for all.
-  decided: dict[str, list[tuple[str, Any]]] = {}
+  # Sizes of one decision go together: the leaf of the first stands for all.
+  first: dict[str, str] = {}
+  axis_of = {name: name for name in shape.format_leaves()}
   for name, size in shape.decided:
-    decided.setdefault(size.decision, []).append((name, size))
-  axes = (*menus, *(named[0][0] for named in decided.values()))
-  numbers = [
-    *(len(menu) for menu in menus.values()),
-    *(len(named[0][1].labels) for named in decided.values()),
-  ]
-  table = np.empty(numbers, np.float32)
-  for index in itertools.product(*map(range, numbers)):
+    axis_of[name] = first.setdefault(size.decision, name)
+  axes = tuple(dict.fromkeys(axis_of.values()))
+  options = shape.leaves()
+  table = np.empty([len(options[name]) for name in axes], np.float32)
+  for index in np.ndindex(table.shape):
     picked = dict(zip(axes, index))
-    picks = {
-      name: (size, picked[named[0][0]])
-      for named in decided.values()
-      for name, size in named
-    }
-    formats_of = {leaf: menu[picked[leaf]] for leaf, menu in menus.items()}
-    table[index] = price(chip, counts(shape, picks), *_sides(formats_of)).value
+    at = {name: picked[axis] for name, axis in axis_of.items()}
+    table[index] = price(chip, *_at(shape, at)).value
   return table, axes
 
 
@@ -139,14 +130,20 @@ def chosen(
     op: the op.
     leaves: {leaf's path: [K] one-hot}.
   """
+  names = op.shape.leaves()
+  return _at(
+    op.shape, {name: int(np.argmax(leaves[op.leaf(name)])) for name in names}
+  )
 
-  def index(name: str) -> int:
-    return int(np.argmax(leaves[op.leaf(name)]))
 
-  picks = {name: (size, index(name)) for name, size in op.shape.decided}
-  menus = op.shape.format_leaves()
-  formats_of = {name: menu[index(name)] for name, menu in menus.items()}
-  return counts(op.shape, picks), *_sides(formats_of)
+def _at(
+  shape: ops_lib.OpShape, index: Mapping[str, int]
+) -> tuple[Counts, formats.NumericFormat, formats.NumericFormat]:
+  """Returns what `price` takes, at {name of a leaf: index of its option}."""
+  picks = {name: (size, index[name]) for name, size in shape.decided}
+  menus = shape.format_leaves()
+  sides = _sides({name: menu[index[name]] for name, menu in menus.items()})
+  return counts(shape, picks), *sides
 
 
 def _sides(
@@ -221,9 +218,10 @@ def _variable(
   weights: formats.NumericFormat,
   activations: formats.NumericFormat,
 ) -> Price:
-  if chip.layers and op.kind not in ('attend', 'embed'):
+  if op.kind not in ('attend', 'embed'):
+    key = op.key
     for layer in chip.layers:
-      if layer.key == op.key:
+      if layer.key == key:
         held = _held(layer.times, weights, activations)
         if held is not None:
           return Price(layer.times[held], held, held, layer.figures.confidence)
@@ -324,27 +322,17 @@ def _interpolated(
   Beyond the largest and the smallest, a multiply-accumulate costs what it does
   there.
   """
-  candidates: list[tuple[float, int, formats.NumericFormat]] = []
+  times = {}
   for numeric_format in {f for layer in chip.layers for f in layer.times}:
-    if not (
-      holds(numeric_format, weights) and holds(numeric_format, activations)
-    ):
-      continue
     layers = [x for x in chip.layers if numeric_format in x.times]
     same = [x for x in layers if _alike(x.key, op.key)]
     if len({x.key.macs for x in same}) > 1:
       layers = same
-    candidates.append(
-      (
-        _between(layers, numeric_format, op.macs),
-        numeric_format.bits,
-        numeric_format,
-      )
-    )
-  if not candidates:
+    times[numeric_format] = _between(layers, numeric_format, op.macs)
+  held = _held(times, weights, activations)
+  if held is None:
     raise ValueError(_no_price(chip, op, weights, activations))
-  value, _, used = min(candidates, key=lambda fit: fit[:2])
-  return Price(value, used, used, INTERPOLATED)
+  return Price(times[held], held, held, INTERPOLATED)
 
 
 def _alike(one: chip_lib.Key, other: chip_lib.Key) -> bool:
