@@ -45,13 +45,16 @@ def analyse() -> finding_lib.Finding:
   """Returns the best clip of each distribution, rate and number of bits."""
   rows, clean = [], {}
   for distribution, expected in EXPECTED.items():
-    rows.append(_row(distribution, 0, expected, 'expected'))
+    rows.append(synthetic.row(distribution, 0, 'expected', _BITS, expected))
     for outliers in synthetic.OUTLIERS:
       x = synthetic.tensors(distribution, outliers, _TENSORS, _VALUES)
       candidates = thresholds(x)
       errors = squared_errors(x, candidates)
       best = candidates[errors.argmin(axis=1)]
-      rows.append(_row(distribution, outliers, best, 'measured'))
+      best = [round(float(clip), 2) for clip in best]
+      rows.append(
+        synthetic.row(distribution, outliers, 'measured', _BITS, best)
+      )
       if not outliers:
         clean[distribution] = candidates, errors
   return finding_lib.Finding(
@@ -65,28 +68,12 @@ def analyse() -> finding_lib.Finding:
       'depend on its few largest values. The exact best clips of INT8 are 3.9 '
       '(Gaussian) and 7.0 (Laplacian).',
     ),
-    columns=[
-      finding_lib.Column('distribution', 'distribution'),
-      finding_lib.Column('outliers', 'outliers'),
-      finding_lib.Column('source', ''),
-      *(finding_lib.Column(f'INT{k}', f'INT{k}', '.2f') for k in _BITS),
-    ],
+    columns=synthetic.columns(_BITS, '.2f'),
     rows=rows,
     verdicts=_verdicts(rows),
     draw=functools.partial(draw, clean),
     caption='Root mean squared error over the threshold, without outliers; a '
     'dot is the best clip, a circle the expected one.',
-  )
-
-
-def _row(
-  distribution: str, outliers: int, values: Sequence[float], source: str
-) -> dict[str, Any]:
-  return dict(
-    distribution=distribution,
-    outliers=synthetic.label(outliers),
-    source=source,
-    **{f'INT{k}': round(float(value), 2) for k, value in zip(_BITS, values)},
   )
 
 

@@ -70,13 +70,12 @@ def analyse() -> finding_lib.Finding:
   """Returns the error of each distribution, rate of outliers and format."""
   rows = []
   for distribution, expected in EXPECTED.items():
-    rows.append(_row(distribution, 0, expected) | dict(source='expected'))
+    rows.append(synthetic.row(distribution, 0, 'expected', _BITS, expected))
     for outliers in synthetic.OUTLIERS:
       x = synthetic.tensors(distribution, outliers, _TENSORS, _VALUES)
       measured = errors(x)
-      row = _row(distribution, outliers, measured)
-      row |= dict(zip('ABC', fitted(_BITS, measured)), source='measured')
-      rows.append(row)
+      row = synthetic.row(distribution, outliers, 'measured', _BITS, measured)
+      rows.append(row | dict(zip('ABC', fitted(_BITS, measured))))
   return finding_lib.Finding(
     title='Switching error',
     text=(
@@ -90,10 +89,7 @@ def analyse() -> finding_lib.Finding:
       'exponential.',
     ),
     columns=[
-      finding_lib.Column('distribution', 'distribution'),
-      finding_lib.Column('outliers', 'outliers'),
-      finding_lib.Column('source', ''),
-      *(finding_lib.Column(f'INT{k}', f'INT{k}', '.4f') for k in _BITS),
+      *synthetic.columns(_BITS, '.4f'),
       *(finding_lib.Column(name, name, '.3f') for name in 'ABC'),
     ],
     rows=rows,
@@ -101,16 +97,6 @@ def analyse() -> finding_lib.Finding:
     draw=functools.partial(draw, rows),
     caption='Switching error over the bits: dots are measured, curves the '
     'fitted A exp(-B k) + C, circles the expected figures without outliers.',
-  )
-
-
-def _row(
-  distribution: str, outliers: int, values: Sequence[float]
-) -> dict[str, Any]:
-  return dict(
-    distribution=distribution,
-    outliers=synthetic.label(outliers),
-    **{f'INT{k}': float(value) for k, value in zip(_BITS, values)},
   )
 
 

@@ -1,6 +1,11 @@
-"""Random tensors with outliers, as the paper's A.8 describes them."""
+"""Random tensors with outliers, as in the paper's A.8, and their table."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+from fliqs_jax.analyses import finding as finding_lib
 
 # A.8: one outlier in so many values; 0: none.
 OUTLIERS = (0, 10_000, 1000, 100, 10)
@@ -40,3 +45,42 @@ def tensors(
 def label(outliers: int) -> str:
   """Returns a rate of outliers as the paper writes it, 1:1000."""
   return f'1:{outliers}' if outliers else 'none'
+
+
+def row(
+  distribution: str,
+  outliers: int,
+  source: str,
+  bits: Sequence[int],
+  values: Sequence[float],
+) -> dict[str, Any]:
+  """Returns a row of a table: one value for each integer format.
+
+  Args:
+    distribution: as of `tensors`.
+    outliers: as of `tensors`.
+    source: `expected` or `measured`.
+    bits: [K] bits of the formats.
+    values: [K] numbers.
+  """
+  return dict(
+    distribution=distribution,
+    outliers=label(outliers),
+    source=source,
+    **{f'INT{k}': float(value) for k, value in zip(bits, values)},
+  )
+
+
+def columns(bits: Sequence[int], form: str) -> list[finding_lib.Column]:
+  """Returns the columns of `row`.
+
+  Args:
+    bits: [K] bits of the formats.
+    form: format specification of the values.
+  """
+  return [
+    finding_lib.Column('distribution', 'distribution'),
+    finding_lib.Column('outliers', 'outliers'),
+    finding_lib.Column('source', ''),
+    *(finding_lib.Column(f'INT{k}', f'INT{k}', form) for k in bits),
+  ]
