@@ -125,6 +125,26 @@ def _check_together(
     )
 
 
+def reported(
+  keys: ml_collections.ConfigDict, space: search_space.SearchSpace
+) -> tuple[cost_model.Cost, ...]:
+  """Returns the costs that `cost.reported` names.
+
+  Args:
+    keys: the `cost` section of a config.
+    space: the decisions of a model.
+
+  Raises:
+    ValueError: a cost is unknown, or has no price for an option.
+  """
+  costs = []
+  for kind in keys.reported:
+    with checks.named('cost.reported', kind):
+      costs.append(space.cost(kind))
+      allocation.bounds(space, costs[-1])
+  return tuple(costs)
+
+
 def target(
   keys: ml_collections.ConfigDict,
   cost: cost_model.Cost,

@@ -9,7 +9,6 @@ import ml_collections
 from fliqs_jax.numerics import formats as formats_lib
 from fliqs_jax.search import presets
 from fliqs_jax.search import sensitivity
-from fliqs_jax.space import allocation
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes as sizes_lib
@@ -63,15 +62,6 @@ def search(keys: ml_collections.ConfigDict, steps: int) -> None:
       f'search.scores={keys.scores!r} is unknown; allowed: '
       f'{", ".join(sensitivity.METRICS)}'
     )
-
-
-def reported(
-  keys: ml_collections.ConfigDict, space: search_space.SearchSpace
-) -> None:
-  """Raises ValueError if a cost to report is unknown or prices no option."""
-  for kind in keys.reported:
-    with named('cost.reported', kind):
-      allocation.bounds(space, space.cost(kind))
 
 
 def sizes(

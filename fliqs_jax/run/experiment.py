@@ -50,6 +50,7 @@ class Experiment:
     cost: the cost model of the network.
     target: the cost target C_T, in the cost's unit.
     caps: limits of other costs (`cost.caps`).
+    reported: costs that are reported besides (`cost.reported`).
     phases: first step of each phase of training.
     controller: the controller that proposes architectures and updates the
       policy.
@@ -69,6 +70,7 @@ class Experiment:
   cost: cost_model.Cost
   target: float
   caps: tuple[allocation.Budget, ...]
+  reported: tuple[cost_model.Cost, ...]
   phases: schedules.Phases
   controller: controller_lib.Controller
   optimizer: optax.GradientTransformation
@@ -268,7 +270,6 @@ def build(
   checks.sizes(config, space)
   caps = budgets_lib.caps(config.cost, space)
   target = budgets_lib.target(config.cost, cost, space, caps)
-  checks.reported(config.cost, space)
   controller = _controller(config, space, cost, target, caps, phases)
   mixing = presets.PRESETS[config.search.preset].mix
   return Experiment(
@@ -282,6 +283,7 @@ def build(
     cost=cost,
     target=target,
     caps=caps,
+    reported=budgets_lib.reported(config.cost, space),
     phases=phases,
     controller=controller,
     optimizer=optimizer,

@@ -29,10 +29,10 @@ def costs(
     experiment: parts of the run.
     choices: {decision: [K] one-hot}.
   """
-  keys = experiment.config.cost
-  limits = [(experiment.cost, experiment.target, keys.bound)]
+  bound = experiment.config.cost.bound
+  limits = [(experiment.cost, experiment.target, bound)]
   limits += [(cap.cost, cap.target, 'at_most') for cap in experiment.caps]
-  limits += [(experiment.space.cost(kind), None, '') for kind in keys.reported]
+  limits += [(cost, None, '') for cost in experiment.reported]
   return [
     dict(
       kind=cost.kind,
