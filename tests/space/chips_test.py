@@ -377,6 +377,17 @@ def test_stored_bits_casts_and_batches_change_traffic(tmp_path):
     (_FILE, '- 1', 'a target must be a mapping'),
     ('{formats: BF16, teraops: 1}', '{teraops: 1}', 'weights is missing'),
     ('teraops: 1}', 'teraops: 1, ops: [gemm]}', 'list of some of pointwise'),
+    ('  rates:', '  macs_per_lane: 2\n  rates:', 'unknown key .*macs_per_lane'),
+    (
+      '  rates:',
+      '  stored_bits: {INT4: 4.5}\n  rates:',
+      'stored_bits.INT4=4.5 must be a whole number',
+    ),
+    (
+      '  rates:',
+      '  fixed: {share: 1.2, format: INT8}\n  rates:',
+      'fixed.share=1.2 must be at most 1',
+    ),
   ],
 )
 def test_a_wrong_file_is_refused_with_the_key(tmp_path, old, new, message):

@@ -21,6 +21,8 @@ class Section(NamedTuple):
     layer: key of a price of an op as such, 1000 times the unit; empty: none.
     memory: key of the price of memory traffic; empty: it costs nothing.
     of_memory: value of that key -> price of a byte, in the unit.
+    lanes: key of the number of multiply-accumulates that a price is of; empty:
+      it is of one.
     overlaps: whether computing hides memory traffic, so that the longer of
       both counts and not their sum.
   """
@@ -31,6 +33,7 @@ class Section(NamedTuple):
   layer: str
   memory: str
   of_memory: Callable[[float], float]
+  lanes: str
   overlaps: bool
 
 
@@ -43,6 +46,7 @@ SECTIONS: dict[str, Section] = {
     'microseconds_per_layer',
     'terabytes_per_second',
     lambda terabytes: 1e-9 / terabytes,
+    '',
     overlaps=True,
   ),
   'energy': Section(
@@ -52,6 +56,7 @@ SECTIONS: dict[str, Section] = {
     '',
     'picojoules_per_byte',
     lambda picojoules: 1e-6 * picojoules,
+    '',
     overlaps=False,
   ),
   'lut': Section(
@@ -61,6 +66,7 @@ SECTIONS: dict[str, Section] = {
     'luts_per_layer',
     '',
     lambda luts: 0.0,
+    'macs_per_lane',
     overlaps=False,
   ),
 }

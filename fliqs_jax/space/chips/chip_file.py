@@ -121,6 +121,13 @@ class _Content:
       raise self.error(key, 'must be a whole number')
     return int(number)
 
+  def share(self, key: str) -> float:
+    """Returns a number from 0 to 1."""
+    number = self.number(key)
+    if number > 1:
+      raise self.error(key, 'must be at most 1')
+    return number
+
   def pair(self, key: str) -> tuple[int, int]:
     """Returns two whole numbers; one stands for both, none for ones."""
     value = self.get(key, 1)
@@ -163,12 +170,9 @@ class _Content:
     where = self._name(key)
     return [_Content(item, f'{where}[{i}]') for i, item in enumerate(items)]
 
-  def by_format(
-    self, positive: bool = True
-  ) -> Iterator[tuple[formats.NumericFormat, float]]:
-    """Yields {format: number} of a mapping whose keys are formats."""
-    for name in self._mapping:
-      yield self.parsed(name, name), self.number(name, positive=positive)
+  def by_format(self) -> dict[formats.NumericFormat, str]:
+    """Returns {format: key} of a mapping whose keys are formats."""
+    return {self.parsed(key, key): key for key in self._mapping}
 
   def figures(
     self, default: chip_lib.Figures | None = None
@@ -211,7 +215,7 @@ def _chip(
   base = None
   if 'layers_of' in part:
     base = read(f'{section}:{_sibling(part.text("layers_of"), path)}')
-  lanes = part.number('macs_per_lane', 1, positive=True)
+  lanes = part.number(rules.lanes, 1, positive=True) if rules.lanes else 1.0
   rates = tuple(_rates(part, rules, figures, lanes))
   layers = base.layers if base else tuple(_layers(part, figures))
   if not rates and not layers:
@@ -222,7 +226,7 @@ def _chip(
   if rates and rules.memory:
     price = part.number(rules.memory, positive=rules.overlaps)
     per_byte = rules.of_memory(price)
-  fixed = part.mapping('fixed')
+  stored, fixed = part.mapping('stored_bits'), part.mapping('fixed')
   chip = chip_lib.Chip(
     name=name,
     kind=kind,
@@ -232,11 +236,9 @@ def _chip(
     per_byte=per_byte,
     overlaps=rules.overlaps,
     cast_passes=part.number('cast_passes', 0),
-    stored_bits={
-      f: int(bits) for f, bits in part.mapping('stored_bits').by_format()
-    },
+    stored_bits={f: stored.count(key) for f, key in stored.by_format().items()},
     layers=layers,
-    fixed_share=fixed.number('share') if 'fixed' in part else 0.0,
+    fixed_share=fixed.share('share') if 'fixed' in part else 0.0,
     fixed_format=fixed.format('format') if 'fixed' in part else None,
     digest=hashlib.sha256(path.read_bytes()).hexdigest()[:16],
   )
@@ -296,7 +298,10 @@ def _layers(
     times = item.mapping('times')
     yield chip_lib.Measured(
       chip_lib.Key(is_depthwise, inputs, outputs, kernel, strides, positions),
-      times=dict(times.by_format()),
+      times={
+        f: times.number(key, positive=True)
+        for f, key in times.by_format().items()
+      },
       figures=item.figures(figures),
     )
     item.done()
