@@ -96,16 +96,23 @@ class Operands:
       contracted: the axes of `w` that the op sums over.
     """
     x_q, w_q = self.activations(x), self.weights(w, contracted)
-    if not self.module.is_initializing():  # Stored only for sensitivities.
-      for name, value in (('values', w_q.values), ('weights', w_q.scale)):
-        self.module.sow(
-          'operands',
-          name,
-          value,
-          reduce_fn=lambda _, last: last,
-          init_fn=lambda: None,
-        )
+    if not self.module.is_initializing():
+      self._note('operands', values=w_q.values, weights=w_q.scale)
+      self._note(
+        'errors', activations=_squares(x, x_q), weights=_squares(w, w_q)
+      )
     return x_q, w_q
+
+  def _note(self, collection: str, **values: jax.Array) -> None:
+    """Stores values, the last call's, if the collection is asked for."""
+    for name, value in values.items():
+      self.module.sow(
+        collection,
+        name,
+        value,
+        reduce_fn=lambda _, last: last,
+        init_fn=lambda: None,
+      )
 
   def keep(self, *arrays: jax.Array | None, dtype: Any) -> tuple:
     """Replaces linen's `promote_dtype`: operands are float32 until rounded."""
@@ -408,3 +415,10 @@ class Operands:
   def _compute_dtype(self, q: quantize.Quantized) -> quantize.Quantized:
     # Grid values are exact in bfloat16, so this rounds only unquantized values.
     return quantize.Quantized(q.values.astype(self.dtype), q.scale)
+
+
+def _squares(x: jax.Array, on_grid: quantize.Quantized) -> jax.Array:
+  """Returns the sums of squares of the error and of x [...], [2] float32."""
+  exact = x.astype(jnp.float32)
+  rounded = on_grid.values.astype(jnp.float32) * on_grid.scale
+  return jnp.stack([jnp.sum((exact - rounded) ** 2), jnp.sum(exact**2)])

@@ -50,6 +50,7 @@ class Allocator:
         metric(experiment.task.loss(0.0)),
         experiment.space,
         devices.jit_everywhere,
+        experiment.reference,
       )
 
   def __call__(

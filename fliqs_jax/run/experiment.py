@@ -45,7 +45,8 @@ class Experiment:
     model: the network.
     step_model: network of the training step, with the same parameters; its
       layers are relaxed ones for some presets.
-    teacher_model: the network without formats, whose outputs may be labels.
+    teacher_model: the network without formats, whose outputs may be labels or
+      what scores compare with.
     space: the decisions and ops of the network.
     cost: the cost model of the network.
     target: the cost target C_T, in the cost's unit.
@@ -122,10 +123,14 @@ class Experiment:
       replicas=devices_lib.replicas(self.config.parallel),
     )
 
+  @property
+  def reference(self) -> Callable[..., Any] | None:
+    """What scores compare with, `sensitivity.scorer`; None: the dearest."""
+    return self.teacher_model.apply if self.spec.has_strategies else None
+
   def _labels(self, variables: Mapping[str, Any], inputs: Any) -> Any:
     """Returns the labels that the network without formats gives to inputs."""
-    kept = {k: v for k, v in variables.items() if k != 'quant_stats'}
-    outputs = self.teacher_model.apply(kept, inputs, train=False)
+    outputs = self.teacher_model.apply(variables, inputs, train=False)
     return self.task.labels_of(outputs)
 
   @property

@@ -22,6 +22,7 @@ from fliqs_jax.run.records import results
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import digests
 from fliqs_jax.runtime import versions
+from fliqs_jax.search import local_scores
 from fliqs_jax.search import sensitivity
 from fliqs_jax.space import allocation
 from fliqs_jax.space import cost_model
@@ -34,7 +35,7 @@ _SCHEMA = 1
 METHODS = {'exact': allocation.solve, 'greedy': allocation.greedy}
 
 # The values of `--scores`.
-METRICS = (*sensitivity.METRICS, 'hessian')
+METRICS = (*sensitivity.METRICS, 'hessian', 'error')
 
 # The hashes of a table, and what differs where they do.
 _HASHED = dict(
@@ -300,6 +301,8 @@ def _scorer(
 ) -> Callable[[Mapping[str, Any], Sequence[Any]], sensitivity.Scores]:
   """Returns the function `(variables, batches) -> scores` of a metric."""
   apply, loss = experiment.model.apply, experiment.task.loss(0.0)
+  if metric == 'error':
+    return local_scores.error(apply, experiment.space)
   if metric == 'hessian':
     plain = models.construct(
       experiment.config.model,
@@ -308,14 +311,13 @@ def _scorer(
       conv=nn.Conv,
       dense=nn.Dense,
     )
-    return sensitivity.hessian_scorer(
-      apply, plain.apply, loss, experiment.space
-    )
+    return local_scores.hessian(apply, plain.apply, loss, experiment.space)
   return sensitivity.scorer(
     apply,
     sensitivity.METRICS[metric](loss),
     experiment.space,
     devices.jit_everywhere,
+    experiment.reference,
   )
 
 

@@ -205,9 +205,10 @@ def greedy(
 ) -> Choices:
   """Returns an architecture within all budgets, found step by step.
 
-  Starts at the dearest options and takes, as long as a budget is exceeded, the
-  option that adds the least to the scores for what it saves of that cost, of
-  those that exceed no budget that is met.
+  Starts at the dearest options, of several the one of the lowest score, and
+  takes, as long as a budget is exceeded, the option that adds the least to the
+  scores for what it saves of that cost, of those that exceed no budget that is
+  met.
 
   Args:
     space: the decisions of a model.
@@ -219,7 +220,7 @@ def greedy(
       budgets.
   """
   check_scores(space, scores)
-  chosen = {d.name: d.dearest for d in space.decisions}
+  chosen = {d.name: _start(d, scores[d.name]) for d in space.decisions}
   limits = [
     (terms(space, budget.cost), budget.target * (1 + TOLERANCE))
     for budget in budgets
@@ -275,6 +276,12 @@ def terms(
     shape = tuple(options[name] for name in names)
     tables[names] = tables.get(names, 0.0) + np.broadcast_to(table, shape)
   return integer_program.Terms(constant, tables)
+
+
+def _start(decision: search_space.Decision, scores: Any) -> int:
+  """Returns the option of the lowest score among the most precise ones."""
+  ranked = zip(decision.precision, (-float(score) for score in scores))
+  return max(enumerate(ranked), key=lambda option: option[1])[0]
 
 
 def _infeasible(

@@ -63,6 +63,15 @@ def test_the_hessian_scores_the_network_of_a_config(trained):
     assert bf16 == 0
 
 
+def test_errors_of_operands_score_the_network_of_a_config(trained):
+  _, run, _ = trained
+  table = sensitivity_table.measure(run, 'error', batches=1)
+  for row in table['decisions'].values():
+    int4, int8, bf16 = row['scores']
+    assert int4 > 2 * int8 > 0  # What is clipped does not depend on bits.
+    assert bf16 == 0
+
+
 def test_a_table_that_was_written_is_read_again(trained, tmp_path):
   _, run, table = trained
   files.write_json(tmp_path / 'table.json', table)

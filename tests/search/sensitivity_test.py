@@ -1,14 +1,10 @@
 """Scores worked out by hand, and the step of the preset that uses them."""
 
-import functools
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import fliqs_jax as fliqs
 from fliqs_jax.numerics import formats
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import schedules
@@ -92,49 +88,34 @@ def test_what_only_noise_explains_is_taken_out_of_scores():
   np.testing.assert_array_equal(regular['second'], [4.0, 0.0, 0.0])
 
 
-def _column(dense):
-  class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, train):
-      return dense(1, use_bias=False, name='head')(x)
+def test_networks_are_compared_with_a_reference():
+  # The reference gives 4 x, with losses of examples 4, -12; 8, 8. The dearest
+  # formats give 2 x: half the mean square of the differences is (4 + 36) / 4
+  # and (16 + 16) / 4, 9 in the mean. 4 x differs by nothing, 6 x as 2 x does,
+  # and 10 x three times as much.
+  def reference(variables, x, *, train):
+    assert not train
+    return 2 * variables['params']['w'] * x
 
-  return Net()
-
-
-def _squares(outputs, batch):
-  return jnp.mean((outputs[:, 0] - batch['label']) ** 2), {}
-
-
-def _hessian_scorer(spec):
-  model = _column(functools.partial(fliqs.QuantDense, spec=spec))
-  space = fliqs.find_decisions(model, np.ones((1, 2)), spec=spec, train=False)
-  return sensitivity.hessian_scorer(
-    model.apply, _column(nn.Dense).apply, _squares, space
+  score = sensitivity.scorer(
+    _apply, sensitivity.fisher(_loss), _SPACE, reference=reference
   )
+  scores = score({'params': {'w': jnp.asarray(2.0)}}, _BATCHES)
+  np.testing.assert_allclose(scores['first'], [0.0, -9.0, 0.0])
+  np.testing.assert_allclose(scores['second'], [72.0, 0.0, 0.0])
 
 
-def test_hessian_is_the_trace_times_the_error_of_the_weights():
-  # The mean over 2 examples of (x w - t)^2 has the Hessian X'X = diag(4, 1) for
-  # x = (2, 0), (0, 1): every draw of v . H v is 5, whatever its signs, so the
-  # mean over 2 weights is 2.5. The scale is 1 / the largest integer.
-  weights = np.asarray([[0.7], [-1.0]], np.float32)
-  batch = dict(image=np.diag([2.0, 1.0]).astype(np.float32), label=np.ones(2))
-  menu = ('INT2', 'INT4', 'INT8')
-  score = _hessian_scorer(fliqs.QuantSpec(menu, mode='weights'))
-  scores = score({'params': {'head': {'kernel': weights}}}, [batch])
-  # 0.7 becomes 1 / 1, 5 / 7 and 89 / 127; -1 stays.
-  squares = (0.7 - np.asarray([1, 5 / 7, 89 / 127])) ** 2
-  np.testing.assert_allclose(
-    scores['head'], 2.5 * (squares - squares[2]), rtol=1e-3, atol=1e-9
+def test_the_best_of_equally_precise_options_is_at_zero():
+  names = ('INT4:max_abs', 'INT8:max_abs', 'INT8:kl', 'INT8:admm')
+  menu = tuple(map(formats.parse, names))
+  decision = search_space.FormatDecision('layer', ('layer/format',), menu)
+  space = search_space.SearchSpace((decision,), (), ops=(), params=1)
+  # INT4 is better than the anchor, the first of INT8, but not than its best.
+  regular, count = sensitivity.regular(
+    space, {'layer': np.asarray([-0.5, 0.0, -2.0, 1.0])}
   )
-
-
-def test_hessian_refuses_decisions_that_set_no_weights():
-  spec = fliqs.QuantSpec('int_s', mode='separate')
-  with pytest.raises(
-    ValueError, match='hessian sees weights alone, but head/a'
-  ):
-    _hessian_scorer(spec)
+  assert count == 0
+  np.testing.assert_array_equal(regular['layer'], [1.5, 1.5, 0.0, 1.5])
 
 
 def test_sizes_are_judged_with_the_statistics_of_the_batch():
