@@ -18,8 +18,8 @@ from benchmarks import exhaustive_problem
 import fliqs_jax as fliqs
 from fliqs_jax.search import policy as policy_lib
 from fliqs_jax.search import presets
-from fliqs_jax.search import scored
 from fliqs_jax.search import sensitivity
+from fliqs_jax.search.controllers import scored
 from fliqs_jax.space import allocation
 from fliqs_jax.tasks import classification
 

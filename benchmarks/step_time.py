@@ -58,9 +58,9 @@ from fliqs_jax.numerics import formats
 from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
-from fliqs_jax.search import scored
 from fliqs_jax.search import train_state
 from fliqs_jax.search import train_step
+from fliqs_jax.search.controllers import scored
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec

@@ -16,10 +16,10 @@ from fliqs_jax.program.coverage import coverage
 from fliqs_jax.program.guard import check as check_model
 from fliqs_jax.program.products import as_weights
 from fliqs_jax.program.searchable import searchable
+from fliqs_jax.search.controllers.scored import score_and_solve
 from fliqs_jax.search.policy import argmax
 from fliqs_jax.search.presets import make as make_controller
 from fliqs_jax.search.schedules import phases
-from fliqs_jax.search.scored import score_and_solve
 from fliqs_jax.search.sensitivity import fisher
 from fliqs_jax.search.sensitivity import scorer as make_scorer
 from fliqs_jax.search.train_state import create as create_state

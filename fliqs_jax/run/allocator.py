@@ -19,9 +19,9 @@ from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.search import policy as policy_lib
-from fliqs_jax.search import scored
 from fliqs_jax.search import sensitivity
 from fliqs_jax.search import train_state
+from fliqs_jax.search.controllers import scored
 
 _LOG = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from fliqs_jax.runtime import replicas as replicas_lib
 from fliqs_jax.search import controller as controller_lib
-from fliqs_jax.search import reinforce
-from fliqs_jax.search import relaxed
 from fliqs_jax.search import schedules
-from fliqs_jax.search import scored
+from fliqs_jax.search.controllers import reinforce
+from fliqs_jax.search.controllers import relaxed
+from fliqs_jax.search.controllers import scored
 
 # The start of the search, a fraction of training (A.4).
 _START = 0.25

@@ -8,8 +8,8 @@ import pytest
 from fliqs_jax.numerics import formats
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import schedules
-from fliqs_jax.search import scored
 from fliqs_jax.search import sensitivity
+from fliqs_jax.search.controllers import scored
 from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes as sizes_lib
 

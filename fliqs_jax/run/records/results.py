@@ -12,7 +12,7 @@ import numpy as np
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.runtime import versions
 from fliqs_jax.search import policy as policy_lib
-from fliqs_jax.search import relaxed as relaxed_lib
+from fliqs_jax.search.controllers import relaxed as relaxed_lib
 from fliqs_jax.space import allocation
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import ops as ops_lib

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fliqs_jax.search import policy as policy_lib
-from fliqs_jax.search import relaxed
 from fliqs_jax.search import schedules
+from fliqs_jax.search.controllers import relaxed
 
 PHASES = schedules.Phases(steps=10, act_start=0, search_start=2, freeze=8)
 KEY = jax.random.key(0)

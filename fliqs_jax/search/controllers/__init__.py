@@ -1,0 +1,1 @@
+"""Controllers: how each preset proposes architectures, and learns."""
