@@ -8,7 +8,7 @@ one value at a time comes below it. The table of frequencies is not counted.
 import functools
 
 import numpy as np
-import scipy.special
+import scipy
 
 from fliqs_jax.numerics import formats
 from fliqs_jax.numerics import packing

@@ -12,9 +12,7 @@ import math
 from typing import Any
 
 import numpy as np
-import scipy.optimize
-import scipy.sparse
-import scipy.special
+import scipy
 
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import integer_program

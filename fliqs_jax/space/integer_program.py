@@ -10,8 +10,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.optimize
-import scipy.sparse
+import scipy  # Its modules are imported when they are first used.
 
 Scores = Mapping[str, Any]  # {decision: [K]}
 
@@ -172,7 +171,7 @@ class Program:
     allowed = np.ones(self._count, bool)
     return self._minimum(objective, allowed, self._constraints(0.0))
 
-  def _constraints(self, slack: float) -> scipy.optimize.LinearConstraint:
+  def _constraints(self, slack: float) -> 'scipy.optimize.LinearConstraint':
     rows = list(self._rows)
     for limit, costs in zip(self._limits, self._costs):
       unit, constant = abs(limit.target) or 1.0, limit.terms.constant
@@ -202,7 +201,7 @@ class Program:
     self,
     objective: np.ndarray,
     allowed: np.ndarray,
-    constraints: scipy.optimize.LinearConstraint,
+    constraints: 'scipy.optimize.LinearConstraint',
   ) -> dict[str, int] | None:
     """Returns {decision: index of its option} of the best choice.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
+import scipy
 
 Batch = Mapping[str, jax.Array]
 
@@ -85,7 +85,7 @@ def _quantiles(a: float) -> np.ndarray:
   `jax.random.beta` would take two seconds to compile.
   """
   middles = (np.arange(_LEVELS) + 0.5) / _LEVELS
-  return special.betaincinv(a, a, middles).astype(np.float32)
+  return scipy.special.betaincinv(a, a, middles).astype(np.float32)
 
 
 def _outside(
