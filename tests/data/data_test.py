@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from fliqs_jax import data
 from fliqs_jax.data import digits
+from fliqs_jax.data import images
 from fliqs_jax.data import pipeline
 from fliqs_jax.data import splits
 from fliqs_jax.data import synthetic
@@ -155,6 +156,35 @@ def test_a_damaged_file_is_noticed(digits_dir, tmp_path, name, words):
     ValueError, match=f'1.0.0 cannot be read, .*{words}.*; delete it and prep'
   ):
     _columns(digits.dataset(str(tmp_path)), 'train')
+
+
+def test_the_runs_of_a_process_decode_the_digits_once(
+  digits_dir, tmp_path, monkeypatch
+):
+  shutil.copytree(digits_dir, tmp_path, dirs_exist_ok=True)
+  directory = tmp_path / 'digits' / '1.0.0'
+  decode_all = images.decode_all
+  decoded = []
+
+  def noted(encoded, shape, source):
+    decoded.append(source.partition(' ')[0])
+    return decode_all(encoded, shape, source)
+
+  monkeypatch.setattr(images, 'decode_all', noted)
+  dataset = digits.dataset(str(tmp_path))
+  first = _columns(dataset, 'train')
+  for split in ('test', 'train', 'test'):
+    _columns(dataset, split)
+  assert decoded == ['train', 'test']
+  # Unless a file changes, if only its time, or the directory vanishes.
+  os.utime(next(directory.glob('*-train.array_record-*')))
+  _columns(dataset, 'train')
+  assert decoded == ['train', 'test', 'train']
+  shutil.rmtree(directory)
+  again = _columns(dataset, 'train')
+  assert decoded == ['train', 'test', 'train', 'train']
+  for name, column in first.items():
+    np.testing.assert_array_equal(again[name], column)
 
 
 @pytest.mark.parametrize('data_dir', ['', '~/digits'])
@@ -584,6 +614,7 @@ from fliqs_jax import data
 for module in 'grain', 'sklearn', 'tensorflow_datasets', 'PIL':
   assert module not in sys.modules, module
 from fliqs_jax.data import digits
+from fliqs_jax.data import images
 if {kill}:
   os.rename = lambda *paths: os._exit(9)  # As a kill half-way through.
 assert len(digits.dataset({data_dir!r}).open('test')) == 360
