@@ -104,11 +104,16 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
-  """Sorts tests by file; xdist hands files out in this order."""
+  """Sorts tests by file; xdist hands files out in this order.
+
+  In a file, those that are `optimized` come first: so a fixture that they share
+  with others is compiled as they are, and the caches are cleared once.
+  """
 
   def place(item):
     name = item.path.stem
-    return _LONG.index(name) if name in _LONG else len(_LONG)
+    rank = _LONG.index(name) if name in _LONG else len(_LONG)
+    return rank, item.path, item.get_closest_marker('optimized') is None
 
   items.sort(key=place)
 

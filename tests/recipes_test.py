@@ -154,6 +154,7 @@ def _run(name, arg, workdir):
   return json.loads((workdir / 'result.json').read_text())
 
 
+@pytest.mark.usefixtures('empty_pictures')
 @pytest.mark.parametrize('name', RECIPES)
 def test_every_recipe_runs_through_search_evaluation_and_report(name, tmp_path):
   result = _run(name, _ARGS.get(name, 'smoke'), tmp_path)

@@ -126,6 +126,17 @@ CASES = {
 # Written as other sums than linen's on a CPU (fliqs_jax/linear.py).
 REORDERED = ('conv_depthwise', 'conv_1x1_unbatched', 'conv_small_map')
 CASE = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
+# For comparisons of bits: one layer of each kind is compiled as users do.
+_FIRST = {case.kind: name for name, case in reversed(CASES.items())}.values()
+CASE_OF_BITS = pytest.mark.parametrize(
+  'case',
+  [
+    pytest.param(
+      case, id=name, marks=[pytest.mark.optimized] if name in _FIRST else []
+    )
+    for name, case in CASES.items()
+  ],
+)
 
 
 def one_hot(name):

@@ -89,8 +89,7 @@ def test_the_default_initializers_are_linens():
   jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-@pytest.mark.optimized
-@cases.CASE
+@cases.CASE_OF_BITS
 def test_an_excluded_layer_is_the_linen_layer(case):
   x = helpers.random(case.input_shape)
   params = cases.random_params(case, seed=1)
@@ -106,8 +105,7 @@ def test_an_excluded_layer_is_the_linen_layer(case):
     np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.optimized
-@cases.CASE
+@cases.CASE_OF_BITS
 def test_integer_formats_are_integer_arithmetic_bit_for_bit(case):
   x = helpers.random(case.input_shape, seed=2)
   params = cases.random_params(case, seed=2)
@@ -448,7 +446,6 @@ def test_activations_ignore_the_clip_of_weights(weight_clip):
   )
 
 
-@pytest.mark.optimized
 def test_statistics_stand_still_unless_they_are_mutable():
   layer = cases.CASES['dense'].quantized()
   x = helpers.random((2, 3, 8))
@@ -511,7 +508,6 @@ def test_the_switch_reaches_every_layer_and_may_be_traced():
     assert sum(jax.tree.leaves(unchanged)) == 10 + 2 * active
 
 
-@pytest.mark.optimized
 def test_constant_activations_give_no_nan():
   # Their variance is 0, and BF16 has an infinite multiple of it.
   layer = cases.CASES['dense'].quantized()
@@ -695,7 +691,6 @@ def test_a_layer_records_its_macs_its_weights_and_its_channels(case):
     assert op.inputs == np.prod(case.input_shape)
 
 
-@pytest.mark.optimized
 def test_inputs_are_there_to_profile_on_request():
   case = cases.CASES['dense']
   x = helpers.random(case.input_shape)

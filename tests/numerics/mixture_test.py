@@ -11,8 +11,6 @@ from fliqs_jax.numerics import formats
 from fliqs_jax.numerics import mixture
 from fliqs_jax.numerics import quantize
 
-pytestmark = pytest.mark.optimized
-
 
 def _on_grid(x, menu, thresholds):
   """Returns x on the grid of one of the formats, each with its threshold."""
@@ -33,6 +31,7 @@ def _product(menu, thresholds, x, p):
   return q.values * q.scale
 
 
+@pytest.mark.optimized
 def test_a_one_hot_gives_the_format_itself_bit_for_bit():
   menu = formats.menu(('INT2', 'INT5', 'E4M3', 'BF16'))
   rng = np.random.default_rng(0)
@@ -73,6 +72,7 @@ def test_probabilities_that_are_no_numbers_show():
   assert np.isnan(q.values).all()
 
 
+@pytest.mark.optimized
 def test_memory_does_not_grow_with_the_menu():
   x = jax.ShapeDtypeStruct((1 << 18,), jnp.float32)
 

@@ -11,6 +11,9 @@ from fliqs_jax.numerics import formats
 from fliqs_jax.numerics import quantize
 from fliqs_jax.numerics import strategies
 
+_kl = jax.jit(strategies.kl, static_argnums=1)
+_admm = jax.jit(strategies.admm, static_argnums=(1, 2, 3))
+
 
 def _activations(seed=0):
   """Activations [256, 64] behind a ReLU, with outliers."""
@@ -114,25 +117,23 @@ def _plain_eq(x, w, most, x_start, w_start):
 @pytest.mark.parametrize('bits', [4, 8])
 def test_kl_is_the_calibration_of_the_tools_that_it_comes_from(bits):
   x = _activations()
-  ratio = jax.jit(strategies.kl, static_argnums=1)(
-    x, formats.parse(f'INT{bits}')
-  )
+  ratio = _kl(x, formats.parse(f'INT{bits}'))
   assert float(ratio) * x.max() == pytest.approx(_plain_kl(x, bits), rel=1e-3)
   assert 0.02 < float(ratio) < 0.9  # It clips, or the comparison says nothing.
 
 
 def test_kl_of_few_or_equal_values_is_the_largest_magnitude():
   int8 = formats.parse('INT8')
-  assert strategies.kl(jnp.linspace(-1, 3, 99), int8) == 1
-  assert strategies.kl(jnp.zeros(500), int8) == 1
-  assert strategies.kl(jnp.full(500, -2.0), int8) == 1
+  assert _kl(jnp.linspace(-1, 3, 99), int8) == 1
+  assert _kl(jnp.zeros(500), int8) == 1
+  assert _kl(jnp.full(500, -2.0), int8) == 1
 
 
 def test_kl_does_not_clip_few_different_numbers_at_the_first_of_them():
   # 100 magnitudes, which fill 100 of 2,048 bins. If only one of them is kept,
   # the histogram is merged without loss: the divergence is zero.
   x = jnp.round(100 * jnp.sin(jnp.arange(5000.0)))
-  assert strategies.kl(x, formats.parse('INT4')) > 0.5
+  assert _kl(x, formats.parse('INT4')) > 0.5
 
 
 def test_kl_does_not_keep_the_background_of_images_alone():
@@ -140,7 +141,7 @@ def test_kl_does_not_keep_the_background_of_images_alone():
   rng = np.random.default_rng(0)
   x = np.float32(rng.uniform(0, 4, 20_000))
   x[:10_000] = 0.02
-  assert strategies.kl(jnp.asarray(x), formats.parse('INT4')) > 0.4
+  assert _kl(jnp.asarray(x), formats.parse('INT4')) > 0.4
 
 
 @pytest.mark.parametrize('bits', [4, 8])
@@ -149,21 +150,19 @@ def test_admm_converges_to_the_scale_of_the_plain_iteration(bits):
   fmt = formats.parse(f'INT{bits}')
   x = _activations().astype(np.float64)
   w = np.random.default_rng(1).normal(size=(64, 16))
-  ratio = strategies.admm(
-    jnp.float32(x), fmt, (0, 1), strategies.ACTIVATIONS_START
-  )
+  ratio = _admm(jnp.float32(x), fmt, (0, 1), strategies.ACTIVATIONS_START)
   assert ratio.shape == (1, 1)
   assert float(ratio[0, 0]) * x.max() == pytest.approx(
     _plain_admm(x, most, 2.5), rel=1e-3
   )
-  ratios = strategies.admm(jnp.float32(w), fmt, (0,), strategies.WEIGHTS_START)
+  ratios = _admm(jnp.float32(w), fmt, (0,), strategies.WEIGHTS_START)
   expected = [_plain_admm(column, most, 1.25) for column in w.T]
   np.testing.assert_allclose(ratios[0] * np.abs(w).max(0), expected, rtol=1e-3)
 
 
 def test_admm_of_a_channel_of_zeros_is_the_largest_magnitude():
   x = jnp.stack([jnp.zeros(9), jnp.linspace(-1, 1, 9)], axis=1)
-  ratios = strategies.admm(x, formats.parse('INT4'), (0,), 1.25)
+  ratios = _admm(x, formats.parse('INT4'), (0,), 1.25)
   assert ratios[0, 0] == 1
   assert jnp.isfinite(ratios).all()
 
@@ -213,8 +212,8 @@ def test_no_strategy_is_always_the_best():
     fmt = formats.parse(f'INT{bits}')
     ratios = dict(
       max_abs=1.0,
-      kl=strategies.kl(x, fmt),
-      admm=strategies.admm(x, fmt, (0, 1), strategies.ACTIVATIONS_START)[0, 0],
+      kl=_kl(x, fmt),
+      admm=_admm(x, fmt, (0, 1), strategies.ACTIVATIONS_START)[0, 0],
     )
     for name, ratio in ratios.items():
       q = quantize.fake_quant(x, fmt.name, ratio * x.max())

@@ -21,8 +21,6 @@ from fliqs_jax.program import coverage
 from fliqs_jax.program import searchable as searchable_lib
 from tests import helpers
 
-pytestmark = pytest.mark.optimized
-
 BATCH, TIME, WIDTH = 2, 4, 8
 IMAGES = helpers.random((BATCH, 8, 8, 3))
 SEQUENCE = helpers.random((BATCH, TIME, WIDTH))
@@ -415,22 +413,24 @@ def low_rank_update():
   return function(f, params, (SEQUENCE[0],), macs)
 
 
-SLOW = pytest.mark.slow
+SLOW, OPTIMIZED = pytest.mark.slow, pytest.mark.optimized
+# Compiled as users do: a scanned stack in bfloat16, a convolution with batch
+# norm, sums over segments, and a ragged product.
 MODELS = [
   pytest.param(standardised_resnet, marks=SLOW),
-  pytest.param(language_model, marks=SLOW),
+  pytest.param(language_model, marks=[SLOW, OPTIMIZED]),
   pytest.param(encoder_decoder, marks=SLOW),
   gated_decoder,
   nnx_cnn,
   pytest.param(nnx_transformer, marks=SLOW),
   equinox_mlp,
   pytest.param(equinox_attention, marks=SLOW),
-  pytest.param(haiku_cnn, marks=SLOW),
+  pytest.param(haiku_cnn, marks=[SLOW, OPTIMIZED]),
   pytest.param(lstm, marks=SLOW),
-  graph_network,
+  pytest.param(graph_network, marks=OPTIMIZED),
   pytest.param(unet, marks=SLOW),
   experts_by_einsum,
-  experts_by_ragged_dot,
+  pytest.param(experts_by_ragged_dot, marks=OPTIMIZED),
   low_rank_update,
 ]
 

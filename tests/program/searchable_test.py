@@ -72,8 +72,7 @@ def test_an_einsum_is_the_quantized_einsum():
   )
 
 
-@pytest.mark.optimized
-@cases.CASE
+@cases.CASE_OF_BITS
 def test_an_excluded_layer_is_the_plain_layer_bit_for_bit(case):
   x = helpers.random(case.input_shape)
   params = cases.random_params(case, seed=1)
@@ -124,9 +123,11 @@ def in_bfloat16(x):
   return x.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-@pytest.mark.optimized
 @pytest.mark.slow
-@pytest.mark.parametrize('case_id', ['dense', 'conv', 'einsum_heads'])
+@pytest.mark.parametrize(
+  'case_id',
+  ['dense', pytest.param('conv', marks=pytest.mark.optimized), 'einsum_heads'],
+)
 def test_a_bfloat16_layer_is_the_quantized_layer_bit_for_bit(case_id):
   case = cases.CASES[case_id]
   x = in_bfloat16(helpers.random(case.input_shape))
@@ -227,7 +228,6 @@ def test_an_embedding_is_looked_up_in_its_grid():
   )
 
 
-@pytest.mark.optimized
 def test_an_embedding_is_quantized_by_choice():
   tokens = jnp.zeros((1, 5), jnp.int32)
   for embed in (False, True):
@@ -436,7 +436,6 @@ class QuantLoud(quant_layers.QuantDense):
     return self.gain * super().__call__(inputs) + 1.0
 
 
-@pytest.mark.optimized
 def test_a_subclass_keeps_what_it_adds():
   x = helpers.random((2, 8))
   params = dict(kernel=helpers.random((8, 5)), bias=helpers.random((5,)))
@@ -501,7 +500,6 @@ def test_transforms_and_shared_layers_are_those_of_quantized_layers(transform):
   assert len(set(outputs)) == 2
 
 
-@pytest.mark.optimized
 def test_a_program_that_jit_keeps_is_not_used_under_other_rules():
   x = helpers.random((4, 8))
   plain = foreign_models.Early().init(jax.random.key(0), x)
@@ -569,10 +567,12 @@ def test_formats_change_nothing_in_the_program():
   assert len(traces) == 1
 
 
-@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize('mix', ['composite', 'branched'])
-@pytest.mark.parametrize('case_id', ['dense', 'conv_depthwise'])
+@pytest.mark.parametrize(
+  'case_id',
+  [pytest.param('dense', marks=pytest.mark.optimized), 'conv_depthwise'],
+)
 def test_a_relaxed_layer_is_the_relaxed_quantized_layer(mix, case_id):
   case = cases.CASES[case_id]
   spec = quant_spec.QuantSpec(('int4', 'e4m3', 'bf16'), mix=mix)

@@ -121,16 +121,13 @@ def test_values_are_those_of_own_layers_bit_for_bit(searched):
   own = OwnNet(model.spec)
   names = dict(Dense_0='INT4', mixed='INT8', head='INT4')
   choices = {d.name: d.one_hot(names[d.name]) for d in space.decisions}
-  variables = {
-    **model.init(jax.random.key(0), X),
-    'arch': space.expand(choices),
-  }
+  variables = {**helpers.init(model, X), 'arch': space.expand(choices)}
   learn = functools.partial(model.apply, mutable=['quant_stats'])
   y, stats = jax.jit(learn)(variables, X)
   params = dict(variables['params'])
   params['mixed'] = dict(kernel=params['mixed'])
   given = {
-    **own.init(jax.random.key(0), X),
+    **helpers.init(own, X),
     'params': params,
     'arch': variables['arch'],
   }
@@ -272,9 +269,12 @@ def found(tmp_path_factory):
       Dense_0=('INT4', 'INT8'), mixed=('INT8', 'INT3'), head=('E2M1', 'INT8')
     )
   )
-  variables = model.init(jax.random.key(0), X)
+  variables = helpers.init(model, X)
   variables |= dict(arch=space.expand(choices))
-  learn = jax.jit(functools.partial(model.apply, mutable=['quant_stats']))
+  learn = jax.jit(
+    functools.partial(model.apply, mutable=['quant_stats']),
+    compiler_options=helpers.FAST,
+  )
   variables |= learn(variables, 0.7 * X)[1]
   out = tmp_path_factory.mktemp('exports') / 'out'
   export.export_model(model, variables, choices, X, out=out)
@@ -299,7 +299,6 @@ def converted(found):
   return aqt_configs.converted(served(configs, 'convert'), by_path, params, X)
 
 
-@pytest.mark.optimized
 def test_convert_stores_weights_in_types_of_few_bits(found):
   leaves = jax.tree_util.tree_leaves_with_path(converted(found)['aqt'])
   types = {

@@ -1,4 +1,8 @@
-"""Exports of any model: small files, served without it, bit for bit."""
+"""Exports of any model: small files, served without it, bit for bit.
+
+All tests compare bits; layers of every kind, scans and what another process
+runs are compiled as users do.
+"""
 
 import functools
 import json
@@ -25,7 +29,7 @@ from fliqs_jax.serving import export_files
 from tests import helpers
 from tests.serving import cases
 
-pytestmark = [pytest.mark.slow, pytest.mark.optimized]
+pytestmark = pytest.mark.slow
 
 
 def tensors_of(out):
@@ -51,6 +55,7 @@ class Kinds(nn.Module):
     return embed.attend(x)
 
 
+@pytest.mark.optimized
 def test_every_kind_of_layer_is_served(tmp_path):
   run = cases.Run(
     Kinds(),
@@ -185,6 +190,7 @@ class Recurrent(nn.Module):
     return y[:, -1] + cases.stack(cases.Body, 3)(x, None)[0]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
   ('mode', 'stacks'), [('activations', 'separate'), ('weights', 'shared')]
 )
@@ -380,11 +386,13 @@ def _exported(network, tmp_path_factory):
   return out
 
 
+@pytest.mark.optimized
 def test_the_command_line_verifies_an_export_of_any_model(exported, capsys):
   assert export.main(['--verify', str(exported)]) == 0
   assert json.loads(capsys.readouterr().out)['bit_equal']
 
 
+@pytest.mark.optimized
 def test_a_process_with_jax_and_numpy_alone_runs_the_programs(
   exported, network, tmp_path
 ):
@@ -411,6 +419,7 @@ def test_a_process_with_jax_and_numpy_alone_runs_the_programs(
   np.testing.assert_array_equal(y, network.evaluate(x))
 
 
+@pytest.mark.optimized
 def test_a_batch_may_run_in_slices_and_under_jit(exported, network):
   x = helpers.random((5, 8), seed=2)
   expected = network.evaluate(x)

@@ -21,7 +21,7 @@ from fliqs_jax.serving import export_files
 from fliqs_jax.serving import loader
 from tests import tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.optimized]
+pytestmark = pytest.mark.slow
 
 _FILES = (
   'manifest.json',

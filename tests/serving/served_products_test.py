@@ -1,4 +1,9 @@
-"""Served products and networks: the search's outputs, bit for bit."""
+"""Served products and networks: the search's outputs, bit for bit.
+
+All tests compare bits; one layer in every format, every kind of layer in INT8,
+the largest sums, a network of convolutions and one in bfloat16 are compiled as
+users do.
+"""
 
 from collections.abc import Mapping
 import dataclasses
@@ -24,8 +29,6 @@ from fliqs_jax.serving import stored_layers
 from fliqs_jax.serving import stored_products
 from tests import helpers
 from tests.layers import cases
-
-pytestmark = pytest.mark.optimized
 
 # Every format of every named space, and the rest of the integers.
 FORMATS = tuple(
@@ -152,7 +155,13 @@ def searched(named: Mapping[str, cases.Case], pairs, menu) -> Searched:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'case_id', ['conv', 'conv_depthwise', 'dense', 'einsum_heads']
+  'case_id',
+  [
+    pytest.param('conv', marks=pytest.mark.optimized),
+    'conv_depthwise',
+    'dense',
+    'einsum_heads',
+  ],
 )
 def test_every_format_is_stored_in_its_bits_and_served(case_id):
   pairs = {'_'.join(pair): pair for pair in PAIRS}
@@ -167,6 +176,7 @@ def test_every_format_is_stored_in_its_bits_and_served(case_id):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_every_shape_of_op_is_served_in_integers():
   named = cases.CASES | STRIDES
   menu = formats.menu(('INT4', 'INT8'))
@@ -210,6 +220,7 @@ def extreme(model, params, x):
   return Searched(model, variables, {'': ('INT8', 'INT8')}, x)
 
 
+@pytest.mark.optimized
 def test_integers_sum_exactly_where_float32_does_not():
   # Sums of 8192 products of 127 * 127 = 16129 end at 1.3e8; the last odd
   # product makes them odd, and float32 has no odd numbers above 2**24.
@@ -231,6 +242,7 @@ def test_integers_sum_exactly_where_float32_does_not():
   np.testing.assert_allclose(run.expected, y, rtol=1e-5)
 
 
+@pytest.mark.optimized
 def test_the_largest_possible_sum_of_a_convolution_is_known_and_exact():
   # 3 x 3 x 512 = 4608 products of at most 127 x 127: 74 322 432. The weights of
   # one feature are -127, those of the other in turn 127 and -127: its sum is
@@ -299,7 +311,11 @@ NETWORKS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'dtype'),
-  [('resnet_cifar', None), ('deit', None), ('deit', 'bfloat16')],
+  [
+    pytest.param('resnet_cifar', None, marks=pytest.mark.optimized),
+    ('deit', None),
+    pytest.param('deit', 'bfloat16', marks=pytest.mark.optimized),
+  ],
 )
 def test_a_network_of_mixed_formats_is_served_bit_for_bit(name, dtype):
   # The search's network has layers of `quant_layers`; the program has stock
