@@ -152,9 +152,9 @@ class Compiled:
   peak_mb: float | None = None
 
 
-def _stock(problem: Problem, image) -> tuple[Callable, Any]:
+def _stock(problem: Problem, image, convert) -> tuple[Callable, Any]:
   """Returns a plain training step and its state."""
-  model = problem.network(nn.Conv, nn.Dense)
+  model = convert(problem.network(nn.Conv, nn.Dense))
   init = jax.jit(functools.partial(model.init, train=False))
   variables = dict(init(jax.random.key(0), image))
   params = variables.pop('params')
@@ -245,18 +245,34 @@ def _apply_idle(model, variables, x, **kwargs):
   )
 
 
-def _compile(problem: Problem, variant) -> Compiled:
-  shape = (problem.pixels, problem.pixels, 3)
-  make = functools.partial(_ours, **variant) if variant else _stock
-  step, state = make(problem, jnp.zeros((1, *shape)))
+def batch_of(problem: Problem) -> dict[str, np.ndarray]:
+  """Returns a random batch: `image` [N, H, W, 3] float32, `label` [N] int32."""
   rng = np.random.default_rng(0)
-  # The batch is on the device: its transfer is not measured.
-  batch = jax.device_put(
-    dict(
-      image=rng.standard_normal((problem.batch, *shape), np.float32),
-      label=rng.integers(0, problem.classes, problem.batch).astype(np.int32),
-    )
+  shape = (problem.batch, problem.pixels, problem.pixels, 3)
+  return dict(
+    image=rng.standard_normal(shape, np.float32),
+    label=rng.integers(0, problem.classes, problem.batch).astype(np.int32),
   )
+
+
+def compiled_step(
+  problem: Problem,
+  variant: Mapping[str, Any] | None,
+  convert: Callable[[nn.Module], nn.Module] = lambda network: network,
+) -> Compiled:
+  """Compiles a step.
+
+  Args:
+    problem: the training problem.
+    variant: a value of `STEPS`; None is plain training.
+    convert: changes the network of plain training.
+  """
+  make = functools.partial(_stock, convert=convert)
+  if variant is not None:
+    make = functools.partial(_ours, **variant)
+  step, state = make(problem, jnp.zeros((1, problem.pixels, problem.pixels, 3)))
+  # The batch is on the device: its transfer is not measured.
+  batch = jax.device_put(batch_of(problem))
   seconds = []
   for _ in range(2):
     jax.clear_caches()
@@ -292,7 +308,7 @@ def measure(
     rounds: number of interleaved samples of each step, at least 2.
     steps: number of steps in a sample.
   """
-  variants = {name: _compile(problem, STEPS[name]) for name in names}
+  variants = {name: compiled_step(problem, STEPS[name]) for name in names}
   seconds = {name: [] for name in names}
   for round_ in range(rounds + 1):
     for name, variant in variants.items():
