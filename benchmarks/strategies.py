@@ -1,7 +1,7 @@
 """Rules for thresholds in trained networks: each one, random, chosen, searched.
 
 python -m benchmarks.strategies WORKDIR ... [--format=INT4] [--steps=300] \
-    [--random=8] [--batches=3]
+    [--strategies=max_abs,kl,eq,admm] [--random=8] [--batches=3]
 
 Each workdir is a finished run whose formats are BF16. Its network is quantized
 to one format without training; weights and activations of each layer have a
@@ -20,6 +20,7 @@ the mean over --batches such batches, each apart; a random network has one.
 """
 
 import argparse
+from collections.abc import Sequence
 import itertools
 import pathlib
 import tempfile
@@ -48,17 +49,20 @@ from fliqs_jax.search import train_step
 _SCORES = ('fisher', 'loss')
 
 
-def config_of(workdir: str, name: str, steps: int) -> ml_collections.ConfigDict:
+def config_of(
+  workdir: str, name: str, strategies: Sequence[str], steps: int
+) -> ml_collections.ConfigDict:
   """Returns the config that searches the strategies of a trained network.
 
   Args:
     workdir: path of the run that trained it.
     name: name of the format.
+    strategies: names of the strategies.
     steps: number of steps in which the importances learn.
   """
   content = config_lib.read(pathlib.Path(workdir) / workdir_lib.CONFIG)
   config = ml_collections.ConfigDict(content)
-  config.quant.update(formats=name, strategies=formats.STRATEGIES)
+  config.quant.update(formats=name, strategies=tuple(strategies))
   config.quant.update(mode='separate')
   config.cost.update(target=1.0, relative_to=name)
   config.search.update(presets.search_keys('dqss', steps))
@@ -144,8 +148,11 @@ class Network:
 
   def rows(self, draws: int, batches: int) -> dict[str, list[float]]:
     """Returns {row: metrics}, one for each batch, or for each draw."""
-    space, name = self.experiment.space, self.experiment.config.quant.formats
-    found = {x: space.uniform(f'{name}:{x}') for x in formats.STRATEGIES}
+    space, quant = self.experiment.space, self.experiment.config.quant
+    found = {
+      strategy: space.uniform(f'{quant.formats}:{strategy}')
+      for strategy in quant.strategies
+    }
     found |= {kind: self.allocated(kind) for kind in ('error', *_SCORES)}
     found['dqss'] = self.searched()
     rng = np.random.default_rng(0)
@@ -170,13 +177,16 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('workdirs', nargs='+')
   parser.add_argument('--format', default='INT4')
+  parser.add_argument('--strategies', default=','.join(formats.STRATEGIES))
   parser.add_argument('--steps', type=int, default=300)
   parser.add_argument('--random', type=int, default=8)
   parser.add_argument('--batches', type=int, default=3)
   args = parser.parse_args()
   columns = []
   for workdir in args.workdirs:
-    network = Network(config_of(workdir, args.format, args.steps))
+    strategies = args.strategies.split(',')
+    config = config_of(workdir, args.format, strategies, args.steps)
+    network = Network(config)
     columns.append(network.rows(args.random, args.batches))
     for row, metrics in columns[-1].items():
       print(workdir, row, ' '.join(f'{m:.4f}' for m in metrics), flush=True)

@@ -47,13 +47,10 @@ def written(run, out):
 
 def in_onnx_runtime(out, *inputs):
   """Returns the outputs for other inputs than the examples."""
-  import onnxruntime
+  from fliqs_jax.serving.portable import onnx_runtime
 
-  session = onnxruntime.InferenceSession(
-    out / 'model.onnx', providers=['CPUExecutionProvider']
-  )
   given = {f'inputs/{i}': np.asarray(x) for i, x in enumerate(inputs)}
-  return session.run(None, given)
+  return onnx_runtime.session(str(out / 'model.onnx')).run(None, given)
 
 
 def integers_of(onnx, out):
