@@ -104,12 +104,18 @@ def measure(
       d.name: dict(
         kind=d.kind,
         options=list(d.labels),
-        anchor=d.labels[d.dearest],
+        anchor=d.labels[_anchor(d, scores[d.name])],
         scores=scores[d.name].tolist(),
       )
       for d in space.decisions
     },
   )
+
+
+def _anchor(decision: search_space.Decision, scores: np.ndarray) -> int:
+  """Returns the option that others are scored against; its score is zero."""
+  zeros = np.flatnonzero(scores == 0).tolist()
+  return decision.dearest if decision.dearest in zeros else zeros[0]
 
 
 def hashes(run: evaluation.RestoredRun) -> dict[str, str]:

@@ -4,10 +4,10 @@ One decision at a time leaves the dearest architecture; a batch judges both
 networks with the same weights and statistics. The scores of different decisions
 are taken to add up, which `space.allocation` relies on.
 
-Options of one format that differ in their strategy cost the same, so the
-dearest architecture is an arbitrary one of many and may be a bad one. There
-both networks are compared with the one without formats, and a score may be
-below zero: that option is better.
+Options of one format that differ in their strategy cost the same, so there are
+several dearest architectures, and most may be bad ones. There all networks are
+compared with the one without formats; decisions leave the best one of a single
+strategy, and a score may be below zero: that option is better.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -96,7 +96,8 @@ def scorer(
   at its first call, and the reference if there is one. Its arguments are
   `params` and the model's other collections but `arch`, and batches with
   labels. It returns {decision: [K] float64}, means over the batches, zero at
-  the dearest option; it raises ValueError if there is no batch.
+  the dearest option, with strategies at that of the best one; it raises
+  ValueError if there is no batch.
 
   Where sizes are open, running statistics are means over networks of all sizes
   and fit none of them, so each network is judged in training mode, with the
@@ -148,37 +149,62 @@ def scorer(
     return jax.tree.map(jnp.zeros_like, outputs)
 
   judge, compute_first = jit(judged), jit(first)
-  dearest = space.dearest()
-  others = {
-    (d.name, k): {**dearest, d.name: d.one_hot(label)}
-    for d in space.decisions
-    for k, label in enumerate(d.labels)
-    if k != d.dearest
-  }
+  anchors = _anchors(space) if reference is not None else [space.dearest()]
 
   def scores(variables: Mapping[str, Any], batches: Iterable[Any]) -> Scores:
-    seen: list[tuple[Any, dict[tuple[str, int], Any]]] = []
+    seen = []
     for batch in batches:
-      compared = compute_first(variables, dearest, batch)
+      compared = compute_first(variables, anchors[0], batch)
       if reference is None:
         # Judged for its outputs: one program is compiled, not two, as long as
         # zeros are placed as outputs are.
-        _, compared = judge(variables, dearest, compared, batch)
-      own, *each = (
-        judge(variables, choices, compared, batch)[0]
-        for choices in (dearest, *others.values())
-      )
-      seen.append((own, dict(zip(others, each))))
+        _, compared = judge(variables, anchors[0], compared, batch)
+      seen.append((compared, batch))
     if not seen:
       raise ValueError('sensitivities need at least one batch')
-    fetched = jax.device_get(seen)
+
+    def means(networks: Mapping[Any, Any]) -> dict[Any, float]:
+      found = {
+        key: [judge(variables, choices, *one)[0] for one in seen]
+        for key, choices in networks.items()
+      }
+      return {
+        key: float(np.mean(np.asarray(values, np.float64)))
+        for key, values in jax.device_get(found).items()
+      }
+
+    of_anchors = means(dict(enumerate(anchors)))
+    best = min(of_anchors, key=of_anchors.__getitem__)
     result = {d.name: np.zeros(len(d.labels)) for d in space.decisions}
-    for name, k in others:
-      rises = [np.float64(each[name, k]) - own for own, each in fetched]
-      result[name][k] = np.mean(rises)
+    others = {
+      (d.name, k): {**anchors[best], d.name: d.one_hot(label)}
+      for d in space.decisions
+      for k, label in enumerate(d.labels)
+      if not anchors[best][d.name][k]
+    }
+    for (name, k), value in means(others).items():
+      result[name][k] = value - of_anchors[best]
     return result
 
   return scores
+
+
+def _anchors(space: search_space.SearchSpace) -> list[dict[str, np.ndarray]]:
+  """Returns the dearest architectures that have one strategy wherever it is."""
+  names = dict.fromkeys(
+    fmt.strategy for d in space.formats for fmt in d.menu if fmt.strategy
+  )
+
+  def option(d: search_space.FormatDecision, name: str) -> int:
+    grid = d.menu[d.dearest].grid_format
+    equal = [k for k, fmt in enumerate(d.menu) if fmt.grid_format == grid]
+    return next((k for k in equal if d.menu[k].strategy == name), d.dearest)
+
+  dearest = {d.name: d.dearest for d in space.decisions}
+  return [
+    space.at(dearest | {d.name: option(d, name) for d in space.formats})
+    for name in names or ('',)
+  ]
 
 
 def regular(space: search_space.SearchSpace, raw: Scores) -> tuple[Scores, int]:

@@ -105,6 +105,38 @@ def test_networks_are_compared_with_a_reference():
   np.testing.assert_allclose(scores['second'], [72.0, 0.0, 0.0])
 
 
+def test_decisions_leave_the_best_single_strategy():
+  menu = tuple(map(formats.parse, ('INT4:kl', 'INT8:max_abs', 'INT8:kl')))
+  space = search_space.SearchSpace(
+    tuple(
+      search_space.FormatDecision(name, (f'{name}/format',), menu)
+      for name in ('first', 'second')
+    ),
+    (),
+    ops=(),
+    params=1,
+  )
+
+  def apply(variables, x, *, train):
+    assert not train
+    y = variables['params']['w'] * x
+    for layer in variables['arch'].values():
+      y = y * (layer['format'] @ jnp.asarray([3.0, 2.0, 1.0]))
+    return y
+
+  score = sensitivity.scorer(
+    apply,
+    sensitivity.fisher(_loss),
+    space,
+    reference=lambda variables, x, *, train: variables['params']['w'] * x,
+  )
+  scores = score({'params': {'w': jnp.asarray(2.0)}}, _BATCHES)
+  # With kl alone the network is the reference. Twice its outputs are 9 away,
+  # as above, thrice four times that; from max_abs they would be 81 away.
+  for name in ('first', 'second'):
+    np.testing.assert_allclose(scores[name], [36.0, 9.0, 0.0])
+
+
 def test_the_best_of_equally_precise_options_is_at_zero():
   names = ('INT4:max_abs', 'INT8:max_abs', 'INT8:kl', 'INT8:admm')
   menu = tuple(map(formats.parse, names))
