@@ -1,7 +1,8 @@
-"""Rules for thresholds in trained networks: each one, random, chosen, searched.
+r"""Rules for thresholds in trained networks: each one, random, chosen, searched.
 
 python -m benchmarks.strategies WORKDIR ... [--format=INT4] [--steps=300] \
-    [--strategies=max_abs,kl,eq,admm] [--random=8] [--batches=3]
+    [--strategies=max_abs,kl,eq,admm] [--scores=fisher,loss] [--random=8] \
+    [--batches=3]
 
 Each workdir is a finished run whose formats are BF16. Its network is quantized
 to one format without training; weights and activations of each layer have a
@@ -10,8 +11,9 @@ strategy of their own, so all networks cost the same. Rows:
   max_abs, kl, eq, admm   one strategy everywhere
   random                  a strategy for each operand, --random draws
   error                   the strategy of the least error of the operand itself
-  fisher, loss            the strategy that brings the network nearest to the
-                          one without formats, each scored alone
+  fisher, loss, ...       the strategy that brings the network nearest to the
+                          one without formats, each scored alone, by the scores
+                          --scores; kl needs softmax outputs
   dqss                    importances that learn for --steps steps
 
 Thresholds are found for each network anew, layer by layer, in a training batch
@@ -45,8 +47,6 @@ from fliqs_jax.search import local_scores
 from fliqs_jax.search import presets
 from fliqs_jax.search import sensitivity
 from fliqs_jax.search import train_step
-
-_SCORES = ('fisher', 'loss')
 
 
 def config_of(
@@ -146,14 +146,16 @@ class Network:
       train.train_and_evaluate(self.experiment.config, folder)
       return evaluation.restore(folder).choices
 
-  def rows(self, draws: int, batches: int) -> dict[str, list[float]]:
+  def rows(
+    self, scores: Sequence[str], draws: int, batches: int
+  ) -> dict[str, list[float]]:
     """Returns {row: metrics}, one for each batch, or for each draw."""
     space, quant = self.experiment.space, self.experiment.config.quant
     found = {
       strategy: space.uniform(f'{quant.formats}:{strategy}')
       for strategy in quant.strategies
     }
-    found |= {kind: self.allocated(kind) for kind in ('error', *_SCORES)}
+    found |= {kind: self.allocated(kind) for kind in ('error', *scores)}
     found['dqss'] = self.searched()
     rng = np.random.default_rng(0)
     rows = {
@@ -179,6 +181,7 @@ def main() -> None:
   parser.add_argument('--format', default='INT4')
   parser.add_argument('--strategies', default=','.join(formats.STRATEGIES))
   parser.add_argument('--steps', type=int, default=300)
+  parser.add_argument('--scores', default='fisher,loss')
   parser.add_argument('--random', type=int, default=8)
   parser.add_argument('--batches', type=int, default=3)
   args = parser.parse_args()
@@ -187,7 +190,8 @@ def main() -> None:
     strategies = args.strategies.split(',')
     config = config_of(workdir, args.format, strategies, args.steps)
     network = Network(config)
-    columns.append(network.rows(args.random, args.batches))
+    scores = args.scores.split(',')
+    columns.append(network.rows(scores, args.random, args.batches))
     for row, metrics in columns[-1].items():
       print(workdir, row, ' '.join(f'{m:.4f}' for m in metrics), flush=True)
   for row in columns[0]:
