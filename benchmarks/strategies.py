@@ -1,4 +1,4 @@
-r"""Rules for thresholds in trained networks: each one, random, chosen, searched.
+r"""Strategies of trained networks: each one, random ones, chosen, searched.
 
 python -m benchmarks.strategies WORKDIR ... [--format=INT4] [--steps=300] \
     [--strategies=max_abs,kl,eq,admm] [--scores=fisher,loss] [--random=8] \
