@@ -38,15 +38,13 @@ from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import pretrained
+from fliqs_jax.run import sensitivity_table
 from fliqs_jax.run import statistics
 from fliqs_jax.run import train
-from fliqs_jax.run.records import results
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import workdir as workdir_lib
-from fliqs_jax.search import local_scores
 from fliqs_jax.search import presets
 from fliqs_jax.search import sensitivity
-from fliqs_jax.search import train_step
 
 
 def config_of(
@@ -86,9 +84,6 @@ class Network:
     state = devices.create(experiment.initial_state)
     state = pretrained.started(state, config.init_from)
     self._state = statistics.observed(experiment, state, devices)
-    self._step = devices.jit(
-      train_step.eval_step(experiment.model.apply, experiment.task.measure)
-    )
 
   def thresholds(self, choices: Any, batch: int) -> Any:
     """Returns the statistics, with thresholds of a batch for choices."""
@@ -104,40 +99,28 @@ class Network:
       choices: {decision: [K] one-hot}.
       batch: number of the training batch in which thresholds are found.
     """
-    experiment, params = self.experiment, self._state.params
-    statistics_of = self.thresholds(choices, batch)
-    arch = experiment.space.expand(choices)
-    sums: dict[str, Any] = {}
-    for batch in self._devices.feed(experiment.streams.test()):
-      for name, value in self._step(params, statistics_of, arch, batch).items():
-        sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
-    measured = results.measurements(experiment, choices, sums)
+    experiment = self.experiment
+    found = self.thresholds(choices, batch)
+    measured = evaluation.test_metrics(
+      experiment, self._state, choices, found, self._devices
+    )
     return measured[experiment.task.METRIC]
 
   def allocated(self, kind: str) -> dict[str, Any]:
     """Returns the options of the least scores.
 
     Args:
-      kind: `error`, or a key of `sensitivity.METRICS`.
+      kind: one of `sensitivity_table.METRICS`.
     """
     experiment = self.experiment
-    apply, space = experiment.model.apply, experiment.space
-    batches = list(
-      self._devices.feed(
-        itertools.islice(experiment.streams.valid(0), allocator.BATCHES)
-      )
-    )
-    if kind == 'error':
-      score = local_scores.error(apply, space)
-    else:
-      score = sensitivity.scorer(
-        apply,
-        sensitivity.METRICS[kind](experiment.task.loss(0.0)),
-        space,
-        reference=experiment.reference,
-      )
+    space = experiment.space
+    batches = itertools.islice(experiment.streams.valid(0), allocator.BATCHES)
+    score = sensitivity_table.scorer(experiment, kind, self._devices)
     found = self.thresholds(space.dearest(), 0)
-    raw = score({'params': self._state.params, **found}, batches)
+    raw = score(
+      {'params': self._state.params, **found},
+      list(self._devices.feed(batches)),
+    )
     return experiment.allocate(sensitivity.regular(space, raw)[0])
 
   def searched(self) -> dict[str, Any]:

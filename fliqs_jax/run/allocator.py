@@ -17,6 +17,7 @@ import numpy as np
 
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
+from fliqs_jax.run import sensitivity_table
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.search import policy as policy_lib
 from fliqs_jax.search import sensitivity
@@ -44,14 +45,8 @@ class Allocator:
     """
     self._experiment, self._devices = experiment, devices
     if experiment.is_scored:
-      metric = sensitivity.METRICS[experiment.config.search.scores]
-      self._score = sensitivity.scorer(
-        experiment.model.apply,
-        metric(experiment.task.loss(0.0)),
-        experiment.space,
-        devices.jit_everywhere,
-        experiment.reference,
-      )
+      metric = experiment.config.search.scores
+      self._score = sensitivity_table.scorer(experiment, metric, devices)
 
   def __call__(
     self, state: train_state.TrainState, step: int

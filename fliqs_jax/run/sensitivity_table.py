@@ -83,7 +83,7 @@ def measure(
   dearest = space.dearest()
   settled = evaluation.served(experiment, state, dearest, devices)
   examples = experiment.streams.valid(experiment.phases.steps)
-  scores = _scorer(experiment, metric, devices)(
+  scores = scorer(experiment, metric, devices)(
     {'params': state.served_params, **settled.statistics},
     list(devices.feed(itertools.islice(examples, batches))),
   )
@@ -109,6 +109,42 @@ def measure(
       )
       for d in space.decisions
     },
+  )
+
+
+def scorer(
+  experiment: experiment_lib.Experiment,
+  metric: str,
+  devices: devices_lib.Devices,
+) -> Callable[[Mapping[str, Any], Sequence[Any]], sensitivity.Scores]:
+  """Returns the function `(variables, batches) -> scores` of a metric.
+
+  Args:
+    experiment: parts of a run.
+    metric: one of `METRICS`.
+    devices: devices among which each batch is split.
+
+  Raises:
+    ValueError: the metric does not see a decision.
+  """
+  apply, loss = experiment.model.apply, experiment.task.loss(0.0)
+  if metric == 'error':
+    return local_scores.error(apply, experiment.space)
+  if metric == 'hessian':
+    plain = models.construct(
+      experiment.config.model,
+      experiment.streams.num_classes,
+      dtype=experiment.config.train.dtype,
+      conv=nn.Conv,
+      dense=nn.Dense,
+    )
+    return local_scores.hessian(apply, plain.apply, loss, experiment.space)
+  return sensitivity.scorer(
+    apply,
+    sensitivity.METRICS[metric](loss),
+    experiment.space,
+    devices.jit_everywhere,
+    experiment.reference,
   )
 
 
@@ -298,33 +334,6 @@ def front(
     allocate(dataclasses.replace(experiment, target=float(t)), raw, method)
     for t in targets
   ]
-
-
-def _scorer(
-  experiment: experiment_lib.Experiment,
-  metric: str,
-  devices: devices_lib.Devices,
-) -> Callable[[Mapping[str, Any], Sequence[Any]], sensitivity.Scores]:
-  """Returns the function `(variables, batches) -> scores` of a metric."""
-  apply, loss = experiment.model.apply, experiment.task.loss(0.0)
-  if metric == 'error':
-    return local_scores.error(apply, experiment.space)
-  if metric == 'hessian':
-    plain = models.construct(
-      experiment.config.model,
-      experiment.streams.num_classes,
-      dtype=experiment.config.train.dtype,
-      conv=nn.Conv,
-      dense=nn.Dense,
-    )
-    return local_scores.hessian(apply, plain.apply, loss, experiment.space)
-  return sensitivity.scorer(
-    apply,
-    sensitivity.METRICS[metric](loss),
-    experiment.space,
-    devices.jit_everywhere,
-    experiment.reference,
-  )
 
 
 def _range(
