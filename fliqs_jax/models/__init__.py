@@ -169,6 +169,8 @@ def construct(
     num_classes=num_classes, sizes=sizes, dtype=dtype, **constructors
   )
   given = {field: value for field, value in given.items() if field in fields}
+  # The fields of a linen module must be hashable; a config.json has lists.
+  keys = {k: tuple(v) if isinstance(v, list) else v for k, v in keys.items()}
   return network.module(**keys, **network.fixed, **given)
 
 

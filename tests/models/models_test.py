@@ -4,6 +4,7 @@ At the smallest sizes at which every kind of layer still occurs.
 """
 
 import functools
+import json
 
 from flax import traverse_util
 import flax.linen as nn
@@ -13,16 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fliqs_jax import models
 from fliqs_jax.models import deit
 from fliqs_jax.models import efficientnet
 from fliqs_jax.models import inception_v3
 from fliqs_jax.models import mobilenet_v2
 from fliqs_jax.models import recommender
 from fliqs_jax.models import resnet
+from fliqs_jax.space import quant_spec
 
 BATCH = 4
 CLASSES = 3
-# What the compiler does to go fast at run time takes longer than these runs.
 
 
 def images(size):
@@ -389,3 +391,9 @@ def test_a_network_that_cannot_be_is_refused(network, fields, message):
 def test_a_recommender_needs_a_rank_for_each_layer():
   with pytest.raises(ValueError, match='model.hidden=.* model.ranks='):
     recommender.Recommender(hidden=(8, 8), ranks=(4,))
+
+
+@pytest.mark.parametrize('name', models.MODELS)
+def test_a_network_is_hashable_if_its_config_was_read_from_a_file(name):
+  config = json.loads(json.dumps(models.published(name)))  # Tuples are lists.
+  hash(models.build(config, CLASSES, quant_spec.QuantSpec()))
