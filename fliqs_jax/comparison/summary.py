@@ -343,8 +343,11 @@ def _compute(
   config = config_lib.read(workdir / workdir_lib.CONFIG)
   result = files.read_json(workdir / workdir_lib.RESULT)
   seconds = result['wall_seconds'] - result['compile_seconds']
+  beside = [*result.get('references', {})]
   if result.get('retrained'):
-    path = workdir / workdir_lib.RETRAINED / workdir_lib.RESULT
+    beside.append(workdir_lib.RETRAINED)
+  for name in beside:
+    path = workdir / workdir_lib.reference(name) / workdir_lib.RESULT
     seconds -= files.read_json(path)['wall_seconds']
   return result, max(seconds, 0.0), passes.of_run(config, result)
 

@@ -156,12 +156,14 @@ def compared(tmp_path):
     else:
       again = dict(accuracy=0.80 + noise, loss=0.1)
       size = 1000 * (planned.seed + 1)
+      beside = dict(retrained=again, references=dict(INT4=dict(accuracy=0.6)))
       workdir = _finish(
-        plan, planned, 0.75 + noise, 1.5, retrained=again, step_bytes=size
+        plan, planned, 0.75 + noise, 1.5, **beside, step_bytes=size
       )
-      (workdir / 'retrained').mkdir()
-      time = dict(wall_seconds=12.0)
-      (workdir / 'retrained' / 'result.json').write_text(json.dumps(time))
+      for name, seconds in (('retrained', 12.0), ('uniform_INT4', 3.0)):
+        (workdir / name).mkdir()
+        time = json.dumps(dict(wall_seconds=seconds))
+        (workdir / name / 'result.json').write_text(time)
   return plan
 
 
@@ -189,7 +191,7 @@ def test_a_row_has_the_numbers_by_hand(compared):
   assert default.gap.spread == pytest.approx(0, abs=1e-12)
   # .25 and .21 against .1 and .1.
   assert default.loss_gap.value == pytest.approx(0.13)
-  assert default.seconds.value == 30 - 10 - 12
+  assert default.seconds.value == 30 - 10 - 12 - 3
   assert (default.memory, random.memory) == (2000, None)
   # 60 steps, each judging a batch of 64 beside a training batch of 64.
   assert (default.forward, default.backward) == (120, 60)
