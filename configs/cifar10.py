@@ -79,7 +79,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       test_split='test',
       batch_size=16,
       valid_batch_size=16,
-      test_batch_size=64,
+      test_batch_size=16,
       image_size=32,
       num_classes=10,
     )

@@ -65,7 +65,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     test_split='test',
     batch_size=128,
     valid_batch_size=128,
-    test_batch_size=120,
+    test_batch_size=128,
   )
   config.quant = dict(
     formats=arg.space,

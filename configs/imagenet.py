@@ -152,7 +152,7 @@ def recipe(
       test_split='test[:32]',
       batch_size=8,
       valid_batch_size=8,
-      test_batch_size=32,
+      test_batch_size=8,
       image_size=smoke_image_size,
       num_classes=10,
     )

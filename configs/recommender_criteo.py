@@ -97,7 +97,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       test_split='test',
       batch_size=128,
       valid_batch_size=128,
-      test_batch_size=512,
+      test_batch_size=128,
       buckets=64,
     )
   config.quant = dict(

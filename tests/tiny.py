@@ -34,6 +34,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.data_dir = arg.data_dir
     config.data.batch_size = 64
     config.data.valid_batch_size = 64
+    config.data.test_batch_size = 64
     config.train.log_every = 5
     config.train.checkpoint_every = 10
     config.train.settle_batches = 3

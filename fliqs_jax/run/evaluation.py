@@ -4,7 +4,8 @@ The running statistics are first settled for the architecture; then the test
 split is read. A finished run is restored from its last checkpoint.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
 import itertools
 import pathlib
 from typing import Any, NamedTuple
@@ -67,20 +68,12 @@ def served(
     model: network that is measured; None: that of the experiment.
   """
   model = model or experiment.model
-
-  def measure(outputs: Any, batch: Any) -> dict[str, jax.Array]:
-    return dict(quality=experiment.quality(outputs, batch))
-
-  step = devices.jit(train_step.eval_step(model.apply, measure))
-  arch = experiment.space.expand(choices)
+  evaluate = _evaluation(experiment, state, choices, devices, model)
 
   def measured(statistics: Mapping[str, Any]) -> Served:
     batches = itertools.islice(experiment.streams.valid(0), _BATCHES)
-    qualities = [
-      step(state.served_params, statistics, arch, batch)['quality']
-      for batch in devices.feed(batches)
-    ]
-    return Served(statistics, float(np.mean(jax.device_get(qualities))))
+    qualities = list(evaluate(statistics, batches, experiment.quality))
+    return Served(statistics, float(np.mean(qualities)))
 
   moved = measured(
     statistics_lib.settled(experiment, state, choices, devices, model)
@@ -106,13 +99,10 @@ def test_metrics(
     statistics: the model's collections but the parameters, `settled` ones.
     devices: devices among which each batch is split.
   """
-  step = devices.jit(
-    train_step.eval_step(experiment.model.apply, experiment.task.measure)
-  )
-  arch = experiment.space.expand(choices)
+  evaluate = _evaluation(experiment, state, choices, devices, experiment.model)
+  batches = experiment.streams.test()
   totals: dict[str, np.ndarray] = {}
-  for batch in devices.feed(experiment.streams.test()):
-    sums = jax.device_get(step(state.served_params, statistics, arch, batch))
+  for sums in evaluate(statistics, batches, experiment.task.measure):
     for name, value in sums.items():
       totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
   return results.measurements(experiment, choices, totals)
@@ -143,21 +133,52 @@ def pictures(
     kinds = dict(low=low, made=result, target=batch['label'])
     return {name: jnp.asarray(x, jnp.uint8) for name, x in kinds.items()}
 
-  # All processes get all rows.
-  step = devices.jit_everywhere(
-    train_step.eval_step(experiment.model.apply, shown)
-  )
-  arch = experiment.space.expand(choices)
   size = experiment.config.data.test_batch_size
   count = experiment.streams.num_examples['test']
   chosen = [i * count // _PICTURES for i in range(_PICTURES)]
+  evaluate = _evaluation(experiment, state, choices, devices, experiment.model)
   rows: list[dict[str, np.ndarray]] = []
-  for number, batch in enumerate(devices.feed(experiment.streams.test())):
+  for number, batch in enumerate(experiment.streams.test()):
     here = sorted({i - number * size for i in chosen if i // size == number})
     if here:
-      made = step(state.served_params, statistics, arch, batch)
-      rows.append({k: x[here] for k, x in jax.device_get(made).items()})
+      (made,) = evaluate(statistics, [batch], shown)
+      rows.append({k: x[here] for k, x in made.items()})
   return {k: np.concatenate([row[k] for row in rows]) for k in rows[0]}
+
+
+def _evaluation(
+  experiment: experiment_lib.Experiment,
+  state: Any,
+  choices: Mapping[str, Any],
+  devices: devices_lib.Devices,
+  model: nn.Module,
+) -> Callable[..., Iterator[Any]]:
+  """Returns `(statistics, batches, measure)` -> what `measure` says of each.
+
+  `measure` is called with a model's outputs and the batch, and its results are
+  on the host of every process.
+  """
+  network = _network(model, devices)
+  arch = experiment.space.expand(choices)
+
+  def evaluate(
+    statistics: Mapping[str, Any], batches: Iterable[Any], measure: Callable
+  ) -> Iterator[Any]:
+    measured = devices.jit_everywhere(measure)
+    for batch in devices.feed(batches):
+      inputs = {name: batch[name] for name in experiment.streams.inputs}
+      outputs = network(state.served_params, statistics, arch, inputs)
+      yield jax.device_get(measured(outputs, batch))
+
+  return evaluate
+
+
+@functools.lru_cache(maxsize=4)
+def _network(model: nn.Module, devices: devices_lib.Devices) -> Callable:
+  """Returns the jitted network: one program for all that is measured of it."""
+  return devices.jit(
+    train_step.eval_step(model.apply, lambda outputs, batch: outputs)
+  )
 
 
 class RestoredRun(NamedTuple):
