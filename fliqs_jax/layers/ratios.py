@@ -60,35 +60,69 @@ def found(
     formats without a strategy.
   """
   sides = {side: _Side(side, x, axes[side]) for side, x in operands.items()}
+  directions = _directions(product, sides, menus, has_examples)
 
-  @functools.cache
-  def directions(grid_format: formats.NumericFormat) -> dict[str, jax.Array]:
-    x, w = sides['activations'], sides['weights']
-    on_grids = tuple(
-      side.on_grid(grid_format if menus[side.name] else None) for side in (x, w)
-    )
-    starts = (x.start(grid_format), jnp.ones_like(w.peak))
-    ratios = strategies.eq(
-      product, x.values, w.values, on_grids, starts, has_examples
-    )
-    return dict(zip(('activations', 'weights'), ratios))
+  def all_ratios(side: _Side, menu: Menu) -> jax.Array:
+    fitted = side.admm([o for o in menu if o.strategy == 'admm'])
 
-  def ratio(side: _Side, option: formats.NumericFormat) -> jax.Array:
-    match option.strategy:
-      case 'kl':
-        found = side.kl(option)
-      case 'admm':
-        found = side.admm(option)
-      case 'eq':
-        found = directions(option.grid_format)[side.name]
-      case _:
-        found = jnp.ones_like(side.peak)
-    return found.reshape(-1)
+    def ratio(option: formats.NumericFormat) -> jax.Array:
+      match option.strategy:
+        case 'kl':
+          found = side.kl(option.grid_format)
+        case 'admm':
+          found = fitted[option]
+        case 'eq':
+          found = directions[option.grid_format][side.name]
+        case _:
+          found = jnp.ones_like(side.peak)
+      return found.reshape(-1)
+
+    return lax.stop_gradient(jnp.stack([ratio(option) for option in menu]))
 
   return {
-    side.name: lax.stop_gradient(jnp.stack([ratio(side, o) for o in menu]))
+    side.name: all_ratios(side, menu)
     for side in sides.values()
     if formats.has_strategies(menu := menus[side.name] or ())
+  }
+
+
+def _directions(
+  product: strategies.Product,
+  sides: Mapping[str, '_Side'],
+  menus: Mapping[str, Menu | None],
+  has_examples: bool,
+) -> dict[formats.NumericFormat, dict[str, jax.Array]]:
+  """Returns {format: {side: ratios}} of `eq`, of each format that has it."""
+  grid_formats = list(
+    dict.fromkeys(
+      option.grid_format
+      for menu in menus.values()
+      for option in menu or ()
+      if option.strategy == 'eq'
+    )
+  )
+  if not grid_formats:
+    return {}
+  x, w = sides['activations'], sides['weights']
+
+  def of_grid(given: tuple[quantize.Grid, jax.Array]) -> Any:
+    grid, start = given
+    on_grids = tuple(
+      side.on_grid(grid if menus[side.name] else None) for side in (x, w)
+    )
+    starts = (start, jnp.ones_like(w.peak))
+    return strategies.eq(
+      product, x.values, w.values, on_grids, starts, has_examples
+    )
+
+  starts = jnp.stack([x.start(f) for f in grid_formats])
+  # A loop, so that the product is compiled once for all formats.
+  found = lax.map(of_grid, (quantize.grids_of(grid_formats), starts))
+  return {
+    grid_format: dict(
+      zip(('activations', 'weights'), (ratios[i] for ratios in found))
+    )
+    for i, grid_format in enumerate(grid_formats)
   }
 
 
@@ -106,15 +140,13 @@ class _Side:
     self.name, self.values, self.axes = name, values, axes
     is_one = len(axes) == values.ndim
     self.peak = jnp.max(jnp.abs(values), axis=axes, keepdims=not is_one)
+    self._kl: dict[formats.NumericFormat, jax.Array] = {}  # `eq` starts there.
 
-  def on_grid(
-    self, grid_format: formats.NumericFormat | None
-  ) -> strategies.OnGrid:
-    """Returns the operand as a function of its ratios."""
-    if grid_format is None:
+  def on_grid(self, grid: quantize.Grid | None) -> strategies.OnGrid:
+    """Returns the operand as a function of its ratios; None: unquantized."""
+    if grid is None:
       unscaled = quantize.Quantized(self.values, jnp.ones_like(self.peak))
       return lambda ratios: unscaled
-    grid = quantize.grid_of(grid_format)
     return lambda ratios: quantize.quantize(
       self.values, grid, ratios * self.peak
     )
@@ -125,22 +157,35 @@ class _Side:
       return jnp.ones_like(self.peak)
     return self.kl(grid_format)
 
-  def kl(self, option: formats.NumericFormat) -> jax.Array:
+  def kl(self, grid_format: formats.NumericFormat) -> jax.Array:
     """Returns the ratio of `kl` of each scale."""
-    others = [i for i in range(self.values.ndim) if i not in self.axes]
-    size = math.prod(self.values.shape[i] for i in self.axes)
-    rows = jnp.transpose(self.values, (*others, *self.axes)).reshape(-1, size)
-    of_row = functools.partial(strategies.kl, numeric_format=option)
-    if size < strategies.LEAST_VALUES:
-      return jnp.ones_like(self.peak)
-    return lax.map(of_row, rows, batch_size=8).reshape(self.peak.shape)
+    if grid_format not in self._kl:
+      others = [i for i in range(self.values.ndim) if i not in self.axes]
+      size = math.prod(self.values.shape[i] for i in self.axes)
+      rows = jnp.transpose(self.values, (*others, *self.axes))
+      of_row = functools.partial(strategies.kl, numeric_format=grid_format)
+      found = (
+        jnp.ones_like(self.peak)
+        if size < strategies.LEAST_VALUES
+        else lax.map(of_row, rows.reshape(-1, size), batch_size=8)
+      )
+      self._kl[grid_format] = found.reshape(self.peak.shape)
+    return self._kl[grid_format]
 
-  def admm(self, option: formats.NumericFormat) -> jax.Array:
-    """Returns the ratio of `admm` of each scale."""
+  def admm(self, menu: Menu) -> dict[formats.NumericFormat, jax.Array]:
+    """Returns the ratios of `admm` of each scale, for each format."""
+    if not menu:
+      return {}
     start = (
       strategies.WEIGHTS_START
       if self.name == 'weights'
       else strategies.ACTIVATIONS_START
     )
-    fitted = strategies.admm(self.values, option, self.axes, start)
-    return fitted.reshape(self.peak.shape)
+    fitted = lax.map(
+      lambda grid: strategies.admm(self.values, grid, self.axes, start),
+      quantize.grids_of(menu),
+    )
+    return {
+      option: ratios.reshape(self.peak.shape)
+      for option, ratios in zip(menu, fitted)
+    }

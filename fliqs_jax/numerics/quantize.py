@@ -25,7 +25,7 @@ _MIN_THRESHOLD, _MAX_THRESHOLD = 1e-18, 1e30
 
 
 class Grid(NamedTuple):
-  """The grid of one format, as numbers of shape [].
+  """The grid of one format, as numbers of shape []; of several, [K] each.
 
   They are traced where a one-hot leaf selects the format, and constants of
   NumPy where the format is known when the program is traced.
@@ -89,18 +89,21 @@ def select(menu: Sequence[formats.NumericFormat], one_hot: jax.Array) -> Grid:
   )
 
 
-def grid_of(numeric_format: formats.NumericFormat) -> Grid:
-  """Returns the grid of a format known when the program is traced."""
-  mantissa_bits, min_exponent, max_value, inverse_max, scaled = _table(
-    [numeric_format]
-  )[0]
+def grids_of(menu: Sequence[formats.NumericFormat]) -> Grid:
+  """Returns the grids [K] of K formats known when the program is traced."""
+  mantissa_bits, min_exponent, max_value, inverse_max, scaled = _table(menu).T
   return Grid(
-    np.int32(mantissa_bits),
-    np.int32(min_exponent),
+    mantissa_bits.astype(np.int32),
+    min_exponent.astype(np.int32),
     max_value,
     inverse_max,
-    np.bool_(scaled),
+    scaled.astype(np.bool_),
   )
+
+
+def grid_of(numeric_format: formats.NumericFormat) -> Grid:
+  """Returns the grid of a format known when the program is traced."""
+  return Grid(*(numbers[0] for numbers in grids_of([numeric_format])))
 
 
 def round_to_grid(x: jax.Array, grid: Grid) -> jax.Array:

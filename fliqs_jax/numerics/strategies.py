@@ -140,7 +140,7 @@ def _times_log(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def admm(
   x: jax.Array,
-  numeric_format: formats.NumericFormat,
+  grid: quantize.Grid,
   axes: tuple[int, ...],
   start: float,
 ) -> jax.Array:
@@ -151,7 +151,7 @@ def admm(
 
   Args:
     x: [...] the numbers.
-    numeric_format: format of the grid.
+    grid: the grid of a format.
     axes: the axes that share a scale.
     start: the first threshold is the largest magnitude over it;
       `WEIGHTS_START` or `ACTIVATIONS_START`.
@@ -160,7 +160,6 @@ def admm(
     Ratios of the largest magnitudes, with `axes` of length 1; 1 where all
     numbers are zero.
   """
-  grid = quantize.grid_of(numeric_format)
   peak = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
   unit = x / jnp.where(peak > 0, peak, 1.0)
 

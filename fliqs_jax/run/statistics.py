@@ -95,8 +95,13 @@ def profiled(
 
 @functools.lru_cache(maxsize=2)
 def _strategy_step(model: nn.Module, devices: devices_lib.Devices) -> Any:
-  """Returns the jitted `calibration.strategy_step`; it is long to compile."""
-  return devices.jit_everywhere(calibration.strategy_step(model.apply))
+  """Returns the jitted `calibration.strategy_step`; it is long to compile.
+
+  It searches for itself, so it is compiled well even for a run of few steps:
+  that takes no longer than its second call gains.
+  """
+  step = calibration.strategy_step(model.apply)
+  return jax.jit(step, out_shardings=devices.everywhere)
 
 
 class Calibrator:

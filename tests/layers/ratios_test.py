@@ -9,6 +9,7 @@ import pytest
 import fliqs_jax as fliqs
 from fliqs_jax.layers import quant_layers
 from fliqs_jax.numerics import formats
+from fliqs_jax.numerics import quantize
 from fliqs_jax.numerics import strategies
 from fliqs_jax.search import calibration
 
@@ -73,13 +74,14 @@ def test_thresholds_are_those_of_the_layers_own_input_and_weights(found):
   first = found['quant_stats']['first']
   np.testing.assert_allclose(first['largest'], jnp.abs(x).max(), rtol=1e-6)
   everything, start = (0, 1, 2, 3), strategies.ACTIVATIONS_START
-  fitted = strategies.admm(x, int4, everything, start).item()
+  grid = quantize.grid_of(int4)
+  fitted = strategies.admm(x, grid, everything, start).item()
   np.testing.assert_allclose(
     first['ratio'][jnp.array([0, 1, 3])],
     [1, strategies.kl(x, int4), fitted],
     rtol=1e-5,
   )
-  admm = strategies.admm(kernel, int4, (0, 1, 2), strategies.WEIGHTS_START)
+  admm = strategies.admm(kernel, grid, (0, 1, 2), strategies.WEIGHTS_START)
   np.testing.assert_allclose(first['weight_ratio'][3], admm.ravel(), rtol=1e-5)
   # 36 numbers to a channel are too few for a histogram.
   np.testing.assert_array_equal(first['weight_ratio'][1], np.ones(4))
