@@ -11,7 +11,7 @@ strategy of their own, so all networks cost the same. Rows:
   max_abs, kl, eq, admm   one strategy everywhere
   random                  a strategy for each operand, --random draws
   error                   the strategy of the least error of the operand itself
-  fisher, loss, ...       the strategy that brings the network nearest to the
+  scores fisher, ...      the strategy that brings the network nearest to the
                           one without formats, each scored alone, by the scores
                           --scores; kl needs softmax outputs
   dqss                    importances that learn for --steps steps
@@ -138,7 +138,8 @@ class Network:
       strategy: space.uniform(f'{quant.formats}:{strategy}')
       for strategy in quant.strategies
     }
-    found |= {kind: self.allocated(kind) for kind in ('error', *scores)}
+    found['error'] = self.allocated('error')
+    found |= {f'scores {name}': self.allocated(name) for name in scores}
     found['dqss'] = self.searched()
     rng = np.random.default_rng(0)
     rows = {
