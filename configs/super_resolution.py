@@ -19,7 +19,8 @@ Arguments:
     plus, as INT4+INT6+INT8, or one format, which trains that uniform network.
   strategies: rules for thresholds, joined by a plus, of which each format gets
     each one: max_abs, kl, eq, admm; none if not given.
-  mode: tied, weights, activations or separate.
+  mode: tied, weights, activations or separate, which is best here
+    (docs/results.md).
   target: cost target, as a multiple of uniform 4-bit.
   cost: bops, size, compressed_bytes, average_bits, or that of a chip:
     latency:t4, energy:45nm, or latency: and your own file (docs/chips.md).
