@@ -103,7 +103,7 @@ def grids_of(menu: Sequence[formats.NumericFormat]) -> Grid:
 
 def grid_of(numeric_format: formats.NumericFormat) -> Grid:
   """Returns the grid of a format known when the program is traced."""
-  return Grid(*(numbers[0] for numbers in grids_of([numeric_format])))
+  return jax.tree.map(lambda numbers: numbers[0], grids_of([numeric_format]))
 
 
 def round_to_grid(x: jax.Array, grid: Grid) -> jax.Array:
