@@ -165,7 +165,7 @@ def _curve(
       point.cost,
       scale * point.value,
       xerr=bar if spread else None,
-      yerr=100 * (point.value_spread or 0) or None,
+      yerr=scale * (point.value_spread or 0) or None,
       color=colour,
       marker=shape,
       markersize=6.5,

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from fliqs_jax.sweep import __main__ as sweep_command
 from fliqs_jax.sweep import collect
+from fliqs_jax.sweep import figure
 from fliqs_jax.sweep import pareto
 from fliqs_jax.sweep import sweep_file
 
@@ -148,6 +150,27 @@ def test_means_spreads_and_fronts_are_those_by_hand():
   # At equal cost b is worse than a; c is dearer and better.
   assert (a.front, b.front, c.front) == (True, False, True)
   assert (c.planned, len(c.values)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+  ('metric', 'values', 'middle', 'spread'),
+  [('accuracy', (0.70, 0.74), 72.0, 4.0), ('PSNR', (30.0, 31.0), 30.5, 1.0)],
+)
+def test_bars_are_in_the_unit_of_the_axis(metric, values, middle, spread):
+  runs = [
+    ({'space': 'a', 'seed': str(seed)}, (value, 2.0))
+    for seed, value in enumerate(values)
+  ]
+  axes = figure.draw(pareto.points(runs), metric, 'GBOPs').axes[0]
+  ends = [
+    segment[:, 1]
+    for bars in axes.collections
+    for segment in bars.get_segments()
+    if len(segment) and segment[0, 0] == segment[-1, 0]
+  ]
+  # A percentage or decibels; of two numbers: their difference by the root of 2.
+  reach = spread / 2**0.5
+  np.testing.assert_allclose(ends, [[middle - reach, middle + reach]])
 
 
 def test_equal_points_are_both_on_the_front():
