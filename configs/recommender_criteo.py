@@ -20,7 +20,8 @@ Arguments:
   reported: costs to report beside: latency:h100+energy:45nm.
   steps: number of steps of training; one epoch if not given.
   seed: seed of all randomness.
-  gamma: weight of the cost against the quality; the preset's own if not given.
+  gamma: weight of the cost against the quality, of default and paper; -0.1 if
+    not given.
   preset: default, paper, sensitivity, edmips, dnas or dqss, the search.
   arch: an arch.json, to train that assignment.
   references: also train the uniform networks at 8 and 16 bits.
@@ -55,7 +56,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     reported='',
     steps=_TRAIN_EXAMPLES // _BATCH_SIZE,
     seed=0,
-    gamma=-0.1,
+    gamma=float,
     preset='default',
     arch='',
     references=False,
@@ -128,7 +129,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     reported=tuple(filter(None, arg.reported.split('+'))),
   )
   config.search = presets.search_keys(
-    arg.preset, steps, arg.gamma, sizes=arg.nas
+    arg.preset, steps, arg.gamma, sizes=arg.nas, usual_gamma=-0.1
   )
   config.search.update(quality='auc')
   config.optimizer = dict(

@@ -28,7 +28,8 @@ Arguments:
   reported: costs to report beside: latency:h100+energy:45nm.
   steps: number of steps of training; of the size if not given.
   seed: seed of all randomness.
-  gamma: weight of the cost against the quality, which is the PSNR in dB.
+  gamma: weight of the cost against the quality, of default and paper; -2 if
+    not given, as the quality is the PSNR in dB.
   preset: the search: sensitivity, default, paper, edmips, dnas or dqss.
   arch: an arch.json, to train that assignment.
   references: also train the uniform networks at 4, 8 and 16 bits.
@@ -64,7 +65,6 @@ _OPTIMIZERS = {
   'paper': dict(_ADAM, learning_rate=1e-4, schedule='halved', warmup=0.0),
 }
 _STEPS = {'small': 1500, 'paper': 300_000}
-_WITH_GAMMA, _GAMMA = ('default', 'paper'), -2.0
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -145,10 +145,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     caps=tuple(filter(None, arg.caps.split('+'))),
     reported=tuple(filter(None, arg.reported.split('+'))),
   )
-  gamma = arg.gamma
-  if gamma is None and arg.preset in _WITH_GAMMA:
-    gamma = _GAMMA
-  config.search = presets.search_keys(arg.preset, steps, gamma)
+  config.search = presets.search_keys(
+    arg.preset, steps, arg.gamma, usual_gamma=-2.0
+  )
   config.search.update(quality='psnr')
   config.optimizer = _OPTIMIZERS[arg.size]
   log_every = max(1, steps // 40)

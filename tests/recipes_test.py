@@ -14,6 +14,7 @@ from fliqs_jax.report import number_text
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import train
+from fliqs_jax.search import presets
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +44,15 @@ def _config(name, arg=None):
 
 
 @pytest.mark.parametrize('name', RECIPES)
-@pytest.mark.parametrize('arg', ['', 'smoke', 'preset=paper,references'])
+@pytest.mark.parametrize(
+  'arg',
+  [
+    '',
+    'smoke',
+    'preset=paper,references',
+    *(f'preset={preset}' for preset in presets.PRESETS),
+  ],
+)
 def test_a_recipe_has_exactly_the_known_keys(name, arg):
   config_lib.check(_config(name, arg))
 

@@ -145,7 +145,11 @@ PRESETS: dict[str, Preset] = {
 
 
 def search_keys(
-  preset: str, steps: int, gamma: float | None = None, sizes: bool = False
+  preset: str,
+  steps: int,
+  gamma: float | None = None,
+  sizes: bool = False,
+  usual_gamma: float | None = None,
 ) -> dict[str, Any]:
   """Returns the `search` section of a config for a preset.
 
@@ -153,13 +157,17 @@ def search_keys(
     preset: `paper`, `default`, `sensitivity`, or another key of `PRESETS`.
     steps: number of steps of training, by which presets scale their learning
       rate.
-    gamma: weight of the cost in units of the quality; None: the preset's.
+    gamma: weight of the cost in units of the quality; None: the usual one.
     sizes: whether sizes are searched, too.
+    usual_gamma: what presets that read a gamma get, if the quality is not
+      theirs; None: the preset's.
 
   Raises:
-    ValueError: the preset is unknown.
+    ValueError: the preset is unknown, or does not read the `gamma` given.
   """
   keys = dict(preset=preset) | _preset(preset).keys(steps)
+  if gamma is None and 'gamma' not in _preset(preset).unused:
+    gamma = usual_gamma
   if sizes and keys['scorings']:
     keys['start'] = _START_OF_SIZES
   keys = keys if gamma is None else keys | dict(gamma=gamma)
