@@ -39,7 +39,7 @@ _LARGE = 1 << 14
 # random initial weights in a fifth; they are slower by a tenth, and sums of
 # floats may differ in the last bit.
 _ONCE: dict[str, Any] = {'xla_backend_optimization_level': 1}
-# For all programs of a run of so few steps that compiling them well takes
+# For the programs of a run of so few steps that compiling them well takes
 # longer than it saves. On the CPU they compile in less than half of the time,
 # and are slower by half or more.
 _FEW_STEPS = 50
