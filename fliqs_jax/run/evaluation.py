@@ -73,7 +73,7 @@ def served(
   def measured(statistics: Mapping[str, Any]) -> Served:
     batches = itertools.islice(experiment.streams.valid(0), _BATCHES)
     qualities = list(evaluate(statistics, batches, experiment.quality))
-    return Served(statistics, float(np.mean(qualities)))
+    return Served(statistics, float(np.mean(jax.device_get(qualities))))
 
   moved = measured(
     statistics_lib.settled(experiment, state, choices, devices, model)
@@ -103,7 +103,7 @@ def test_metrics(
   batches = experiment.streams.test()
   totals: dict[str, np.ndarray] = {}
   for sums in evaluate(statistics, batches, experiment.task.measure):
-    for name, value in sums.items():
+    for name, value in jax.device_get(sums).items():
       totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
   return results.measurements(experiment, choices, totals)
 
@@ -142,7 +142,7 @@ def pictures(
     here = sorted({i - number * size for i in chosen if i // size == number})
     if here:
       (made,) = evaluate(statistics, [batch], shown)
-      rows.append({k: x[here] for k, x in made.items()})
+      rows.append({k: x[here] for k, x in jax.device_get(made).items()})
   return {k: np.concatenate([row[k] for row in rows]) for k in rows[0]}
 
 
@@ -155,8 +155,8 @@ def _evaluation(
 ) -> Callable[..., Iterator[Any]]:
   """Returns `(statistics, batches, measure)` -> what `measure` says of each.
 
-  `measure` is called with a model's outputs and the batch, and its results are
-  on the host of every process.
+  `measure` is called with a model's outputs and the batch. Its results are on
+  the devices, and every process can read them.
   """
   network = _network(model, devices)
   arch = experiment.space.expand(choices)
@@ -168,7 +168,7 @@ def _evaluation(
     for batch in devices.feed(batches):
       inputs = {name: batch[name] for name in experiment.streams.inputs}
       outputs = network(state.served_params, statistics, arch, inputs)
-      yield jax.device_get(measured(outputs, batch))
+      yield measured(outputs, batch)
 
   return evaluate
 
