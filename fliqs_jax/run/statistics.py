@@ -97,8 +97,8 @@ def profiled(
 def _strategy_step(model: nn.Module, devices: devices_lib.Devices) -> Any:
   """Returns the jitted `calibration.strategy_step`; it is long to compile.
 
-  It searches for itself, so it is compiled well even for a run of few steps:
-  that takes no longer than its second call gains.
+  It tries hundreds of thresholds, so it is compiled well even for a run of few
+  steps: its second call regains the time.
   """
   step = calibration.strategy_step(model.apply)
   return jax.jit(step, out_shardings=devices.everywhere)
