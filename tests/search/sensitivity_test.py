@@ -13,16 +13,22 @@ from fliqs_jax.search.controllers import scored
 from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes as sizes_lib
 
-_MENU = tuple(map(formats.parse, ('INT2', 'INT4', 'INT8')))
-_SPACE = search_space.SearchSpace(
-  tuple(
-    search_space.FormatDecision(name, (f'{name}/format',), _MENU)
-    for name in ('first', 'second')
-  ),
-  (),
-  ops=(),
-  params=1,
-)
+
+def _space(*names):
+  """Returns a space of two layers, each with a menu of the named formats."""
+  menu = tuple(map(formats.parse, names))
+  return search_space.SearchSpace(
+    tuple(
+      search_space.FormatDecision(name, (f'{name}/format',), menu)
+      for name in ('first', 'second')
+    ),
+    (),
+    ops=(),
+    params=1,
+  )
+
+
+_SPACE = _space('INT2', 'INT4', 'INT8')
 
 
 def _apply(variables, x, *, train):
@@ -106,16 +112,7 @@ def test_networks_are_compared_with_a_reference():
 
 
 def test_decisions_leave_the_best_single_strategy():
-  menu = tuple(map(formats.parse, ('INT4:kl', 'INT8:max_abs', 'INT8:kl')))
-  space = search_space.SearchSpace(
-    tuple(
-      search_space.FormatDecision(name, (f'{name}/format',), menu)
-      for name in ('first', 'second')
-    ),
-    (),
-    ops=(),
-    params=1,
-  )
+  space = _space('INT4:kl', 'INT8:max_abs', 'INT8:kl')
 
   def apply(variables, x, *, train):
     assert not train
