@@ -9,8 +9,8 @@ photographs of Debian's package plasma-workspace-wallpapers.
 Arguments:
   data_dir: directory with PNGs or JPEGs, such as /usr/share/wallpapers. If it
     has folders, each is one picture of which the files are versions.
-  model: edsr, espcn or rdn. --init_from=PACKAGE/models/x2/model.json starts the
-    small RDN from a trained network of the npm package @upscalerjs/esrgan-slim.
+  model: edsr, espcn or rdn, which may start from a trained network of an npm
+    package by --init_from=PACKAGE/models/FOLDER/model.json (docs/configs.md).
   size: small (EDSR of 4 blocks and 32 channels, patches of 48 pixels) or paper
     (16 blocks and 64 channels, and the recipe of EDSR's paper, which the others
     have, too). ESPCN has one size.

@@ -1,9 +1,9 @@
 """RDN: Zhang et al. 2018 (arXiv:1802.08797), super-resolution by dense blocks.
 
 Names of layers and the enlarging end are those of the trained networks in the
-npm package @upscalerjs/esrgan-slim, which `published` reads: three convolutions
-of the small picture, its pixels repeated, and one of the large picture. The
-paper has sub-pixel convolutions there.
+npm packages @upscalerjs/esrgan-legacy and esrgan-slim, which `published` reads:
+three convolutions of the small picture, its pixels repeated, and one of the
+large picture. The paper has sub-pixel convolutions there.
 """
 
 import functools
@@ -17,11 +17,11 @@ import numpy as np
 
 from fliqs_jax.runtime import files
 
-_PEAK = 255.0  # The published networks take and make 0 .. 255.
+_PEAK = 255.0  # The networks of esrgan-slim take and make 0 .. 255.
 
 
 class RDN(nn.Module):
-  """RDN for pictures in [0, 1]; defaults are those of the published networks.
+  """RDN for pictures in [0, 1]; defaults are those of esrgan-slim.
 
   The network of the paper has 16 blocks of 8 convolutions, and a growth of 64.
 
@@ -81,14 +81,14 @@ class RDN(nn.Module):
 
 
 def published(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the parameters of a trained network of @upscalerjs/esrgan-slim.
+  """Returns the parameters of a trained network of an npm package, float32.
 
-  Biases are divided by 255, so that pictures are in [0, 1]: the network is
-  homogeneous.
+  Networks of @upscalerjs/esrgan-legacy are stored in 8 bits and take pictures
+  in [0, 1]. Those of @upscalerjs/esrgan-slim are stored as float32 and take
+  0 .. 255; their biases are divided by 255, because the network is homogeneous.
 
   Args:
-    path: a model.json of TensorFlow.js, beside the files that it names: float32
-      in the order of its manifest.
+    path: a model.json of TensorFlow.js, beside the files that it names.
 
   Raises:
     ValueError: the file is none, or a file beside it is missing or of another
@@ -102,14 +102,13 @@ def published(path: pathlib.Path) -> dict[str, Any]:
       start = 0
       for leaf in group['weights']:
         layer, name = leaf['name'].rsplit('/', 1)
-        if leaf['dtype'] != 'float32' or 'quantization' in leaf:
-          raise ValueError(f'{leaf["name"]} is not stored as float32')
-        size = int(np.prod(leaf['shape']))
-        value = np.frombuffer(raw, '<f4', size, start).reshape(leaf['shape'])
+        value, length = _parameter(leaf, raw, start)
         params.setdefault(layer, {})[name] = (
-          value / np.float32(_PEAK) if name == 'bias' else value
+          value / np.float32(_PEAK)
+          if name == 'bias' and 'quantization' not in leaf
+          else value
         )
-        start += value.nbytes
+        start += length
       if start != len(raw):
         raise ValueError(f'its weights have {start} bytes, files {len(raw)}')
   except (KeyError, TypeError, ValueError, OSError) as error:
@@ -118,3 +117,21 @@ def published(path: pathlib.Path) -> dict[str, Any]:
       f'{type(error).__name__}: {error}'
     ) from error
   return params
+
+
+def _parameter(leaf: Any, raw: bytes, start: int) -> tuple[np.ndarray, int]:
+  """Returns an array of a manifest, float32, and its length in bytes."""
+  stored = leaf.get('quantization', {})
+  dtype = stored.get('dtype', leaf['dtype'])
+  if leaf['dtype'] != 'float32' or dtype not in ('float32', 'uint8', 'uint16'):
+    raise ValueError(
+      f'{leaf["name"]} is {leaf["dtype"]} stored as {dtype}; allowed: float32 '
+      'stored as float32, uint8 or uint16'
+    )
+  value = np.frombuffer(
+    raw, np.dtype(dtype).newbyteorder('<'), int(np.prod(leaf['shape'])), start
+  ).reshape(leaf['shape'])
+  if not stored:
+    return value, value.nbytes
+  scale, least = np.float32(stored['scale']), np.float32(stored['min'])
+  return value * scale + least, value.nbytes

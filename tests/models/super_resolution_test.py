@@ -166,6 +166,26 @@ def test_a_published_network_is_read_and_works_in_0_to_1(published):
   np.testing.assert_array_equal(read['SR']['kernel'], params['SR']['kernel'])
 
 
+def test_a_published_network_of_8_bits_is_read(published):
+  # TensorFlow.js stores round((x - min) / scale), here of two numbers.
+  path, *_ = published
+  stored = dict(dtype='uint8', scale=0.5, min=-1.25, original_dtype='float32')
+  leaf = dict(name='SR/bias', shape=[2], dtype='float32', quantization=stored)
+  path.write_text(
+    json.dumps(dict(weightsManifest=[dict(paths=['c.bin'], weights=[leaf])]))
+  )
+  path.with_name('c.bin').write_bytes(bytes([3, 255]))
+  read = rdn.published(path)['SR']['bias']
+  # 3 / 2 - 1.25 and 255 / 2 - 1.25; its pictures are in [0, 1].
+  np.testing.assert_array_equal(read, np.float32([0.25, 126.25]))
+  leaf['quantization'] = dict(stored, dtype='int4')
+  path.write_text(
+    json.dumps(dict(weightsManifest=[dict(paths=['c.bin'], weights=[leaf])]))
+  )
+  with pytest.raises(ValueError, match='SR/bias is float32 stored as int4'):
+    rdn.published(path)
+
+
 def test_a_published_network_with_missing_weights_is_refused(published):
   path, *_ = published
   b = path.with_name('b.bin')
