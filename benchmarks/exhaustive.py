@@ -7,9 +7,10 @@ First trains every assignment of `exhaustive_problem` alone, for every seed;
 this takes most of the time, and DIR keeps the results, so that a second start
 goes on. Then runs the methods of `exhaustive_methods`, prints a table, and
 writes the same numbers to DIR/exhaustive-STEPS.json: `random` assignments that
-use most of the budget; `two_trainings`, of which the first, at the dearest
-format, gives the scores that solve the budget, and the second trains the result
-from scratch; the presets. Columns:
+use most of the budget; `judged`, the best one by the score of whole networks,
+where `sensitivity` adds up those of single layers; `two_trainings`, of which
+the first, at the dearest format, gives the scores that solve the budget, and
+the second trains the result from scratch; the presets. Columns:
 
   cost / target   mean and standard deviation over seeds
   within          share of the networks that are within the budget

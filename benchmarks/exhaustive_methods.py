@@ -10,6 +10,7 @@ import itertools
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,6 +26,8 @@ from fliqs_jax.tasks import classification
 
 # Validation batches of a scoring, as in a run.
 _SCORED_BATCHES = 8
+# Assignments that are judged at once.
+_AT_ONCE = 64
 # `random` uses at least this share of the budget.
 _USED = 0.9
 
@@ -138,6 +141,62 @@ def after_training(
   return Selected(np.array(numbers).T, None, 2.0)
 
 
+def judged(
+  problem: exhaustive_problem.Problem,
+  targets: np.ndarray,
+  streams: exhaustive_data.Stream,
+) -> Selected:
+  """Judges every assignment where `sensitivity` adds up scores of layers.
+
+  Args:
+    problem: the network and its training.
+    targets: [T] budgets.
+    streams: the S seeds.
+  """
+  keys = presets.search_keys('sensitivity', problem.steps)
+  metric = sensitivity.METRICS[keys['scores']](classification.loss(0.0))
+  phases = problem.phases(keys['start'], keys['freeze'])
+  controller = fliqs.make_controller('sensitivity', problem.cost, phases)
+  step = problem.step(controller, phases, keys['quality'])
+  choices = problem.choices(problem.assignments)
+  dearest = problem.choices(problem.assignments[-1])
+  end = phases.search_start
+
+  def train(stream):
+    start = problem.start(controller, stream)
+    return problem.train(step, start, stream, 0, end)
+
+  def outputs(variables, arch, batch):
+    everything = {**variables, 'arch': problem.space.expand(arch)}
+    return problem.model.apply(everything, batch['image'], train=False)
+
+  @jax.jit
+  def scores(variables, batch):
+    reference = outputs(variables, dearest, batch)
+    return lax.map(
+      lambda arch: metric(outputs(variables, arch, batch), reference, batch),
+      choices,
+      batch_size=_AT_ONCE,
+    )
+
+  states = jax.jit(jax.vmap(train))(streams)
+  numbers = []
+  for seed, rows in enumerate(streams.valid):
+    state = _at(states, seed)
+    variables = {'params': state.params, **state.model_state}
+    seen = [scores(variables, batch) for batch in _batches(rows, end)]
+    mean = np.mean(seen, axis=0)
+    numbers.append(
+      [
+        int(np.argmin(np.where(_within(problem, target), mean, np.inf)))
+        for target in targets
+      ]
+    )
+  examples = len(problem.assignments) * _SCORED_BATCHES * problem.valid_batch
+  compute = 1 + examples / (3 * problem.steps * problem.batch)
+  return Selected(np.array(numbers).T, None, compute)
+
+
 def at_random(
   problem: exhaustive_problem.Problem,
   targets: np.ndarray,
@@ -153,15 +212,20 @@ def at_random(
   rng = np.random.default_rng(0)
   numbers = []
   for target in targets:
-    share = problem.costs / target
-    fit = (share > _USED) & (share <= 1 + allocation.TOLERANCE)
+    fit = _within(problem, target) & (problem.costs > _USED * target)
     numbers.append(rng.choice(np.flatnonzero(fit), len(streams.valid)))
   return Selected(np.stack(numbers), None, 1.0)
+
+
+def _within(problem: exhaustive_problem.Problem, target: float) -> np.ndarray:
+  """[N] bool: whether each assignment is within a budget."""
+  return problem.costs <= target * (1 + allocation.TOLERANCE)
 
 
 # Another method is another row.
 METHODS: dict[str, Method] = {
   'random': at_random,
+  'judged': judged,
   'two_trainings': functools.partial(after_training, scores='loss'),
   **{
     name: functools.partial(searched, preset=name) for name in presets.PRESETS

@@ -162,13 +162,13 @@ def test_the_best_assignment_of_one_half_is_valued_by_the_other(tiny_problem):
 
 def test_every_method_selects_within_budget(tiny_problem, tmp_path, capsys):
   result = exhaustive.measure(
-    tiny_problem, tmp_path, 2, [1.0], ['two_trainings', 'sensitivity']
+    tiny_problem, tmp_path, 2, [1.0], ['two_trainings', 'sensitivity', 'judged']
   )
   for (values,) in result['methods'].values():
     assert values['within'] == 1
     assert np.isfinite(values['served']).all()
   assert result['methods']['two_trainings'][0]['gap'] == [0, 0]
-  assert capsys.readouterr().out.count('| 1 | ') == 2
+  assert capsys.readouterr().out.count('| 1 | ') == 3
   # The losses are read again: the files are of the first start.
   written = [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())]
   tiny_problem.table(tmp_path, 2)
