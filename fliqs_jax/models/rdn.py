@@ -17,6 +17,8 @@ import numpy as np
 
 from fliqs_jax.runtime import files
 
+# The types in which TensorFlow.js stores float32.
+_STORED = ('float32', 'float16', 'uint16', 'uint8')
 _PEAK = 255.0  # The networks of esrgan-slim take and make 0 .. 255.
 
 
@@ -123,15 +125,15 @@ def _parameter(leaf: Any, raw: bytes, start: int) -> tuple[np.ndarray, int]:
   """Returns an array of a manifest, float32, and its length in bytes."""
   stored = leaf.get('quantization', {})
   dtype = stored.get('dtype', leaf['dtype'])
-  if leaf['dtype'] != 'float32' or dtype not in ('float32', 'uint8', 'uint16'):
+  if leaf['dtype'] != 'float32' or dtype not in _STORED:
     raise ValueError(
       f'{leaf["name"]} is {leaf["dtype"]} stored as {dtype}; allowed: float32 '
-      'stored as float32, uint8 or uint16'
+      f'stored as {", ".join(_STORED)}'
     )
   value = np.frombuffer(
     raw, np.dtype(dtype).newbyteorder('<'), int(np.prod(leaf['shape'])), start
   ).reshape(leaf['shape'])
-  if not stored:
-    return value, value.nbytes
-  scale, least = np.float32(stored['scale']), np.float32(stored['min'])
-  return value * scale + least, value.nbytes
+  length, value = value.nbytes, value.astype(np.float32)
+  if dtype.startswith('uint'):
+    value = value * np.float32(stored['scale']) + np.float32(stored['min'])
+  return value, length

@@ -166,23 +166,29 @@ def test_a_published_network_is_read_and_works_in_0_to_1(published):
   np.testing.assert_array_equal(read['SR']['kernel'], params['SR']['kernel'])
 
 
-def test_a_published_network_of_8_bits_is_read(published):
-  # TensorFlow.js stores round((x - min) / scale), here of two numbers.
-  path, *_ = published
-  stored = dict(dtype='uint8', scale=0.5, min=-1.25, original_dtype='float32')
+@pytest.mark.parametrize(
+  ('dtype', 'rest', 'raw', 'expected'),
+  [
+    # It stores round((x - min) / scale): 3 / 2 - 1.25 and 255 / 2 - 1.25.
+    ('uint8', dict(scale=0.5, min=-1.25), bytes([3, 255]), [0.25, 126.25]),
+    ('uint16', dict(scale=0.5, min=-1.0), bytes([2, 0, 0, 1]), [0, 127]),
+    ('float16', {}, np.array([1.5, -2], '<f2').tobytes(), [1.5, -2]),
+  ],
+)
+def test_a_published_network_of_fewer_bits_is_read(
+  tmp_path, dtype, rest, raw, expected
+):
+  stored = dict(dtype=dtype, original_dtype='float32', **rest)
   leaf = dict(name='SR/bias', shape=[2], dtype='float32', quantization=stored)
-  path.write_text(
-    json.dumps(dict(weightsManifest=[dict(paths=['c.bin'], weights=[leaf])]))
-  )
-  path.with_name('c.bin').write_bytes(bytes([3, 255]))
+  group = dict(paths=['c.bin'], weights=[leaf])
+  (tmp_path / 'c.bin').write_bytes(raw)
+  path = tmp_path / 'model.json'
+  path.write_text(json.dumps(dict(weightsManifest=[group])))
   read = rdn.published(path)['SR']['bias']
-  # 3 / 2 - 1.25 and 255 / 2 - 1.25; its pictures are in [0, 1].
-  np.testing.assert_array_equal(read, np.float32([0.25, 126.25]))
-  leaf['quantization'] = dict(stored, dtype='int4')
-  path.write_text(
-    json.dumps(dict(weightsManifest=[dict(paths=['c.bin'], weights=[leaf])]))
-  )
-  with pytest.raises(ValueError, match='SR/bias is float32 stored as int4'):
+  np.testing.assert_array_equal(read, np.float32(expected))
+  stored['dtype'] = 'int4'
+  path.write_text(json.dumps(dict(weightsManifest=[group])))
+  with pytest.raises(ValueError, match='SR/bias is float32 stored as int4; al'):
     rdn.published(path)
 
 
