@@ -63,7 +63,8 @@ def config_of(
   config.quant.update(formats=name, strategies=tuple(strategies))
   config.quant.update(mode='separate')
   config.cost.update(target=1.0, relative_to=name)
-  config.search.update(presets.search_keys('dqss', steps))
+  keys = presets.search_keys('dqss', steps)
+  config.search.update(keys | dict(quality=config.search.quality))
   config.init_from = workdir
   ptq.adapt(config, steps, teacher=False)
   return config.lock()
