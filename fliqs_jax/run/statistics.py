@@ -31,8 +31,8 @@ _PROFILED = 10
 # Least number of examples in which strategies find thresholds; EasyQuant takes
 # about 50, and its search takes most of the time.
 _CALIBRATED = 32
-# Examples of a batch by which statistics are settled, and the largest number of
-# training batches that make one.
+# Examples, or pixels, of a batch by which statistics are settled, and the
+# largest number of training batches that make one.
 _SETTLED, _MOST_JOINED = 1024, 16
 
 
@@ -229,8 +229,10 @@ def _joined(
 
   They have at least so many examples, if that takes at most `_MOST_JOINED`
   training batches: the forward pass needs no more memory than training then.
+  Where outputs are pictures, each pixel is an example.
   """
-  size = experiment.config.data.batch_size
+  pixels = math.prod(experiment.streams.label.shape[:-1])
+  size = experiment.config.data.batch_size * pixels
   number = min(math.ceil(examples / size), _MOST_JOINED)
   batches = iter(experiment.streams.train(step))
   while True:

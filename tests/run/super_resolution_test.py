@@ -1,14 +1,17 @@
 """The pictures that a run leaves are those of its network."""
 
 import io
+import itertools
 
 import jax
 import numpy as np
 import pytest
 
+from configs import digits
 from configs import super_resolution
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
+from fliqs_jax.run import statistics
 from fliqs_jax.run.records import results
 from fliqs_jax.runtime import devices as devices_lib
 
@@ -45,6 +48,15 @@ def test_pictures_are_of_all_the_split_as_the_network_makes_them(experiment):
   assert np.max(np.abs(expected - shown['made'])) <= 1
   with np.load(io.BytesIO(results.packed(shown))) as stored:
     np.testing.assert_array_equal(stored['made'], shown['made'])
+
+
+def test_a_batch_of_pictures_is_large_enough_to_settle_statistics(experiment):
+  # 16 patches of 24 x 24 pixels; of images without pixels to predict, 1,024.
+  (batch,) = itertools.islice(statistics._joined(experiment, 0, 1024), 1)
+  assert batch['image'].shape == (16, 12, 12, 3)
+  digits_run = experiment_lib.build(digits.get_config('smoke,space=INT4'))
+  (batch,) = itertools.islice(statistics._joined(digits_run, 0, 1024), 1)
+  assert len(batch['image']) == 1024
 
 
 def test_a_recipe_of_the_paper_is_edsr_s():
