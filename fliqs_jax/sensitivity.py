@@ -73,7 +73,7 @@ def markdown(decisions: Mapping[str, Mapping[str, Any]]) -> str:
       [name, *(f'{row[o]:.3g}' if o in row else '' for o in options)]
       for name, row in scores.items()
     ]
-    tables.append(number_text.markdown(['decision', *options], rows))
+    tables.append(number_text.markdown(['decision', *map(str, options)], rows))
   return '\n\n'.join(tables)
 
 

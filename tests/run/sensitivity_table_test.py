@@ -234,6 +234,29 @@ def test_the_command_writes_an_arch_that_the_run_takes(
   )
 
 
+def test_formats_and_sizes_are_printed_in_tables_of_their_own():
+  def decision(kind, options, scores):
+    return dict(kind=kind, options=options, scores=scores)
+
+  text = sensitivity_command.markdown(
+    {
+      'stem': decision('format', ['INT4', 'INT8'], [0.25, 0.0]),
+      'stem/channels': decision('channels', [4, 8], [0.5, 0.0]),
+      'head/channels': decision('channels', [8, 16], [1.5, 0.0]),
+    }
+  )
+  assert text.splitlines() == [
+    '| decision | INT4 | INT8 |',
+    '| --- | --- | --- |',
+    '| stem | 0.25 | 0 |',
+    '',
+    '| decision | 4 | 8 | 16 |',
+    '| --- | --- | --- | --- |',
+    '| stem/channels | 0.5 | 0 |  |',
+    '| head/channels |  | 1.5 | 0 |',
+  ]
+
+
 def test_the_command_writes_a_front(trained, tmp_path, capsys):
   workdir, _, content = trained
   table = f'--table={workdir / "table" / "sensitivity.json"}'
