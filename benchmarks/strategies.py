@@ -2,7 +2,7 @@ r"""Strategies of trained networks: each one, random ones, chosen, searched.
 
 python -m benchmarks.strategies WORKDIR ... [--format=INT4] [--steps=300] \
     [--strategies=max_abs,kl,eq,admm] [--scores=fisher,loss] [--random=8] \
-    [--batches=3]
+    [--batches=3] [--scored=8]
 
 Each workdir is a finished run whose formats are BF16. Its network is quantized
 to one format without training; weights and activations of each layer have a
@@ -17,7 +17,8 @@ strategy of their own, so all networks cost the same. Rows:
   dqss                    importances that learn for --steps steps
 
 Thresholds are found for each network anew, layer by layer, in a training batch
-of 32 examples or more. The table has the metric of the task on the test split,
+of 32 examples, or pixels, or more, and scores in 8 validation batches of --scored examples,
+by default of those of the run. The table has the metric of the task on the test split,
 the mean over --batches such batches, each apart; a random network has one.
 """
 
@@ -48,7 +49,7 @@ from fliqs_jax.search import sensitivity
 
 
 def config_of(
-  workdir: str, name: str, strategies: Sequence[str], steps: int
+  workdir: str, name: str, strategies: Sequence[str], steps: int, scored: int
 ) -> ml_collections.ConfigDict:
   """Returns the config that searches the strategies of a trained network.
 
@@ -57,6 +58,7 @@ def config_of(
     name: name of the format.
     strategies: names of the strategies.
     steps: number of steps in which the importances learn.
+    scored: examples of a validation batch; 0: as many as of the run.
   """
   content = config_lib.read(pathlib.Path(workdir) / workdir_lib.CONFIG)
   config = ml_collections.ConfigDict(content)
@@ -65,6 +67,8 @@ def config_of(
   config.cost.update(target=1.0, relative_to=name)
   keys = presets.search_keys('dqss', steps)
   config.search.update(keys | dict(quality=config.search.quality))
+  if scored:
+    config.data.valid_batch_size = scored
   config.init_from = workdir
   ptq.adapt(config, steps, teacher=False)
   return config.lock()
@@ -169,11 +173,14 @@ def main() -> None:
   parser.add_argument('--scores', default='fisher,loss')
   parser.add_argument('--random', type=int, default=8)
   parser.add_argument('--batches', type=int, default=3)
+  parser.add_argument('--scored', type=int, default=0)
   args = parser.parse_args()
   columns = []
   for workdir in args.workdirs:
     strategies = args.strategies.split(',')
-    config = config_of(workdir, args.format, strategies, args.steps)
+    config = config_of(
+      workdir, args.format, strategies, args.steps, args.scored
+    )
     network = Network(config)
     scores = args.scores.split(',')
     columns.append(network.rows(scores, args.random, args.batches))
