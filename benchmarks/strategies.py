@@ -17,9 +17,10 @@ strategy of their own, so all networks cost the same. Rows:
   dqss                    importances that learn for --steps steps
 
 Thresholds are found for each network anew, layer by layer, in a training batch
-of 32 examples, or pixels, or more, and scores in 8 validation batches of --scored examples,
-by default of those of the run. The table has the metric of the task on the test split,
-the mean over --batches such batches, each apart; a random network has one.
+of 32 examples, or pixels, or more, and scores in 8 validation batches of
+--scored examples, by default of those of the run. The table has the metric of
+the task on the test split, the mean over --batches such batches, each apart; a
+random network has one.
 """
 
 import argparse
