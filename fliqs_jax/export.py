@@ -114,7 +114,7 @@ def export(
   )
   return model_export.write(
     out,
-    _program(experiment, choices),
+    program(experiment, choices, inputs),
     variables,
     assignment,
     manifest,
@@ -125,10 +125,21 @@ def export(
   )
 
 
-def _program(
-  experiment: experiment_lib.Experiment, choices: Mapping[str, Any]
+def program(
+  experiment: experiment_lib.Experiment,
+  choices: Mapping[str, Any],
+  inputs: Any,
 ) -> searchable_lib.Searchable:
-  """Returns the run's network of stock layers, as a program."""
+  """Returns the run's network of stock layers, as a program.
+
+  What the run's network has as stock layers, such as squeeze-and-excitation,
+  stays as it is.
+
+  Args:
+    experiment: parts of the run.
+    choices: {decision: [K]}.
+    inputs: a batch of the model's inputs.
+  """
   stock = models.construct(
     experiment.config.model,
     experiment.streams.num_classes,
@@ -139,7 +150,18 @@ def _program(
     conv=nn.Conv,
     dense=nn.Dense,
   )
-  model = searchable_lib.searchable(stock, experiment.spec)
+  spec = experiment.spec
+  model = searchable_lib.searchable(stock, spec)
+  layers = experiment.space.assignment(choices)
+  _, parts = model.parts_of(inputs, train=False)
+  others = [
+    part.product.layer
+    for part in parts
+    if not part.reason and part.product.layer not in layers
+  ]
+  if others:
+    spec = dataclasses.replace(spec, exclude=(*spec.exclude, *others))
+    model = searchable_lib.searchable(stock, spec)
   return dataclasses.replace(model, fast_forms=True)
 
 

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from fliqs_jax import data
+from fliqs_jax import export
 from fliqs_jax.numerics import formats as formats_lib
 from fliqs_jax.report import number_text
 from fliqs_jax.run import config as config_lib
@@ -126,6 +128,18 @@ def test_fashion_mnist_s_transformer_has_20_layers_and_no_sizes():
   assert len(layers) == 2 + 3 * 6
   with pytest.raises(ValueError, match='transformer has no sizes to search'):
     _config('fashion_mnist', 'model=transformer,nas')
+
+
+def test_an_export_quantizes_what_the_run_does():
+  # Squeeze-and-excitation of an EfficientNet is stock in a run: it stays so.
+  run = experiment_lib.build(_config('efficientnet_imagenet', 'smoke'))
+  layers = run.space.assignment(run.space.dearest())
+  assert not any('squeeze' in layer for layer in layers)
+  inputs = data.model_inputs(next(iter(run.streams.test())))
+  program = export.program(run, run.space.dearest(), inputs)
+  _, parts = program.parts_of(inputs, train=False)
+  assert {p.product.layer for p in parts if not p.reason} == set(layers)
+  assert sum('squeeze' in part.product.layer for part in parts) == 7
 
 
 # The slowest to compile judge one architecture a step, not four. Where sizes
