@@ -105,11 +105,9 @@ def published(path: pathlib.Path) -> dict[str, Any]:
       for leaf in group['weights']:
         layer, name = leaf['name'].rsplit('/', 1)
         value, length = _parameter(leaf, raw, start)
-        params.setdefault(layer, {})[name] = (
-          value / np.float32(_PEAK)
-          if name == 'bias' and 'quantization' not in leaf
-          else value
-        )
+        if name == 'bias' and 'quantization' not in leaf:
+          value = value / np.float32(_PEAK)
+        params.setdefault(layer, {})[name] = value
         start += length
       if start != len(raw):
         raise ValueError(f'its weights have {start} bytes, files {len(raw)}')
