@@ -186,9 +186,18 @@ class Problem:
     return lax.fori_loop(first, end, one, state)
 
   def alone(
-    self, choices: Mapping[str, Any], stream: exhaustive_data.Stream
+    self,
+    choices: Mapping[str, Any],
+    stream: exhaustive_data.Stream,
+    end: int | None = None,
   ) -> train_state.TrainState:
-    """Returns the state of a network that is trained without a search."""
+    """Returns the state of a network that is trained without a search.
+
+    Args:
+      choices: {decision: [K] one-hot}.
+      stream: batches of one seed.
+      end: the step before which training stops; None: the last.
+    """
     fixed = controller_lib.Controller(
       init=lambda logits: choices,
       propose=lambda state, key, i: jax.tree.map(lambda a: a[None], state),
@@ -197,7 +206,10 @@ class Problem:
       judges=False,
     )
     step = self.step(fixed, self.phases(_ACT_START, 1.0))
-    return self.train(step, self.start(fixed, stream), stream, 0, self.steps)
+    state = self.start(fixed, stream)
+    return self.train(
+      step, state, stream, 0, self.steps if end is None else end
+    )
 
   def test_loss(
     self,
