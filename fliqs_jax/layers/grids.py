@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.numerics import clipping
+from fliqs_jax.numerics import float_ops
 from fliqs_jax.numerics import formats
 from fliqs_jax.numerics import mixture
 from fliqs_jax.numerics import one_hot as one_hot_lib
@@ -48,20 +49,23 @@ def weights(
     active: bool, broadcasts to `w`: which weights are active; None: all.
     ratios: [K, channels], by which thresholds are multiplied; None: 1.
   """
-  peak = jnp.max(jnp.abs(w), axis=contracted, keepdims=True)
+  seen = lax.stop_gradient(w)  # A threshold has no gradient.
+  peak = jnp.max(jnp.abs(seen), axis=contracted, keepdims=True)
   multiples = clipping.multiples(clip, menu)
 
   def on_grid(one_hot: jax.Array) -> quantize.Quantized:
-    threshold = peak
+    grid, threshold = quantize.select(menu, one_hot), peak
     if any(math.isfinite(m) for m in multiples):
-      multiple = one_hot_lib.pick(one_hot, jnp.asarray(multiples))
+      grid, multiple = quantize.select_with(
+        menu, one_hot, np.asarray(multiples, np.float32)
+      )
       where = None if active is None else jnp.broadcast_to(active, w.shape)
       over = dict(axis=contracted, keepdims=True, where=where)
-      mean, std = jnp.mean(w, **over), jnp.std(w, **over)
+      mean, std = jnp.mean(seen, **over), jnp.std(seen, **over)
       threshold = _threshold(multiple, mean, std, peak)
     if ratios is not None:
       threshold *= one_hot_lib.pick(one_hot, ratios).reshape(peak.shape)
-    return quantize.quantize(w, quantize.select(menu, one_hot), threshold)
+    return quantize.quantize(w, grid, threshold)
 
   return on_grid
 
@@ -113,13 +117,14 @@ def observed(
   # Moments about the mean so far: those about zero cancel where the offset is
   # large. Before the first batch, any value of it is near its mean.
   shift = jnp.where(before > 0, statistics['mean'], seen[(0,) * x.ndim])
-  centred, dense = seen - shift, 1.0
+  squares = jnp.square(seen - shift)
+  # Not a mean of what is squared: XLA would write that out for both.
+  first, second = jnp.mean(seen) - shift, jnp.mean(squares)
   if active is not None:
-    centred = jnp.where(active, centred, 0.0)
     dense = active.size / jnp.sum(active)
-  first = jnp.mean(centred) * dense
-  second = jnp.mean(centred * centred) * dense
-  weight = jnp.maximum(1.0 / (before + 1), 1.0 - _STATS_DECAY)
+    first = jnp.mean(jnp.where(active, seen, 0.0)) * dense - shift
+    second = jnp.mean(jnp.where(active, squares, 0.0)) * dense
+  weight = jnp.maximum(1.0 / (before + 1), np.float32(1.0 - _STATS_DECAY))
   variance, largest = statistics['variance'], statistics['largest']
   after = dict(
     mean=shift + weight * first,
@@ -153,14 +158,16 @@ def activations(
   on = statistics['active'] & (statistics['count'] > 0)
 
   def on_grid(one_hot: jax.Array) -> quantize.Quantized:
-    multiple = one_hot_lib.pick(one_hot, statistics['clip'])
+    grid, multiple = quantize.select_with(menu, one_hot, statistics['clip'])
     if rule == 'magnitude':
       threshold = _threshold(multiple, mean, std, largest)
     else:
       threshold = jnp.where(jnp.isfinite(multiple), multiple * std, largest)
     if 'ratio' in statistics:
       threshold *= one_hot_lib.pick(one_hot, statistics['ratio'])
-    quantized = quantize.quantize(x, quantize.select(menu, one_hot), threshold)
+    # Several readers would each compute it anew from the statistics.
+    threshold = float_ops.written_once(threshold)
+    quantized = quantize.quantize(x, grid, threshold)
     return quantize.Quantized(
       jnp.where(on, quantized.values, x),
       jnp.where(on, quantized.scale, 1.0),

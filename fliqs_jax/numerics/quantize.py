@@ -1,6 +1,6 @@
 """Quantization to a format's grid, straight-through gradient (Eq. 10, 11).
 
-A format is data, not code: one program without branches reads five numbers. So
+A format is data, not code: one program without branches reads four numbers. So
 a new format at every step needs no compilation and costs no more than a
 constant one. Values and scale are kept apart: an operation on the values of two
 quantized tensors, scaled afterwards, is low-bit arithmetic bit for bit.
@@ -15,35 +15,43 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from fliqs_jax.numerics import float_ops
 from fliqs_jax.numerics import formats
 from fliqs_jax.numerics import one_hot as one_hot_lib
 
+# The largest max_value of a format with a scale (E7M0).
+_MAX_SCALED = 2.0**64
 # XLA flushes a scale below the smallest normal float32, 2**-126, to zero. These
 # bounds of the threshold keep `threshold / max_value` normal and finite for
-# every max_value from 1 (INT2) to 2**64 (E7M0).
-_MIN_THRESHOLD, _MAX_THRESHOLD = 1e-18, 1e30
+# every max_value from 1 (INT2) to 2**64.
+_MIN_THRESHOLD, _MAX_THRESHOLD = np.float32(1e-18), np.float32(1e30)
+# The bits of a float32 that are its exponent; those of the number 1.
+_EXPONENT, _ONE = 0xFF << 23, 127 << 23
 
 
 class Grid(NamedTuple):
-  """The grid of one format, as numbers of shape []; of several, [K] each.
+  """The grid of one format, as float32 numbers of shape []; of several, [K].
 
   They are traced where a one-hot leaf selects the format, and constants of
   NumPy where the format is known when the program is traced.
 
   Attributes:
-    mantissa_bits: int32, explicit mantissa bits.
-    min_exponent: int32, exponent of the smallest normal number.
-    max_value: float32, largest magnitude on the unscaled grid.
-    inverse_max: float32, 1 / max_value, rounded once, so that eager, compiled
-      and NumPy code agree.
-    scaled: bool, whether a scale maps values to the grid; False only for BF16.
+    least: the smallest normal number, a power of two.
+    steps: steps from one power of two to the next, 2**mantissa_bits.
+    max_value: largest magnitude on the unscaled grid.
+    inverse_max: 1 / max_value, rounded once, so that eager, compiled and NumPy
+      code agree.
   """
 
-  mantissa_bits: jax.Array | np.int32
-  min_exponent: jax.Array | np.int32
+  least: jax.Array | np.float32
+  steps: jax.Array | np.float32
   max_value: jax.Array | np.float32
   inverse_max: jax.Array | np.float32
-  scaled: jax.Array | np.bool_
+
+  @property
+  def scaled(self) -> jax.Array | np.bool_:
+    """Whether a scale maps values to the grid; False only for BF16."""
+    return self.max_value <= _MAX_SCALED
 
 
 class Quantized(NamedTuple):
@@ -63,7 +71,7 @@ class Quantized(NamedTuple):
 
 def _table(menu: Sequence[formats.NumericFormat]) -> np.ndarray:
   rows = [
-    (f.mantissa_bits, f.min_exponent, f.max_value, 1 / f.max_value, f.scaled)
+    (2.0**f.min_exponent, 2.0**f.mantissa_bits, f.max_value, 1 / f.max_value)
     for f in menu
   ]
   return np.asarray(rows, np.float32)
@@ -77,28 +85,39 @@ def select(menu: Sequence[formats.NumericFormat], one_hot: jax.Array) -> Grid:
     one_hot: [K] entries in [0, 1]. If none is above 0.5, the largest value of
       the grid is NaN, and so is everything that is rounded to it.
   """
+  return _picked(_table(menu), one_hot)[0]
+
+
+def select_with(
+  menu: Sequence[formats.NumericFormat],
+  one_hot: jax.Array,
+  numbers: jax.Array | np.ndarray,
+) -> tuple[Grid, jax.Array]:
+  """Returns the grid that a one-hot vector picks, and the number beside it.
+
+  Args:
+    menu: [K] formats.
+    one_hot: [K], as of `select`.
+    numbers: [K] float32, positive, infinity included.
+  """
+  table = jnp.concatenate([_table(menu), numbers[:, None]], axis=1)
+  grid, (number,) = _picked(table, one_hot)
+  return grid, number
+
+
+def _picked(
+  table: jax.Array | np.ndarray, one_hot: jax.Array
+) -> tuple[Grid, list[jax.Array]]:
   # A masked sum, as in `one_hot.pick`, of all columns at once.
-  row = jnp.sum(jnp.where(one_hot[:, None] > 0.5, _table(menu), 0.0), axis=0)
-  mantissa_bits, min_exponent, max_value, inverse_max, scaled = row
-  return Grid(
-    mantissa_bits.astype(jnp.int32),
-    min_exponent.astype(jnp.int32),
-    one_hot_lib.or_nan(max_value),
-    inverse_max,
-    scaled > 0.5,
-  )
+  row = jnp.sum(jnp.where(one_hot[:, None] > 0.5, table, 0.0), axis=0)
+  least, steps, max_value, inverse_max, *others = row
+  grid = Grid(least, steps, one_hot_lib.or_nan(max_value), inverse_max)
+  return grid, others
 
 
 def grids_of(menu: Sequence[formats.NumericFormat]) -> Grid:
   """Returns the grids [K] of K formats known when the program is traced."""
-  mantissa_bits, min_exponent, max_value, inverse_max, scaled = _table(menu).T
-  return Grid(
-    mantissa_bits.astype(np.int32),
-    min_exponent.astype(np.int32),
-    max_value,
-    inverse_max,
-    scaled.astype(np.bool_),
-  )
+  return Grid(*_table(menu).T)
 
 
 def grid_of(numeric_format: formats.NumericFormat) -> Grid:
@@ -120,15 +139,24 @@ def round_to_grid(x: jax.Array, grid: Grid) -> jax.Array:
   Returns:
     [...] float32, values of the grid.
   """
-  x = jnp.clip(x.astype(jnp.float32), -grid.max_value, grid.max_value)
+  x = lax.clamp(-grid.max_value, x.astype(jnp.float32), grid.max_value)
   # The step between grid values is a power of two, made from the bits of the
   # exponent: exp2 and log2 are inexact, and XLA simplifies the usual trick of
   # adding and subtracting a large constant.
-  exponent = ((lax.bitcast_convert_type(x, jnp.int32) >> 23) & 0xFF) - 127
-  exponent = jnp.maximum(exponent, grid.min_exponent) - grid.mantissa_bits
-  step = lax.bitcast_convert_type((127 + exponent) << 23, jnp.float32)
-  inverse = lax.bitcast_convert_type((127 - exponent) << 23, jnp.float32)
-  return lax.round(x * inverse, lax.RoundingMethod.TO_NEAREST_EVEN) * step
+  power = jnp.maximum(_bits(x) & _EXPONENT, _bits(grid.least))
+  step = power - (_bits(grid.steps) - _ONE)
+  inverse = 2 * _ONE - step
+  return lax.round(
+    x * _float(inverse), lax.RoundingMethod.TO_NEAREST_EVEN
+  ) * _float(step)
+
+
+def _bits(x: jax.Array | np.float32) -> jax.Array | np.int32:
+  return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(bits: jax.Array) -> jax.Array:
+  return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @jax.custom_vjp
@@ -144,10 +172,10 @@ def _straight_through_fwd(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   # The comparison is with the threshold itself. One of x / scale with max_value
   # would, by rounding, mask the element that defines an abs-max threshold in a
-  # fifth of all channels.
-  inside = jnp.abs(x) <= threshold
-  y = _straight_through(x, inverse_scale, threshold, grid)
-  return y, (inside, inverse_scale)
+  # fifth of all channels. Without a magnitude that others read, too: XLA would
+  # write it out.
+  inside = (-threshold <= x) & (x <= threshold)
+  return round_to_grid(x * inverse_scale, grid), (inside, inverse_scale)
 
 
 def _straight_through_bwd(
@@ -161,7 +189,7 @@ _straight_through.defvjp(_straight_through_fwd, _straight_through_bwd)
 
 
 def _bounded(threshold: jax.Array) -> jax.Array:
-  return jnp.clip(lax.stop_gradient(threshold), _MIN_THRESHOLD, _MAX_THRESHOLD)
+  return lax.clamp(_MIN_THRESHOLD, lax.stop_gradient(threshold), _MAX_THRESHOLD)
 
 
 def _scale(bounded: jax.Array, grid: Grid) -> jax.Array:
@@ -198,7 +226,8 @@ def quantize(x: jax.Array, grid: Grid, threshold: jax.Array) -> Quantized:
     threshold's shape.
   """
   threshold = _bounded(threshold)
-  scale = _scale(threshold, grid)
+  # Several readers would each compute it anew.
+  scale = float_ops.written_once(_scale(threshold, grid))
   threshold = jnp.where(grid.scaled, threshold, jnp.inf)
   values = _straight_through(
     x.astype(jnp.float32), 1.0 / scale, threshold, grid

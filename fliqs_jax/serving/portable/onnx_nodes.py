@@ -115,13 +115,11 @@ class Nodes(served_products.Served):
     A logarithm finds the exponent, or one beside it.
     """
     x = jnp.clip(x, -grid.max_value, grid.max_value)
-    least = _power_of_two(jnp.asarray(grid.min_exponent, jnp.float32))
-    magnitude = jnp.maximum(jnp.abs(x), least)
+    magnitude = jnp.maximum(jnp.abs(x), grid.least)
     power = _power_of_two(jnp.floor(jnp.log2(magnitude)))
     power = jnp.where(power > magnitude, power * 0.5, power)
     power = jnp.where(power * 2 <= magnitude, power * 2, power)
-    mantissa_bits = jnp.asarray(grid.mantissa_bits, jnp.float32)
-    step = power * _power_of_two(-mantissa_bits)
+    step = power / grid.steps
     return lax.round(x / step, lax.RoundingMethod.TO_NEAREST_EVEN) * step
 
 
