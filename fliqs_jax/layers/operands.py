@@ -5,7 +5,7 @@ the moments of the input (`quant_stats`) and the cost of the op (`cost`).
 `quant_layers` lists them with their shapes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import math
 from typing import Any
 
@@ -96,17 +96,22 @@ class Operands:
       contracted: the axes of `w` that the op sums over.
     """
     x_q, w_q = self.activations(x), self.weights(w, contracted)
-    if not self.module.is_initializing():
-      self._note('operands', values=w_q.values, weights=w_q.scale)
-      self._note(
-        'errors', activations=_squares(x, x_q), weights=_squares(w, w_q)
-      )
+    self._note('operands', lambda: dict(values=w_q.values, weights=w_q.scale))
+    self._note(
+      'errors',
+      lambda: dict(activations=_squares(x, x_q), weights=_squares(w, w_q)),
+    )
     return x_q, w_q
 
-  def _note(self, collection: str, **values: jax.Array) -> None:
+  def _note(
+    self, collection: str, noted: Callable[[], Mapping[str, jax.Array]]
+  ) -> None:
     """Stores values, the last call's, if the collection is asked for."""
-    for name, value in values.items():
-      self.module.sow(
+    module = self.module
+    if module.is_initializing() or not module.is_mutable_collection(collection):
+      return
+    for name, value in noted().items():
+      module.sow(
         collection,
         name,
         value,
