@@ -107,19 +107,25 @@ def controller(
   def propose(state: ScoredState, key: jax.Array, step: jax.Array) -> Any:
     del key
 
-    def option(best: Any, logits: Any) -> jax.Array:
-      picked = (jnp.max(logits) > 0) | (logits.shape[-1] == 1)
-      return (best * (picked | (step < phases.search_start)))[None]
+    policy = policy_lib.stack(state.policy)
 
-    return jax.tree.map(option, policy_lib.argmax(state.policy), state.policy)
+    def option(best: jax.Array, logits: jax.Array) -> jax.Array:
+      picked = jnp.max(logits, axis=-1, keepdims=True) > 0
+      picked |= (logits.shape[-1] == 1) | (step < phases.search_start)
+      return (best * picked)[None]
+
+    return policy_lib.unstack(
+      jax.tree.map(option, policy_lib.argmax(policy), policy)
+    )
 
   def update(
     state: ScoredState, archs: Any, qualities: None, step: jax.Array
   ) -> tuple[ScoredState, dict[str, jax.Array]]:
     del archs, qualities, step
-    pi = policy_lib.probabilities(state.policy)
+    policy = policy_lib.stack(state.policy)
+    pi = policy_lib.unstack(policy_lib.probabilities(policy))
     return state, dict(
-      cost=relative_cost(pi), entropy=policy_lib.entropy(state.policy)
+      cost=relative_cost(pi), entropy=policy_lib.entropy(policy)
     )
 
   return controller_lib.Controller(
