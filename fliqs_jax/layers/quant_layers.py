@@ -219,7 +219,7 @@ def _conv(
   kind = _conv_kind(rhs.shape, kwargs['feature_group_count'])
   operands.record(
     kind,
-    macs=y.size * rhs[..., 0].size,
+    macs=y.size * (rhs.size // rhs.shape[-1]),
     weights=rhs.size,
     channels=rhs.shape[-1],
     inputs=lhs.size,
@@ -313,12 +313,15 @@ def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
       precision=module.precision,
     )
 
+  def add(weight, kernel, total):
+    return total + weight * branch(kernel)
+
   if module.is_initializing():
     largest = kernels[labels.index(module.kernel.size)]
     y = branch(largest)
     operands.record(
       _conv_kind(largest.shape, groups),
-      macs=y.size * largest[..., 0].size,
+      macs=y.size * (largest.size // module.features),
       weights=largest.size,
       channels=module.features,
       inputs=inputs.size,
@@ -328,13 +331,13 @@ def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
       strides=window,
     )
   else:
-    one = [functools.partial(branch, kernel) for kernel in kernels]
-
-    def every():
-      return sum(p * b() for p, b in zip(leaf, one))
-
-    index = jnp.where(leaf.max() > 0.5, jnp.argmax(leaf), len(labels))
-    y = lax.switch(index, [*one, every])
+    *batch, height, width, _ = inputs.shape
+    size = (-(-height // window[0]), -(-width // window[1]), module.features)
+    # Not one switch, whose case for the mean would have each branch again.
+    y = jnp.zeros((*batch, *size))
+    for weight, kernel in zip(leaf, kernels):
+      with_branch = functools.partial(add, weight, kernel)
+      y = lax.cond(weight != 0, with_branch, lambda total: total, y)
   if module.use_bias:
     bias = module.param(
       'bias', module.bias_init, (module.features,), module.param_dtype
