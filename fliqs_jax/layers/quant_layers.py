@@ -213,6 +213,10 @@ def _conv(
   """`lax.conv_general_dilated` with quantized operands; channels last."""
 
   def op(x, w):
+    if operands.module.is_initializing():  # Only its shape is needed.
+      return lax.conv_general_dilated(
+        x.values, w.values, window_strides, padding, **kwargs
+      )
     return _convolved(x, w, window_strides, padding, **kwargs)
 
   y = operands.apply(op, lhs, rhs, tuple(range(rhs.ndim - 1)))

@@ -264,10 +264,10 @@ def build(
     dtype=config.train.dtype,
   )
   model = build_model(spec)
-  fitting.check(config, task, model, streams)
-  space = discovery.find(
-    model, fitting.example(streams), spec=spec, train=False
-  )
+  fitting.check_inputs(config, model, streams)
+  traced = discovery.trace(model, fitting.example(streams), train=False)
+  fitting.check_task(config, task, traced.outputs, streams)
+  space = discovery.space_of(traced, spec)
   if arch is not None:
     space.check_sizes(arch['sizes'])
   with checks.named('cost.kind', config.cost.kind):

@@ -47,6 +47,35 @@ def find(
   if hasattr(model, 'ops'):  # Its products are known without its layers.
     ops, params = model.ops(*args, **kwargs)
     return _space(ops, spec, params)
+  return space_of(trace(model, *args, **kwargs), spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+  """What the trace of a model's `init` has shown.
+
+  Attributes:
+    outputs: the shapes of the model's outputs.
+    variables: its collections, with shapes in place of arrays.
+    calls: the path of each module, in the order of calls.
+  """
+
+  outputs: Any
+  variables: Mapping[str, Any]
+  calls: list[str]
+
+
+def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Traced:
+  """Traces a model's `init`; allocates nothing.
+
+  Args:
+    model: a model of this project's layers.
+    *args: as of `find`.
+    **kwargs: as of `find`.
+
+  Raises:
+    ValueError: modules that `nn.jit` treats as equal have different formats.
+  """
   calls: list[str] = []
 
   def note_order(
@@ -57,9 +86,9 @@ def find(
 
   def init(*args: Any) -> Any:
     with nn.intercept_methods(note_order):
-      return model.init(jax.random.key(0), *args, **kwargs)
+      return model.init_with_output(jax.random.key(0), *args, **kwargs)
 
-  variables = jax.eval_shape(init, *args)
+  outputs, variables = jax.eval_shape(init, *args)
   cost = variables.get('cost', {})
   callers = {_caller(path, sown) for path, sown in _sown_ops(cost)}
   if not callers <= set(calls):
@@ -67,16 +96,25 @@ def find(
     # result for the others; without jit each of them is traced.
     calls.clear()
     with jax.disable_jit():
-      each = jax.eval_shape(init, *args)['cost']
-    if each != cost:
+      _, each = jax.eval_shape(init, *args)
+    if each['cost'] != cost:
       raise ValueError(
         'the spec has a rule for some of several modules that nn.jit treats as '
         'equal, so that all would have the formats of the first; write the '
         'rule for all of these modules, or remove nn.jit'
       )
+  return Traced(outputs, variables, calls)
+
+
+def space_of(
+  traced: Traced, spec: quant_spec.QuantSpec | None
+) -> search_space.SearchSpace:
+  """Returns the search space of a traced model; `find` says what is checked."""
+  variables, calls = traced.variables, traced.calls
   params = sum(
     math.prod(p.shape) for p in jax.tree.leaves(variables.get('params', {}))
   )
+  cost = variables.get('cost', {})
   picked = _picked(variables.get('sizes', {}), calls)
   return _space(_ops(cost, calls), spec, params, picked, _others(cost))
 

@@ -1,7 +1,6 @@
 """Task of a config, and whether its model and its data fit it."""
 
 from collections.abc import Callable, Mapping
-import functools
 import types
 from typing import Any
 
@@ -80,23 +79,14 @@ def example(streams: data.Streams) -> Any:
   )
 
 
-def check(
-  config: ml_collections.ConfigDict,
-  task: types.ModuleType,
-  model: nn.Module,
-  streams: data.Streams,
+def check_inputs(
+  config: ml_collections.ConfigDict, model: nn.Module, streams: data.Streams
 ) -> None:
-  """Checks that model and data are those of the task.
+  """Checks that a model takes what the data give.
 
   Raises:
-    ValueError: they are not; the message names the keys.
+    ValueError: it does not; the message names the keys.
   """
-  _check_inputs(config, model, streams)
-  _check_outputs(config, task, model, streams)
-  _check_classes(config, task, streams)
-
-
-def _check_inputs(config, model: nn.Module, streams: data.Streams) -> None:
   shape = model.input_shape
   takes = tuple(shape) if isinstance(shape, Mapping) else ('image',)
   if set(takes) != set(streams.inputs):
@@ -114,9 +104,23 @@ def _check_inputs(config, model: nn.Module, streams: data.Streams) -> None:
       )
 
 
-def _check_outputs(config, task, model, streams: data.Streams) -> None:
-  init = functools.partial(model.init_with_output, train=False)
-  outputs, _ = jax.eval_shape(init, jax.random.key(0), example(streams))
+def check_task(
+  config: ml_collections.ConfigDict,
+  task: types.ModuleType,
+  outputs: jax.ShapeDtypeStruct,
+  streams: data.Streams,
+) -> None:
+  """Checks that a model's outputs and the labels are those of the task.
+
+  Args:
+    config: the config.
+    task: its task.
+    outputs: [1, ...] the model's outputs for one example.
+    streams: its data.
+
+  Raises:
+    ValueError: they are not; the message names the keys.
+  """
   expected = task.output_shape(streams)
   if outputs.shape[1:] != expected:
     raise ValueError(
@@ -124,6 +128,7 @@ def _check_outputs(config, task, model, streams: data.Streams) -> None:
       f'{outputs.shape[1:]} for an example, but task={config.task!r} needs '
       f'{expected}; use a model of that task'
     )
+  _check_classes(config, task, streams)
 
 
 def _check_classes(config, task, streams: data.Streams) -> None:
