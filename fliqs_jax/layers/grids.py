@@ -54,8 +54,9 @@ def weights(
   multiples = clipping.multiples(clip, menu)
 
   def on_grid(one_hot: jax.Array) -> quantize.Quantized:
-    grid, threshold = quantize.select(menu, one_hot), peak
-    if any(math.isfinite(m) for m in multiples):
+    if all(math.isinf(m) for m in multiples):
+      grid, threshold = quantize.select(menu, one_hot), peak
+    else:
       grid, multiple = quantize.select_with(
         menu, one_hot, np.asarray(multiples, np.float32)
       )
@@ -117,13 +118,16 @@ def observed(
   # Moments about the mean so far: those about zero cancel where the offset is
   # large. Before the first batch, any value of it is near its mean.
   shift = jnp.where(before > 0, statistics['mean'], seen[(0,) * x.ndim])
-  squares = jnp.square(seen - shift)
-  # Not a mean of what is squared: XLA would write that out for both.
-  first, second = jnp.mean(seen) - shift, jnp.mean(squares)
-  if active is not None:
+
+  def mean(values: jax.Array) -> jax.Array:
+    if active is None:
+      return jnp.mean(values)
     dense = active.size / jnp.sum(active)
-    first = jnp.mean(jnp.where(active, seen, 0.0)) * dense - shift
-    second = jnp.mean(jnp.where(active, squares, 0.0)) * dense
+    return jnp.mean(jnp.where(active, values, 0.0)) * dense
+
+  # The first moment is not the mean of the differences: with two readers, XLA
+  # would write them out.
+  first, second = mean(seen) - shift, mean(jnp.square(seen - shift))
   weight = jnp.maximum(1.0 / (before + 1), np.float32(1.0 - _STATS_DECAY))
   variance, largest = statistics['variance'], statistics['largest']
   after = dict(

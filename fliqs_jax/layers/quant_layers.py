@@ -213,11 +213,7 @@ def _conv(
   """`lax.conv_general_dilated` with quantized operands; channels last."""
 
   def op(x, w):
-    if operands.module.is_initializing():  # Only its shape is needed.
-      return lax.conv_general_dilated(
-        x.values, w.values, window_strides, padding, **kwargs
-      )
-    return _convolved(x, w, window_strides, padding, **kwargs)
+    return _convolved(operands.module, x, w, window_strides, padding, **kwargs)
 
   y = operands.apply(op, lhs, rhs, tuple(range(rhs.ndim - 1)))
   kind = _conv_kind(rhs.shape, kwargs['feature_group_count'])
@@ -243,7 +239,11 @@ def _conv_kind(kernel: tuple[int, ...], groups: int) -> str:
   return 'pointwise' if max(taps) == 1 else 'conv'
 
 
-def _convolved(x, w, window_strides, padding, **kwargs) -> jax.Array:
+def _convolved(module, x, w, window_strides, padding, **kwargs) -> jax.Array:
+  if module.is_initializing():  # Only the shape of the result is needed.
+    return lax.conv_general_dilated(
+      x.values, w.values, window_strides, padding, **kwargs
+    )
   y = float_ops.conv_general_dilated(
     x.values, w.values, window_strides, padding, **kwargs
   )
@@ -306,6 +306,7 @@ def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
   def branch(kernel):
     w = operands.weights(kernel, (0, 1, 2))
     return _convolved(
+      module,
       x,
       w,
       window,
@@ -316,9 +317,6 @@ def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
       feature_group_count=groups,
       precision=module.precision,
     )
-
-  def add(weight, kernel, total):
-    return total + weight * branch(kernel)
 
   if module.is_initializing():
     largest = kernels[labels.index(module.kernel.size)]
@@ -335,6 +333,10 @@ def _branched_conv(module: QuantConv, inputs: jax.Array) -> jax.Array:
       strides=window,
     )
   else:
+
+    def add(weight, kernel, total):
+      return total + weight * branch(kernel)
+
     *batch, height, width, _ = inputs.shape
     size = (-(-height // window[0]), -(-width // window[1]), module.features)
     # Not one switch, whose case for the mean would have each branch again.

@@ -172,8 +172,8 @@ def _straight_through_fwd(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   # The comparison is with the threshold itself. One of x / scale with max_value
   # would, by rounding, mask the element that defines an abs-max threshold in a
-  # fifth of all channels. Without a magnitude that others read, too: XLA would
-  # write it out.
+  # fifth of all channels. It takes no magnitude: XLA would write out one that
+  # others read, too.
   inside = (-threshold <= x) & (x <= threshold)
   return round_to_grid(x * inverse_scale, grid), (inside, inverse_scale)
 
