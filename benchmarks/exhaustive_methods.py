@@ -184,7 +184,7 @@ def judged_whole(
     mean = np.mean(seen, axis=0)
     numbers.append(
       [
-        int(np.argmin(np.where(_within(problem, target), mean, np.inf)))
+        int(np.argmin(np.where(problem.within(target), mean, np.inf)))
         for target in targets
       ]
     )
@@ -208,14 +208,9 @@ def at_random(
   rng = np.random.default_rng(0)
   numbers = []
   for target in targets:
-    fit = _within(problem, target) & (problem.costs > _USED * target)
+    fit = problem.within(target) & (problem.costs > _USED * target)
     numbers.append(rng.choice(np.flatnonzero(fit), len(streams.valid)))
   return Selected(np.stack(numbers), None, 1.0)
-
-
-def _within(problem: exhaustive_problem.Problem, target: float) -> np.ndarray:
-  """[N] bool: whether each assignment is within a budget."""
-  return problem.costs <= target * (1 + allocation.TOLERANCE)
 
 
 # Another method is another row.

@@ -26,6 +26,7 @@ from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import schedules
 from fliqs_jax.search import train_state
 from fliqs_jax.search import train_step
+from fliqs_jax.space import allocation
 from fliqs_jax.space import search_space
 from fliqs_jax.tasks import classification
 
@@ -105,6 +106,10 @@ class Problem:
     """Returns the budget of a multiple of the cost of uniform INT4."""
     cost = self.space.cost('bops')
     return fliqs.Budget(cost, target * fliqs.uniform_cost(cost, 'INT4'))
+
+  def within(self, target: float) -> np.ndarray:
+    """Returns which assignments, bool [N], are within a budget."""
+    return self.costs <= target * (1 + allocation.TOLERANCE)
 
   def uniform(self, option: int) -> int:
     """Returns the number of the assignment with one option everywhere."""

@@ -158,6 +158,9 @@ def test_the_best_assignment_of_one_half_is_valued_by_the_other(tiny_problem):
   # finds to lose 5; seed 1 the second, of which seed 0 thinks 3.
   table = np.array([[1.0, 3.0, 0.0, 0.0], [5.0, 4.0, 0.0, 0.0]])
   assert exhaustive.best(tiny_problem, table, 1.0) == (5 + 3) / 2
+  # What one seed says: the least of both that are within, whatever the other.
+  selected = exhaustive.of_one_seed(tiny_problem, table, np.array([1.0, 9.0]))
+  np.testing.assert_array_equal(selected.numbers, [[0, 1], [2, 2]])
 
 
 def test_every_method_selects_within_budget(tiny_problem, tmp_path, capsys):
@@ -168,7 +171,7 @@ def test_every_method_selects_within_budget(tiny_problem, tmp_path, capsys):
     assert values['within'] == 1
     assert np.isfinite(values['served']).all()
   assert result['methods']['two_trainings'][0]['gap'] == [0, 0]
-  assert capsys.readouterr().out.count('| 1 | ') == 3
+  assert capsys.readouterr().out.count('| 1 | ') == 4
   # The losses are read again: the files are of the first start.
   written = [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())]
   tiny_problem.table(tmp_path, 2)
