@@ -22,7 +22,7 @@ from PIL import Image
 import tensorflow_datasets as tfds
 
 from fliqs_jax import data
-from fliqs_jax.data import criteo_store
+from fliqs_jax.data.sources import criteo_store
 
 _SIZES = {'500x375': (500, 375), '1600x1200': (1600, 1200)}
 _DISTINCT = 50  # Number of different JPEGs, which are repeated.

@@ -19,7 +19,7 @@ import shutil
 from array_record.python import array_record_module
 
 from fliqs_jax.data import build_once
-from fliqs_jax.data import tfds_records
+from fliqs_jax.data.sources import tfds_records
 from fliqs_jax.runtime import commands
 from fliqs_jax.runtime import files
 

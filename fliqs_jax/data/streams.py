@@ -14,13 +14,13 @@ from fliqs_jax.data import splits
 
 
 def _digits(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
-  from fliqs_jax.data import digits
+  from fliqs_jax.data.sources import digits
 
   return digits.dataset(config.data_dir)
 
 
 def _cifar10(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
-  from fliqs_jax.data import cifar10
+  from fliqs_jax.data.sources import cifar10
 
   return cifar10.dataset(config.data_dir, config.augment)
 
@@ -28,13 +28,13 @@ def _cifar10(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
 def _fashion_mnist(
   config: ml_collections.ConfigDict,
 ) -> dataset_lib.Dataset:
-  from fliqs_jax.data import fashion_mnist
+  from fliqs_jax.data.sources import fashion_mnist
 
   return fashion_mnist.dataset(config.data_dir, config.augment)
 
 
 def _imagenet2012(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
-  from fliqs_jax.data import imagenet
+  from fliqs_jax.data.sources import imagenet
 
   return imagenet.dataset(
     config.data_dir, config.image_size, config.augment, config.random_erasing
@@ -42,26 +42,26 @@ def _imagenet2012(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
 
 
 def _criteo(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
-  from fliqs_jax.data import criteo
+  from fliqs_jax.data.sources import criteo
 
   return criteo.dataset(config.data_dir, config.buckets, config.max_bad_lines)
 
 
 def _synthetic(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
-  from fliqs_jax.data import synthetic
+  from fliqs_jax.data.sources import synthetic
 
   size = config.image_size
   return synthetic.images((size, size, 3), config.num_classes)
 
 
 def _synthetic_criteo(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
-  from fliqs_jax.data import synthetic
+  from fliqs_jax.data.sources import synthetic
 
   return synthetic.clicks(config.buckets)
 
 
 def _pictures(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
-  from fliqs_jax.data import pictures
+  from fliqs_jax.data.sources import pictures
 
   return pictures.dataset(
     config.data_dir, config.patch, config.scale, config.crop, config.crops
@@ -71,7 +71,7 @@ def _pictures(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
 def _synthetic_pictures(
   config: ml_collections.ConfigDict,
 ) -> dataset_lib.Dataset:
-  from fliqs_jax.data import synthetic
+  from fliqs_jax.data.sources import synthetic
 
   return synthetic.pictures(
     config.patch, config.scale, config.crop, config.crops

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fliqs_jax.data import convert
-from fliqs_jax.data import tfds_records
+from fliqs_jax.data.sources import tfds_records
 from fliqs_jax.runtime import files
 from tests.data import prepared
 

@@ -16,11 +16,11 @@ from sklearn import datasets as sklearn_datasets
 import tensorflow_datasets as tfds
 
 from fliqs_jax import data
-from fliqs_jax.data import digits
 from fliqs_jax.data import images
 from fliqs_jax.data import pipeline
 from fliqs_jax.data import splits
-from fliqs_jax.data import synthetic
+from fliqs_jax.data.sources import digits
+from fliqs_jax.data.sources import synthetic
 
 
 @pytest.fixture(scope='module')
@@ -613,7 +613,7 @@ import os, sys
 from fliqs_jax import data
 for module in 'grain', 'sklearn', 'tensorflow_datasets', 'PIL':
   assert module not in sys.modules, module
-from fliqs_jax.data import digits
+from fliqs_jax.data.sources import digits
 from fliqs_jax.data import images
 if {kill}:
   os.rename = lambda *paths: os._exit(9)  # As a kill half-way through.

@@ -4,7 +4,7 @@ import numpy as np
 
 from fliqs_jax.data import dataset as dataset_lib
 from fliqs_jax.data import images
-from fliqs_jax.data import tfds_records
+from fliqs_jax.data.sources import tfds_records
 
 NAME = 'cifar10'
 _SHAPE = (32, 32, 3)

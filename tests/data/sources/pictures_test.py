@@ -9,9 +9,9 @@ from PIL import Image
 import pytest
 
 from fliqs_jax import data
-from fliqs_jax.data import bicubic
-from fliqs_jax.data import picture_store
-from fliqs_jax.data import pictures
+from fliqs_jax.data.sources import bicubic
+from fliqs_jax.data.sources import picture_store
+from fliqs_jax.data.sources import pictures
 
 CUT = dict(patch=16, scale=2, crop=20, crops=2)
 

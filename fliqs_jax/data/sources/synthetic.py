@@ -6,12 +6,12 @@ can learn each.
 
 import numpy as np
 
-from fliqs_jax.data import criteo
-from fliqs_jax.data import criteo_store
 from fliqs_jax.data import dataset as dataset_lib
 from fliqs_jax.data import images as images_lib
-from fliqs_jax.data import pictures as pictures_lib
 from fliqs_jax.data import random_bits
+from fliqs_jax.data.sources import criteo
+from fliqs_jax.data.sources import criteo_store
+from fliqs_jax.data.sources import pictures as pictures_lib
 
 # Number of uniform blocks of a pattern in each direction: coarse enough for
 # strides and pooling.

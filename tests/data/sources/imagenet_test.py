@@ -11,8 +11,8 @@ from PIL import Image
 import pytest
 
 from fliqs_jax import data
-from fliqs_jax.data import imagenet
 from fliqs_jax.data import random_bits
+from fliqs_jax.data.sources import imagenet
 from tests.data import prepared
 
 _MEAN = np.array([0.485, 0.456, 0.406])

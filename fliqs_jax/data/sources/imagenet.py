@@ -19,7 +19,7 @@ from fliqs_jax.data import dataset as dataset_lib
 from fliqs_jax.data import deit_augment
 from fliqs_jax.data import images
 from fliqs_jax.data import random_bits
-from fliqs_jax.data import tfds_records
+from fliqs_jax.data.sources import tfds_records
 
 NAME = 'imagenet2012'
 AUGMENTATIONS = ('none', 'crop_flip', 'randaugment')

@@ -13,10 +13,10 @@ import pathlib
 
 import numpy as np
 
-from fliqs_jax.data import bicubic
 from fliqs_jax.data import dataset as dataset_lib
-from fliqs_jax.data import picture_store
 from fliqs_jax.data import random_bits
+from fliqs_jax.data.sources import bicubic
+from fliqs_jax.data.sources import picture_store
 
 _LOG = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import functools
 
 import numpy as np
 
-from fliqs_jax.data import criteo_store
 from fliqs_jax.data import dataset as dataset_lib
 from fliqs_jax.data import random_bits
+from fliqs_jax.data.sources import criteo_store
 
 NAME = 'criteo'
 _SOURCE, _STORE = 'train.txt', 'criteo_store'

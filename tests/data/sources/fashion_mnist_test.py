@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fliqs_jax import data
-from fliqs_jax.data import fashion_mnist
+from fliqs_jax.data.sources import fashion_mnist
 
 SIZES = {'train': 10, 'test': 4}
 PREFIXES = {'train': 'train', 'test': 't10k'}

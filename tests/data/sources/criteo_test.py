@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from fliqs_jax import data
-from fliqs_jax.data import criteo
-from fliqs_jax.data import criteo_store
-from fliqs_jax.data import synthetic
+from fliqs_jax.data.sources import criteo
+from fliqs_jax.data.sources import criteo_store
+from fliqs_jax.data.sources import synthetic
 
 _MISSING = criteo_store.MISSING
 

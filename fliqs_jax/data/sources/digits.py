@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from fliqs_jax.data import dataset as dataset_lib
 from fliqs_jax.data import images
-from fliqs_jax.data import tfds_records
+from fliqs_jax.data.sources import tfds_records
 from fliqs_jax.runtime import files
 
 _SPLIT_SIZES = {'train': 1437, 'test': 360}

@@ -1,0 +1,1 @@
+"""The data sets that a config can name."""
