@@ -114,7 +114,7 @@ def test_importing_stays_light(module):
   code = (
     f'import sys, {module}\n'
     'heavy = ("tensorflow", "tensorflow_datasets", "clu", "orbax", "grain", '
-    '"matplotlib", "tensorboardX", "sklearn")\n'
+    '"matplotlib", "tensorboardX", "sklearn", "flax.nnx")\n'
     'print([name for name in heavy if name in sys.modules])'
   )
   done = subprocess.run(

@@ -7,9 +7,9 @@ mutable=..., rngs=..., **kwargs)`, where `variables` is {collection: tree}.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import inspect
+import sys
 from typing import Any
 
-from flax import nnx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def adapted(model: Any, params: Any) -> Any:
     if model.scope is not None:
       raise ValueError(f'{name} is bound to variables; pass the unbound module')
     result = model
-  elif isinstance(model, nnx.Module):
+  elif _is_nnx(model):
     result = NnxModel.of(model)
   elif _is_haiku(model):
     result = HaikuModel(model.init, model.apply, _has_state(model))
@@ -146,13 +146,17 @@ class NnxModel:
   accepts: Callable[..., Any]
 
   @classmethod
-  def of(cls, module: nnx.Module) -> 'NnxModel':
+  def of(cls, module: Any) -> 'NnxModel':
     """Returns the model of a module with its variables."""
+    from flax import nnx
+
     graph, params, others = nnx.split(module, nnx.Param, ...)
     return cls(graph, (params, others), type(module).__call__)
 
   def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Returns copies of the variables that the module was made with."""
+    from flax import nnx
+
     del rngs, args, kwargs
     params, others = (
       jax.tree.map(jnp.copy, nnx.to_pure_dict(state)) for state in self.state
@@ -172,6 +176,8 @@ class NnxModel:
 
     With `mutable`, the result is (outputs, {'nnx_state': changed}).
     """
+    from flax import nnx
+
     states = []
     for name, template in zip(('params', 'nnx_state'), self.state):
       state = jax.tree.map(lambda x: x, template)
@@ -292,6 +298,12 @@ def _is_float(x: Any) -> bool:
 def _arrays(tree: Any) -> Any:
   """Returns the floating-point arrays of a tree, None in place of the rest."""
   return jax.tree.map(lambda x: x if _is_float(x) else None, tree)
+
+
+def _is_nnx(model: Any) -> bool:
+  # Who has an NNX module has imported NNX, a sixth of this package's imports.
+  nnx = sys.modules.get('flax.nnx')
+  return nnx is not None and isinstance(model, nnx.Module)
 
 
 def _is_haiku(model: Any) -> bool:
