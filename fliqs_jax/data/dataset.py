@@ -69,6 +69,10 @@ class Spec:
   dtype: np.dtype = np.dtype(np.float32)
 
 
+# What a batch holds beside the inputs of the model.
+_NO_INPUTS = 'label', 'example_mask'
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
   """One labelled data set.
@@ -84,8 +88,8 @@ class Dataset:
     name: name of the data set in `config.data.name`.
     num_classes: number of classes; labels are 0 .. num_classes - 1. 0 if labels
       are no classes.
-    inputs: {name: `Spec`} of the model's inputs; no name is 'label' or 'mask'.
-      They are those of training; pictures of valid and test may be larger.
+    inputs: {name: `Spec`} of the model's inputs, those of training; pictures of
+      valid and test may be larger. No name is 'label' or 'example_mask'.
     split_sizes: {split: number of units, which a split string counts}. It is
       known before `open`, so that a wrong config is refused before anything is
       decoded.
@@ -121,6 +125,19 @@ def model_inputs(named: Mapping[str, Any]) -> Any:
 
   Returns:
     The value of the only input; {name: value} if there are several inputs.
+
+  Raises:
+    ValueError: it is no dict, or has no input.
   """
-  inputs = {k: v for k, v in named.items() if k not in ('label', 'mask')}
+  if not isinstance(named, Mapping):
+    raise ValueError(
+      f'a batch is a {type(named).__name__}; it must be a dict of inputs by '
+      "name, and 'label'"
+    )
+  inputs = {k: v for k, v in named.items() if k not in _NO_INPUTS}
+  if not inputs:
+    raise ValueError(
+      f'a batch of the keys {sorted(named)} has no input of the model; each '
+      f'key but {" and ".join(_NO_INPUTS)} is one'
+    )
   return inputs if len(inputs) > 1 else next(iter(inputs.values()))

@@ -147,8 +147,8 @@ def endless(
 def one_pass(part: Part) -> Callable[[], Iterator[Batch]]:
   """Returns a function that returns the batches of one pass, in order.
 
-  Repeated examples fill the last batch. Batches have one more field, 'mask',
-  float32 [N]: 1 for an example, 0 for a repeated one.
+  Repeated examples fill the last batch. Batches have one more field,
+  'example_mask', float32 [N]: 1 for an example, 0 for a repeated one.
 
   Args:
     part: the part of the stream to read.
@@ -160,7 +160,7 @@ def one_pass(part: Part) -> Callable[[], Iterator[Batch]]:
     inputs = part.dataset.eval_inputs(columns)
     mask = positions < part.num_examples
     return _batch(part.dataset, inputs, columns) | dict(
-      mask=mask.astype(np.float32)
+      example_mask=mask.astype(np.float32)
     )
 
   num_batches = -(-part.num_examples // part.batch_size)

@@ -135,7 +135,8 @@ class Streams:
     * an array [B, ...] for each of `inputs`; images are normalised, float32
       [B, H, W, C]. `model_inputs(batch)` is the argument of a model's call.
     * 'label': int32 [B], a class; or [B, ...], of shape and dtype of `label`.
-    * 'mask': float32 [B], in test only: 1 for an example, 0 for padding.
+    * 'example_mask': float32 [B], in test only: 1 for an example, 0 where it
+      is repeated to fill the batch.
 
   Invariants:
     * A batch is a function of config, seed and step: `train(n)` yields the

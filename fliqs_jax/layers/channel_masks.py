@@ -40,8 +40,9 @@ def size_leaf(
     )
   module.sow('sizes', name, choice)
   one_hot = module.get_variable('arch', name)
-  if not (isinstance(choice, sizes.Kernel) and choice.has_branches):
-    one_hot_lib.check('/'.join((*module.path, name)), one_hot)
+  is_mean = isinstance(choice, sizes.Kernel) and choice.has_branches
+  path = '/'.join((*module.path, name))
+  one_hot_lib.check(path, one_hot, len(choice.labels), is_mean)
   return one_hot
 
 

@@ -271,8 +271,8 @@ class Operands:
       # A model without a value for the leaf runs at its first format.
       self.module.variable('arch', leaf, jax.nn.one_hot, 0, len(menu))
     one_hot = self.module.get_variable('arch', leaf)
-    if not self._is_relaxed(menu):
-      one_hot_lib.check('/'.join((*self.module.path, leaf)), one_hot)
+    path = '/'.join((*self.module.path, leaf))
+    one_hot_lib.check(path, one_hot, len(menu), self._is_relaxed(menu))
     return one_hot
 
   def _is_relaxed(self, menu: Menu) -> bool:
@@ -382,9 +382,15 @@ class Operands:
   def _variable(self, name: str, first: Any) -> nn.Variable:
     """Returns a variable of `quant_stats`; linen declares each only once."""
     if name not in self._declared:
-      self._declared[name] = self.module.variable(
-        'quant_stats', name, jnp.asarray, first
-      )
+      variable = self.module.variable('quant_stats', name, jnp.asarray, first)
+      found, right = np.shape(variable.value), np.shape(first)
+      if found != right:
+        raise ValueError(
+          f'quant_stats of {"/".join(self.module.path)}: {name} has the shape '
+          f'{list(found)}, but must be {list(right)}: it is of other formats; '
+          'use those of `init`'
+        )
+      self._declared[name] = variable
     return self._declared[name]
 
   def profiled(self, x: jax.Array, menu: Menu) -> mixture.OnGrid:

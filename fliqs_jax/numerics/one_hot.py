@@ -5,17 +5,29 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def check(name: str, one_hot: jax.Array | np.ndarray) -> None:
-  """Checks a vector whose values are known; a traced one passes.
+def check(
+  name: str, one_hot: jax.Array | np.ndarray, size: int, is_mean: bool = False
+) -> None:
+  """Checks a leaf of `arch`; the values of a traced one are not known.
 
   Args:
     name: path of the leaf in `arch`, which begins with that of its layer.
     one_hot: [K] entries in [0, 1].
+    size: K, the number of options.
+    is_mean: whether the leaf may also weigh the options.
 
   Raises:
-    ValueError: not exactly one entry is above 0.5.
+    ValueError: it has not one entry for each option, or not exactly one entry
+      is above 0.5.
   """
-  if isinstance(one_hot, jax.core.Tracer):
+  shape = np.shape(one_hot)
+  if shape != (size,):
+    raise ValueError(
+      f'arch leaf {name} has the shape {list(shape)}, but the layer has {size} '
+      f'options, so it must be [{size}]; it is of another model or of other '
+      'formats: give space.expand(choices), where space is that of this model'
+    )
+  if is_mean or isinstance(one_hot, jax.core.Tracer):
     return
   values = np.asarray(one_hot)
   if np.sum(values > 0.5) != 1:

@@ -411,6 +411,13 @@ class Searchable:
             f'the variables lack quant_stats/{missing[0]}: they are '
             'those of another model or of another call; use those of `init`'
           )
+        for name, key in own.items():
+          given_shape, right = np.shape(flat[key]), np.shape(names[name])
+          if given_shape != right:
+            raise ValueError(
+              f'quant_stats/{key} has the shape {list(given_shape)}, but must '
+              f'be {list(right)}: it is of other formats; use those of `init`'
+            )
         stats[path] = products_lib.nested(
           {name: flat[key] for name, key in own.items()}
         )
@@ -428,8 +435,8 @@ class Searchable:
           'returned for this model'
         )
       row = arch[name]
-      if self.spec.mix == 'sampled' or len(menu) == 1:
-        one_hot_lib.check(name, row)
+      is_mean = self.spec.mix != 'sampled' and len(menu) > 1
+      one_hot_lib.check(name, row, len(menu), is_mean)
       rows.append(jnp.asarray(row))
     if not product.stack:
       return rows[0]

@@ -85,10 +85,14 @@ def argmax(policy: Any) -> Any:
 
   Returns:
     The same tree of [K] float32 one-hot. Of equal logits the first one counts.
+    Where a logit is NaN, all entries are: then nothing is picked.
   """
-  return jax.tree.map(
-    lambda x: jax.nn.one_hot(jnp.argmax(x, axis=-1), x.shape[-1]), policy
-  )
+
+  def one_hot(logits: Any) -> jax.Array:
+    best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+    return jnp.where(jnp.isnan(logits).any(-1, keepdims=True), jnp.nan, best)
+
+  return jax.tree.map(one_hot, policy)
 
 
 def log_prob(policy: Any, arch: Any) -> jax.Array:

@@ -85,9 +85,9 @@ def search_step(
 
   Returns:
     A pure function of a `TrainState` and two batches, which returns the next
-    state and {name: metric []}. A batch is a dict of the model's inputs
-    [B, ...], of any names, and of `label` [B, ...]. Jit the function with the
-    state donated.
+    state and {name: metric []}. A batch is a dict of `label` [B, ...] and of
+    the model's inputs [B, ...], of any other names but `example_mask`. Jit the
+    function with the state donated.
   """
 
   def step(

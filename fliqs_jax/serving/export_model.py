@@ -94,7 +94,6 @@ def export_model(
   )
   found = dataclasses.replace(model, known=known)
   space = discovery.find(found, *args, **kwargs)
-  check_choices(space, choices)
   assignment = space.assignment(choices)
   variables = plain(variables)
   arch = space.expand(space.choices(assignment))
@@ -271,21 +270,6 @@ def _has_batch(leaves: list[Any]) -> list[bool]:
   """
   batch = np.shape(leaves[0])[:1] if leaves else ()
   return [bool(batch) and np.shape(x)[:1] == batch for x in leaves]
-
-
-def check_choices(space: Any, choices: Mapping[str, Any]) -> None:
-  """Checks that choices are those of a space.
-
-  Raises:
-    ValueError: decisions are missing or surplus; the message names them.
-  """
-  known, given = {d.name for d in space.decisions}, set(choices)
-  if known != given:
-    raise ValueError(
-      'choices: missing are '
-      f'{", ".join(sorted(known - given)) or "none"}; surplus are '
-      f'{", ".join(sorted(given - known)) or "none"}'
-    )
 
 
 def plain(variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,11 +32,20 @@ class Budget:
     cost: the cost of the space.
     target: its highest value, in its unit.
     lowest: its lowest value, in its unit.
+
+  Raises:
+    ValueError: the target is no finite number.
   """
 
   cost: cost_model.Cost
   target: float
   lowest: float = -math.inf
+
+  def __post_init__(self):
+    if not math.isfinite(self.target):
+      raise ValueError(
+        f'the target of a budget is {self.target}; it must be a finite number'
+      )
 
   def admits(self, choices: Mapping[str, Any]) -> bool:
     """Returns whether an architecture is within the budget."""
@@ -178,9 +187,18 @@ def likeliest(
     budgets: limits of costs; none: the argmax of the policy.
 
   Raises:
-    ValueError: no architecture is within the budgets, or a logit is not finite.
+    ValueError: no architecture is within the budgets, a logit is not finite, or
+      the policy is that of another space.
   """
   logits = {name: np.asarray(values) for name, values in policy.items()}
+  shapes = {d.name: (len(d.labels),) for d in space.decisions}
+  given = {name: values.shape for name, values in logits.items()}
+  for name in sorted(shapes.keys() | given.keys()):
+    if shapes.get(name) != given.get(name):
+      raise ValueError(
+        f'the policy is that of another space: {name} must have logits of the '
+        f'shape {shapes.get(name)}, and has {given.get(name)}'
+      )
   for name, values in logits.items():
     if not np.isfinite(values).all():
       raise ValueError(

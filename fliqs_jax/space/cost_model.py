@@ -117,6 +117,14 @@ class Kind(NamedTuple):
   chip: chip_lib.Chip | None = None
 
 
+def _mbit_of_parameters(count: int) -> float:
+  return _OTHER_BITS * count / 1e6
+
+
+def _bytes_of_parameters(count: int) -> float:
+  return _OTHER_BITS * count / 8
+
+
 # The names of `cost.kind` beside those of chips. Another kind is another row.
 KINDS: dict[str, Kind] = {
   'bops': Kind(
@@ -126,12 +134,12 @@ KINDS: dict[str, Kind] = {
     'Mbit',
     op_mbit,
     sides=('weights',),
-    of_parameters=lambda count: _OTHER_BITS * count / 1e6,
+    of_parameters=_mbit_of_parameters,
   ),
   'compressed_bytes': Kind(
     'bytes',
     op_compressed_bytes,
-    of_parameters=lambda count: _OTHER_BITS * count / 8,
+    of_parameters=_bytes_of_parameters,
   ),
   'average_bits': Kind(
     'bits', op_weight_bits, sides=('weights',), is_per_weight=True

@@ -145,7 +145,7 @@ def _space(
     open_sizes=_size_decisions(picked),
     ops=ops,
     params=params,
-    others=others,
+    others=dict(others),
   )
 
 

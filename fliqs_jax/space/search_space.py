@@ -139,6 +139,21 @@ class SizeDecision(Decision):
     return self.labels.index(max(self.labels))
 
 
+def _largest(decision: Decision, given: Any) -> int:
+  """Returns the index of the largest of [K] numbers, one for each option."""
+  values, count = np.asarray(given), len(decision.labels)
+  is_number = values.dtype.kind in 'biuf' or values.dtype.name == 'bfloat16'
+  if values.shape == (count,) and is_number:
+    numbers = values.astype(np.float64)
+    if np.isfinite(numbers).all() and np.sum(numbers == numbers.max()) == 1:
+      return int(numbers.argmax())
+  raise ValueError(
+    f'choices: {decision.name} is {given!r}; it must be {count} finite '
+    f'numbers, one for each of {", ".join(map(str, decision.labels))}, and one '
+    'of them the largest, as `argmax`, `likeliest` and `space.choices` return'
+  )
+
+
 # The side of an assignment, 0 or 1, that a format leaf of `arch` sets; that of
 # a tied decision may be read from either.
 _SIDES = {'format': 0, 'weights': 0, 'activations': 1}
@@ -166,7 +181,7 @@ class SearchSpace:
   ops: tuple[ops_lib.Op, ...]
   params: int
   others: Mapping[str, ops_lib.PerChannel] = dataclasses.field(
-    default_factory=dict
+    default_factory=dict, hash=False
   )
 
   @property
@@ -210,7 +225,12 @@ class SearchSpace:
     Args:
       cost: a cost of the model.
       target: the cost that the search aims at, in the unit of `cost`.
+
+    Raises:
+      ValueError: the target is known and not a positive number.
     """
+    if not isinstance(target, jax.Array) and not 0 < target < math.inf:
+      raise ValueError(f'the target of a cost is {target}; it must be above 0')
     return lambda choices: cost(choices) / target
 
   def zeros(self) -> dict[str, jax.Array]:
@@ -252,6 +272,25 @@ class SearchSpace:
       d.name: np.eye(len(d.labels), dtype=np.float32)[chosen[d.name]]
       for d in self.decisions
     }
+
+  def indices(self, choices: Mapping[str, Any]) -> dict[str, int]:
+    """Returns {decision: index of its option}, the inverse of `at`.
+
+    Args:
+      choices: {decision: [K]}; of each the largest entry counts.
+
+    Raises:
+      ValueError: decisions are missing or surplus, or one has not K finite
+        numbers of which one is the largest.
+    """
+    known = {d.name for d in self.decisions}
+    if known != set(choices):
+      raise ValueError(
+        'choices: missing are '
+        f'{", ".join(sorted(known - set(choices))) or "none"}; surplus are '
+        f'{", ".join(sorted(set(choices) - known)) or "none"}'
+      )
+    return {d.name: _largest(d, choices[d.name]) for d in self.decisions}
 
   def dearest(self) -> dict[str, np.ndarray]:
     """Returns the architecture of the most precise formats, largest sizes."""
@@ -335,10 +374,14 @@ class SearchSpace:
 
     Args:
       choices: {decision: [K]}; of each the largest entry counts.
+
+    Raises:
+      ValueError: as in `indices`.
     """
+    index_of = self.indices(choices)
     chosen: dict[str, str] = {}
     for decision in self.formats:
-      label = decision.labels[int(np.argmax(choices[decision.name]))]
+      label = decision.labels[index_of[decision.name]]
       chosen |= dict.fromkeys(decision.leaves, label)
     result = {}
     for op in self.ops:
@@ -354,10 +397,12 @@ class SearchSpace:
 
     Args:
       choices: {decision: [K]}; of each the largest entry counts.
+
+    Raises:
+      ValueError: as in `indices`.
     """
-    return {
-      d.name: d.labels[int(np.argmax(choices[d.name]))] for d in self.open_sizes
-    }
+    index_of = self.indices(choices)
+    return {d.name: d.labels[index_of[d.name]] for d in self.open_sizes}
 
   def check_sizes(self, sizes: Mapping[str, int]) -> None:
     """Checks that sizes name exactly the decisions about sizes.

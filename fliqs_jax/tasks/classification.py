@@ -85,7 +85,7 @@ def measure(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
   Returns:
     `correct`, `cross_entropy` (nats) and `examples`, each [].
   """
-  mask = batch['mask']
+  mask = batch['example_mask']
   return dict(
     correct=jnp.sum(mask * _correct(logits, batch['label'])),
     cross_entropy=jnp.sum(mask * _cross_entropy(logits, batch['label'])),

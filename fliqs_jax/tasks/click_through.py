@@ -89,7 +89,7 @@ def measure(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     `clicks` and `others` [65536], counts by bin of the predicted probability;
     `cross_entropy` (nats) and `examples` [].
   """
-  mask, labels = batch['mask'], batch['label']
+  mask, labels = batch['example_mask'], batch['label']
   bins = (jax.nn.sigmoid(logits) * _BINS).astype(jnp.int32)
   empty = jnp.zeros(_BINS)
 

@@ -137,7 +137,7 @@ def _check_classes(config, task, streams: data.Streams) -> None:
     return
   seen: set[int] = set()
   for batch in streams.test():
-    seen.update(batch['label'][batch['mask'] > 0].tolist())
+    seen.update(batch['label'][batch['example_mask'] > 0].tolist())
     if len(seen) >= task.LEAST_CLASSES:
       return
   raise ValueError(

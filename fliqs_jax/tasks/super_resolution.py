@@ -97,7 +97,7 @@ def measure(outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     `psnr` and `psnr_rgb` (dB), `ssim` and `ssim_rgb`; `psnr_bicubic`, that of
     the input enlarged; `loss` and `examples`. Each is [].
   """
-  mask = batch['mask']
+  mask = batch['example_mask']
   made, label = _compared(outputs, batch)
   enlarged, _ = _compared(bicubic(batch['image'], outputs.shape), batch)
   values = dict(

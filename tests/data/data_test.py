@@ -351,7 +351,7 @@ def test_the_test_stream_is_one_masked_pass():
     batches = list(streams.test())
     # 20 examples in batches of 8: 8 + 8 + 4, and 4 of padding.
     assert [b['image'].shape for b in batches] == [(8, 1, 1, 3)] * 3
-    mask = np.concatenate([b['mask'] for b in batches])
+    mask = np.concatenate([b['example_mask'] for b in batches])
     assert mask.dtype == np.float32
     assert mask.tolist() == [1.0] * 20 + [0.0] * 4
     assert _numbers(batches)[:20] == list(range(1000, 1020))
@@ -558,14 +558,29 @@ def test_a_label_beyond_the_classes_is_refused():
 
 
 def test_a_model_is_called_with_its_only_input_or_a_dict():
-  batch = dict(image=1, label=2, mask=3)
+  batch = dict(image=1, label=2, example_mask=3)
   assert data.model_inputs(batch) == 1
   batch = dict(dense=1, ids=4, label=2)
   assert data.model_inputs(batch) == dict(dense=1, ids=4)
+  # What masks attention, say, is an input like any other.
+  batch = dict(ids=1, mask=2, example_mask=3, label=4)
+  assert data.model_inputs(batch) == dict(ids=1, mask=2)
   # The same function says what shapes a model sees.
   streams = data.make_streams(_config(), seed=0, dataset=_numbered())
   spec = data.model_inputs(streams.inputs)
   assert jax.eval_shape(lambda x: x[..., :2], spec).shape == (1, 1, 2)
+
+
+@pytest.mark.parametrize(
+  ('batch', 'message'),
+  [
+    (dict(label=1), r"keys \['label'\] has no input of the model"),
+    ((1, 2), 'a batch is a tuple; it must be a dict'),
+  ],
+)
+def test_a_batch_without_inputs_is_refused(batch, message):
+  with pytest.raises(ValueError, match=message):
+    data.model_inputs(batch)
 
 
 def test_a_data_dir_that_cannot_be_used_is_refused(tmp_path):

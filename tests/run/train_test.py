@@ -130,7 +130,7 @@ def test_the_test_loss_is_that_of_a_loop_by_hand(finished):
     variables = {'params': state.average, 'arch': arch, 'quant_stats': stats}
     losses, hits = [], []
     for batch in batches:
-      real = np.ones(len(batch['label'])) == batch.get('mask', 1)
+      real = np.ones(len(batch['label'])) == batch.get('example_mask', 1)
       logits = np.asarray(test(variables, batch['image']), np.float64)[real]
       labels = batch['label'][real]
       log_sum = np.log(np.exp(logits).sum(-1))

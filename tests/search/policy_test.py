@@ -44,6 +44,13 @@ def test_entropy_is_minus_the_sum_of_p_log_p():
   assert float(policy_lib.entropy(POLICY)) == pytest.approx(expected, rel=1e-6)
 
 
+def test_of_a_logit_that_is_nan_nothing_is_picked():
+  logits = {'a': jnp.array([0.0, np.nan, 1.0]), 'b': jnp.array([-np.inf, 0.0])}
+  picked = policy_lib.argmax(logits)
+  assert np.isnan(picked['a']).all()
+  np.testing.assert_array_equal(picked['b'], [0, 1])
+
+
 def test_entropy_of_a_settled_policy_is_zero_and_has_a_finite_gradient():
   # exp(-200) is 0 in float32, and 0 log 0 must be 0.
   policy = {'a': jnp.array([200.0, 0.0, 0.0])}

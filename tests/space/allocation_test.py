@@ -201,3 +201,25 @@ def test_nothing_is_selected_from_a_policy_that_is_not_finite(bad):
   policy = {decision.name: np.array([0.0, bad, 1.0])}
   with pytest.raises(ValueError, match='the policy of .* is not finite'):
     allocation.likeliest(space, policy)
+
+
+def test_the_policy_of_another_space_is_refused():
+  net = _Net(fliqs.QuantSpec('int_s'), (3,))
+  space = fliqs.find_decisions(net, np.zeros((1, 2), np.float32))
+  (decision,) = space.decisions
+  for policy, message in (
+    (
+      {decision.name: np.zeros(2)},
+      r'logits of the shape \(3,\), and has \(2,\)',
+    ),
+    ({decision.name: np.zeros(3), 'z': np.zeros(3)}, 'z must .* None, and has'),
+    ({}, f'{decision.name} must have .* and has None'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      allocation.likeliest(space, policy)
+
+
+@pytest.mark.parametrize('target', [np.nan, np.inf])
+def test_a_target_that_is_no_number_is_refused(target):
+  with pytest.raises(ValueError, match='target of a budget is (nan|inf)'):
+    fliqs.Budget(lambda choices: 1.0, target)

@@ -1,6 +1,8 @@
 """Decisions found by tracing a model, and the rules that shape them."""
 
+import copy
 import math
+import pickle
 
 import flax.linen as nn
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fliqs_jax as fliqs
 from fliqs_jax import models
 from fliqs_jax.layers import quant_layers
 from fliqs_jax.numerics import formats
@@ -338,6 +341,45 @@ def test_only_a_space_with_nothing_open_has_one_architecture():
   assert {k: v.tolist() for k, v in only.items()} == dict.fromkeys(LAYERS, [1])
   with pytest.raises(ValueError, match='open decisions'):
     find().only()
+
+
+@pytest.mark.parametrize(
+  'leaf',
+  [
+    [0.0, 1.0],  # Of another menu.
+    [1.0, 0.0, 0.0, 0.0],
+    [1.0, np.nan, 0.0],
+    [0.0, 0.0, 0.0],  # A policy before the search: nothing is chosen.
+    [0.4, 0.4, 0.2],
+    2,  # The index of an option.
+    ('INT8', 'INT8', 'INT4'),
+  ],
+)
+def test_what_chooses_no_option_of_a_menu_is_refused(leaf):
+  space = find()
+  choices = space.uniform('INT8') | {'head': leaf}
+  with pytest.raises(ValueError, match='choices: head is .* 3 finite numbers'):
+    space.assignment(choices)
+  with pytest.raises(ValueError, match='choices: head is'):
+    space.sizes(choices)
+
+
+def test_the_largest_number_of_a_policy_chooses():
+  space = find()
+  indices = {d.name: i % 3 for i, d in enumerate(space.decisions)}
+  assert space.indices(space.at(indices)) == indices
+  policy = {k: jnp.bfloat16(3 * v - 7) for k, v in space.at(indices).items()}
+  assert space.indices(policy) == indices
+
+
+def test_a_space_and_a_budget_are_copied_hashed_and_pickled():
+  space = find()
+  budget = fliqs.Budget(space.cost('size'), 2.0)
+  for copied in (copy.deepcopy(space), pickle.loads(pickle.dumps(space))):
+    assert copied == space
+    assert hash(copied) == hash(space)
+  again = pickle.loads(pickle.dumps(copy.deepcopy(budget)))
+  assert again.cost(space.dearest()) == budget.cost(space.dearest())
 
 
 def test_choices_need_just_the_sizes_that_are_open():

@@ -33,7 +33,7 @@ def _batch(labels, mask=None):
   return dict(
     image=small,
     label=jnp.asarray(labels),
-    mask=jnp.ones(count) if mask is None else jnp.asarray(mask),
+    example_mask=jnp.ones(count) if mask is None else jnp.asarray(mask),
   )
 
 

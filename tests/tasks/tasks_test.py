@@ -42,7 +42,7 @@ _RIGHT, _WRONG = np.log(4 / 3), np.log(4)
 
 def test_padding_does_not_count_in_the_test_metrics():
   sums = classification.measure(
-    _ODDS, {'label': _CLASSES, 'mask': jnp.array([1.0, 1.0, 1.0, 0.0])}
+    _ODDS, {'label': _CLASSES, 'example_mask': jnp.array([1.0, 1.0, 1.0, 0.0])}
   )
   summary = classification.summarize(jax.device_get(sums))
   assert summary['examples'] == 3
@@ -93,7 +93,7 @@ def _summary(logits, labels, batch_size):
     padding = batch_size - len(logits[part])
     batch = {
       'label': jnp.pad(labels[part], (0, padding), constant_values=1),
-      'mask': jnp.pad(jnp.ones(len(logits[part])), (0, padding)),
+      'example_mask': jnp.pad(jnp.ones(len(logits[part])), (0, padding)),
     }
     sums = click_through.measure(jnp.pad(logits[part], (0, padding)), batch)
     for name, value in sums.items():
