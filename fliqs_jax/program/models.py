@@ -110,7 +110,16 @@ class PureFunction:
     rngs: Mapping[str, jax.Array] | None = None,
     **kwargs: Any,
   ) -> Any:
-    """Returns the result, and with `mutable` also {}: nothing changes."""
+    """Returns the result, and with `mutable` also {}: nothing changes.
+
+    Raises:
+      ValueError: the parameters are missing, or are not as many as before.
+    """
+    if 'params' not in variables:
+      raise ValueError(
+        f'the variables have {", ".join(variables) or "nothing"}, but no '
+        "'params': pass dict(params=...), with the other collections of `init`"
+      )
     given = jax.tree.leaves(variables['params'])
     expected = sum(leaf is None for leaf in self.leaves)
     if len(given) != expected:

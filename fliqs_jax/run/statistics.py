@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax import data
-from fliqs_jax.numerics import strategies
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.search import calibration
@@ -172,13 +171,7 @@ class Calibrator:
       'arch': space.expand(choices),
       **state.model_state,
     }
-    if few := calibration.few_values(model.apply, space, variables, batch):
-      _LOG.warning(
-        'kl needs at least %d numbers that share a threshold, and is max_abs '
-        'where there are fewer: %s',
-        strategies.LEAST_VALUES,
-        ', '.join(few),
-      )
+    calibration.warn_of_few(model.apply, space, variables, batch)
 
 
 def settled(

@@ -95,22 +95,19 @@ def profiled_clips(
   return traverse_util.unflatten_dict(stats, sep='/')
 
 
-def few_values(
+def warn_of_few(
   apply: Any,
   space: search_space.SearchSpace,
   variables: Mapping[str, Any],
   batch: Any,
-) -> list[str]:
-  """Returns the operands that are too small for the strategy `kl`.
+) -> None:
+  """Logs which operands are too small for the strategy `kl`, if any.
 
   Args:
     apply: the model's `apply`.
     space: the model's decisions.
     variables: its collections.
     batch: the batch in which thresholds are found.
-
-  Returns:
-    Their names, such as `weights of stem`.
   """
 
   def inputs(variables: Any) -> Any:
@@ -133,7 +130,13 @@ def few_values(
       is_kl = any(fmt.strategy == 'kl' for fmt in menu or ())
       if is_kl and size < strategies.LEAST_VALUES:
         names.append(f'{side} of {path}')
-  return names
+  if names:
+    _LOG.warning(
+      'kl needs at least %d numbers that share a threshold, and is max_abs '
+      'where there are fewer: %s',
+      strategies.LEAST_VALUES,
+      ', '.join(names),
+    )
 
 
 def strategy_step(apply: Any) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.program import guard
+from fliqs_jax.program import models
 from fliqs_jax.program import products as products_lib
 from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.runtime import versions
@@ -59,7 +60,8 @@ def export_model(
       without `arch`, which `choices` gives.
     choices: {decision: [K]}; the largest entry selects the option.
     *args: example inputs, arrays [N, ...] or pytrees of them; they are stored
-      with the outputs of the search's evaluation.
+      with the outputs of the search's evaluation. What is static, such as
+      `train=False`, is given by keyword.
     out: path of a directory that is empty or does not exist.
     rngs: {name: typed PRNG key []} of a model that draws random numbers when it
       evaluates; then the served model takes such keys, too.
@@ -71,10 +73,10 @@ def export_model(
 
   Raises:
     ValueError: the directory is not empty; the model cannot be called with
-      these arguments; the choices are those of another model; activations were
-      never quantized in training; the program with every product at BF16
-      differs from the model by more than rounding; or the served outputs differ
-      from those of the search, in ONNX Runtime, too, if `onnx`.
+      these arguments; an input is no array; the choices are those of another
+      model; activations were never quantized in training; a product at BF16
+      differs from the model's by more than rounding; or the served outputs
+      differ from those of the search, in ONNX Runtime, too, if `onnx`.
   """
   export_files.check_free(out)
   if not isinstance(model, searchable_lib.Searchable):
@@ -88,7 +90,7 @@ def export_model(
         f'{name}={kwargs[name]!r}: a served model changes no variables; give '
         'the keyword arguments of an evaluation'
       )
-  args = jax.tree.map(jnp.asarray, args)
+  args = _arrays(args)
   known = jax.eval_shape(
     lambda: {k: v for k, v in variables.items() if k not in searchable_lib.OWN}
   )
@@ -260,6 +262,23 @@ def _outputs(tree: Any) -> dict[str, Any]:
   """Returns {name in the file of references: output}."""
   named = products_lib.named(tree)
   return {products_lib.join('outputs', k): x for k, x in named.items()}
+
+
+def _arrays(args: tuple[Any, ...]) -> tuple[Any, ...]:
+  """Returns the inputs as JAX's arrays.
+
+  Raises:
+    ValueError: one is no array, which a served model could not be given.
+  """
+  for path, leaf in jax.tree_util.tree_leaves_with_path(args):
+    if not models.is_array(leaf):
+      place = jax.tree_util.keystr(path)
+      raise ValueError(
+        f'input {place} is {leaf!r}, a {type(leaf).__name__}: inputs are '
+        'arrays. Give what is static by keyword, as in train=False, and a '
+        'number that a served model takes as an array'
+      )
+  return jax.tree.map(jnp.asarray, args)
 
 
 def _has_batch(leaves: list[Any]) -> list[bool]:

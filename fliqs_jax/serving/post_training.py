@@ -1,10 +1,11 @@
 """Formats for a trained network, without any training.
 
 Activations of the given batches set the thresholds, sensitivities say what each
-format of each layer costs in quality, and the budget is solved exactly.
+option of each layer costs in quality, and the budget is solved exactly.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 
 from fliqs_jax import data
 from fliqs_jax.program import searchable as searchable_lib
+from fliqs_jax.search import calibration
 from fliqs_jax.search import sensitivity
 from fliqs_jax.search import train_step
 from fliqs_jax.space import allocation
@@ -60,7 +62,8 @@ def allocate(
     model: a model that `searchable` made, or what `searchable` takes.
     variables: its collections; of a function f(params, *inputs), its params.
     batches: some eight batches, dicts of inputs [B, ...] and, if there is a
-      loss, of what it reads, such as `label`.
+      loss, of what it reads, such as `label`. In the first one strategies find
+      their thresholds; give it 32 examples or more.
     target: the largest cost, as a multiple of that of uniform `relative_to`.
     spec: the formats, if `model` is not searchable yet.
     loss: (outputs, batch) -> (loss [], metrics), a mean over examples: options
@@ -73,8 +76,9 @@ def allocate(
     The architecture, and what `export_model` needs with it.
 
   Raises:
-    ValueError: there is no batch, the model cannot be called with its inputs, a
-      score is not finite, or no architecture is within the budget.
+    ValueError: there is no batch, the model cannot be called with its inputs,
+      the spec asks for profiled thresholds, a score is not finite, or no
+      architecture is within the budget.
   """
   batches = list(batches)
   if not batches:
@@ -86,6 +90,11 @@ def allocate(
     variables = dict(params=variables) if is_function else variables
   elif spec is not None:
     raise ValueError('spec: the model is searchable and has its own; leave it')
+  if model.spec.act_clip == 'profiled':
+    raise ValueError(
+      "act_clip='profiled': allocate profiles no activations; give "
+      "'laplacian', 'gaussian', 'absmax' or a number"
+    )
   examples = [data.model_inputs(batch) for batch in batches]
   one = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)[1:]), x.dtype), examples[0]
@@ -95,11 +104,18 @@ def allocate(
   limit = target * cost_model.uniform(total, relative_to)
   variables = model.prepare(variables, examples[0], train=False)
   variables = _observed(model, space, variables, examples)
+  reference, calibrated = None, _calibrated(model, space, batches[0])
+  if model.spec.has_strategies:
+    plain = quant_spec.QuantSpec(exclude=('*',))
+    reference = dataclasses.replace(model, spec=plain).apply
+    variables = calibrated(variables, space.dearest())
+    calibration.warn_of_few(model.apply, space, variables, batches[0])
   metric = sensitivity.fisher(loss) if loss else sensitivity.kl(_no_loss)
-  scores, _ = sensitivity.regular(
-    space, sensitivity.scorer(model.apply, metric, space)(variables, batches)
-  )
+  score = sensitivity.scorer(model.apply, metric, space, reference=reference)
+  scores, _ = sensitivity.regular(space, score(variables, batches))
   choices = allocation.solve(space, scores, [allocation.Budget(total, limit)])
+  if model.spec.has_strategies:
+    variables = calibrated(variables, choices)
   del variables['arch']
   return Allocated(
     model, variables, choices, space, scores, float(total(choices)), limit
@@ -112,6 +128,30 @@ def _has_arrays(model: Any) -> bool:
 
 def _no_loss(outputs: Any, batch: Any) -> Any:
   raise NotImplementedError
+
+
+def _calibrated(
+  model: searchable_lib.Searchable,
+  space: search_space.SearchSpace,
+  batch: Mapping[str, Any],
+) -> Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]]:
+  """Returns the function that finds the thresholds of strategies.
+
+  It takes variables and the architecture {decision: [K]} that the layers before
+  have, and returns the variables with both.
+  """
+  find = jax.jit(calibration.strategy_step(model.apply))
+
+  def found(
+    variables: dict[str, Any], choices: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    arch = space.expand(choices)
+    own = {k: v for k, v in variables.items() if k not in ('params', 'arch')}
+    return {**variables, **find(variables['params'], own, arch, batch)} | dict(
+      arch=arch
+    )
+
+  return found
 
 
 def _observed(

@@ -56,8 +56,9 @@ class QuantSpec:
     act_clip: multiple of the running standard deviation in the threshold of the
       activations, one per tensor: `gaussian`, `laplacian`, a positive number
       (Table 4: 4), `profiled`, a multiple per layer and format that
-      `calibration.profiled_clips` measures, or `absmax`, the running mean of
-      the largest magnitudes.
+      `calibration.profiled_clips` measures (in a loop of your own, call it;
+      until then they are those of `laplacian`), or `absmax`, the running mean
+      of the largest magnitudes.
     strategies: rules that find thresholds in the numbers themselves, of which
       each format of a menu gets each one: `max_abs`, `kl`, `eq` or `admm`
       (DQSS), in place of `weight_clip` and `act_clip`. A menu may name them,

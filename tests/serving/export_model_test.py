@@ -472,6 +472,7 @@ def test_wrong_calls_are_refused(network, tmp_path):
   refused('Network is called as .*missing .*train', train=None)
   refused('Network is called as .*missing .*x', args=())
   refused('mutable=.*changes no variables', mutable=['batch_stats'])
+  refused(r'input \[1\] is False, a bool: .* by keyword', args=(cases.X, False))
   refused('missing are second; surplus are none', choices={'first': [1, 0, 0]})
   refused('Network was not made by searchable', model=network.module)
   (tmp_path / 'full').mkdir()

@@ -67,6 +67,44 @@ def test_wrong_arguments_are_named():
     post_training.allocate(model, dict(params=PARAMS), BATCHES, 1, spec=SPEC)
   with pytest.raises(ValueError, match='cheapest|lowest'):
     post_training.allocate(model, dict(params=PARAMS), BATCHES, 0.01)
+  with pytest.raises(ValueError, match='target of a budget is nan'):
+    post_training.allocate(model, dict(params=PARAMS), BATCHES, np.nan)
+  with pytest.raises(ValueError, match="have coarse, fine, but no 'params'"):
+    post_training.allocate(model, PARAMS, BATCHES, 1.5)
+  with pytest.raises(ValueError, match='a batch is a tuple; it must be a dict'):
+    post_training.allocate(model, dict(params=PARAMS), [(X,)], 1.5)
+  profiled = quant_spec.QuantSpec(act_clip='profiled')
+  with pytest.raises(ValueError, match="'profiled': allocate profiles no"):
+    post_training.allocate(f, PARAMS, BATCHES, 1.5, spec=profiled)
+
+
+def test_strategies_find_their_thresholds_before_they_are_scored():
+  # At INT4 the step of max_abs is 100 / 7 = 14, so that all inputs but one,
+  # between -1 and 1, are zero; their products are nearly all of the outputs,
+  # since the weight of the large one is small.
+  x = np.random.default_rng(0).uniform(-1, 1, (64, 16)).astype(np.float32)
+  x[0, 0] = 100.0
+  params = dict(w=helpers.random((16, 4), seed=4))
+  params['w'][0] = 1e-3
+  spec = quant_spec.QuantSpec(
+    ('INT4',), mode='activations', strategies=('max_abs', 'kl')
+  )
+  found = post_training.allocate(
+    lambda params, x: x @ params['w'],
+    params,
+    [dict(x=x)],
+    1.0,
+    spec=spec,
+    relative_to='INT4',
+  )
+  (sides,) = found.space.assignment(found.choices).values()
+  assert sides == (None, 'INT4:kl')
+  max_abs, kl = found.variables['quant_stats']['w']['ratio']
+  # A grid that keeps the distribution reaches about as far as the many.
+  assert max_abs == 1
+  assert 0.005 < kl < 0.05
+  score, zero = found.scores['w']
+  assert score > zero == 0
 
 
 def test_the_network_does_not_change():
