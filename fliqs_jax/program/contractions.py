@@ -386,10 +386,12 @@ def dtypes(eqn: core.JaxprEqn) -> list[Any]:
   """Returns the dtypes in which a product multiplies grid values.
 
   They are those of the program, of which a value at hand may be wider. Grid
-  values are exact in bfloat16, but those of wide formats overflow float16.
+  values are exact in bfloat16, but those of wide formats overflow float16, and
+  float64 would be wider than the sums.
   """
   own = [v.aval.dtype for v in eqn.invars[:2]]
-  return [jnp.float32 if dtype == jnp.float16 else dtype for dtype in own]
+  others = (jnp.float16, jnp.float64)
+  return [jnp.float32 if dtype in others else dtype for dtype in own]
 
 
 def looked_up(

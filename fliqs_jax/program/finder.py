@@ -195,9 +195,11 @@ class _Finder:
         inside[i] = _INPUT
     stacks = here.stacks
     for i in range(after, len(inside)):
-      if inside[i].is_weight:
+      if not inside[i].varies:
+        # Of a constant, too: what it selects or scales differs by iteration.
         scans = inside[i].scans | {here.place}
         inside[i] = dataclasses.replace(inside[i], scans=scans)
+      if inside[i].is_weight:
         stacks |= {here.place}
     there = dataclasses.replace(
       here, scans=(*here.scans, (here.place, scan.length)), stacks=stacks

@@ -11,6 +11,20 @@ from fliqs_jax.program import products as products_lib
 _USUAL = ('kernel', 'embedding', 'weight', 'w')
 # What transforms and calls add to the name of a place.
 _TRANSFORMS = re.compile(r'\w+\(([^()]*)\)')
+# What the collections `arch` and `quant_stats` hold of a layer.
+_OF_LAYER = (
+  'format',
+  'weights',
+  'activations',
+  'mean',
+  'variance',
+  'largest',
+  'count',
+  'active',
+  'clip',
+  'ratio',
+  'weight_ratio',
+)
 _NAMELESS = ('checkpoint', 'remat', 'while', 'body', 'cond', 'scan')
 
 
@@ -65,10 +79,18 @@ def named(
   `qk` and `av`. Uses of the same weights are one layer.
   """
   short: dict[str, str] = {}
-  for leaf in dict.fromkeys(one.leaf for one in found if one.leaf):
+  leaves = list(dict.fromkeys(one.leaf for one in found if one.leaf))
+  taken = {
+    parent
+    for parent, _, last in (_short(leaf).rpartition('/') for leaf in leaves)
+    if last in _OF_LAYER
+  }
+  for leaf in leaves:
     name = _short(leaf)
-    # Two variables of one module: both keep the whole path.
-    short[leaf] = leaf if name in short.values() else name
+    # Two variables of one module: both keep the whole path. So does one beside
+    # another whose name is that of an entry of a layer in `arch` or statistics.
+    is_taken = name in short.values() or name in taken
+    short[leaf] = leaf if is_taken else name
   scopes = [one.scope for one in found if one.product.side is None]
   seen: dict[str, int] = {}
   placed: dict[str, int] = {}

@@ -26,7 +26,9 @@ Values = Mapping[str, Any]  # {path of a product: values}
 _ARRANGE = frozenset(
   (
     'broadcast_in_dim',
+    'concatenate',
     'copy',
+    'dynamic_slice',
     'expand_dims',
     'reshape',
     'rev',
@@ -274,12 +276,13 @@ class _Wide:
       )
       if both_floats and before.itemsize > out.aval.dtype.itemsize:
         self.wide[out] = self._wide(variables[0])
-    elif name in _ARRANGE and variables and variables[0] in self.wide:
+    elif name in _ARRANGE and self.wide.keys() & variables:
       (out,) = eqn.outvars
-      (self.wide[out],) = equations.bind(
-        eqn, [self._wide(v) for v in eqn.invars]
-      )
-      if variables[0] in self.sums:
+      wide = [self._wide(v) for v in eqn.invars]
+      if name == 'concatenate':  # Of which some may be narrow.
+        wide = [jnp.asarray(x, jnp.float32) for x in wide]
+      (self.wide[out],) = equations.bind(eqn, wide)
+      if self.sums.intersection(variables):
         self.sums.add(out)
     elif name == 'add' and self.sums.intersection(variables):
       (out,) = eqn.outvars

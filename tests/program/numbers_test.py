@@ -177,6 +177,30 @@ def test_weights_of_bfloat16_are_quantized_from_before_their_cast():
   np.testing.assert_array_equal(np.float32(y), bfloat16(expected))
 
 
+def joined(v):
+  return jnp.concatenate([p.astype(jnp.bfloat16) for p in v['w']], axis=1)
+
+
+def selected(v):
+  w = jnp.concatenate([jnp.ones((8, 1)), *v['w']], axis=1)
+  return lax.dynamic_slice(w.astype(jnp.bfloat16), (0, 1), (8, 6))
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize('arranged', [joined, selected])
+def test_weights_may_be_arranged_after_their_cast(arranged):
+  x = helpers.random((4, 8))
+  w = helpers.random((8, 6), 1).clip(-1, 1)
+  w[0] = 1.003  # In bfloat16 it is 1, and the scale another one.
+  y, _, _ = run(
+    lambda v, x: x.astype(jnp.bfloat16) @ arranged(v),
+    dict(w=[w[:, :2], w[:, 2:]]),
+    x,
+  )
+  expected = activations(bfloat16(x)) @ weights(w, (0,))
+  np.testing.assert_array_equal(np.float32(y), bfloat16(expected))
+
+
 def scanned(f):
   def run(x, w):
     return lax.scan(lambda c, w: (c, f(x, w)), 0, w[None])[1][0]
@@ -240,6 +264,27 @@ def test_float16_does_not_overflow():
   x = np.float32(np.float16(x))
   expected = activations(x, 'E4M3') @ weights(w, (0,), 'E4M3')
   np.testing.assert_allclose(np.float32(y), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_convolutions_and_products_of_float64_have_float32_sums():
+  x, w = helpers.random((2, 5, 5, 3)), helpers.random((3, 3, 3, 4), 1)
+
+  def computed(dtype):
+    def f(v, x):
+      x, v = jax.tree.map(lambda a: a.astype(dtype), (x, v))
+      y = lax.conv_general_dilated(
+        x, v['w'], (1, 1), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+      )
+      return y.reshape(2, -1)[:, :8] @ v['head']
+
+    y, *_ = run(f, dict(w=w, head=np.eye(8, dtype=np.float32)), x)
+    return y
+
+  expected = computed(jnp.float32)
+  with jax.enable_x64(True):
+    y = computed(jnp.float64)
+  assert y.dtype == np.float64
+  np.testing.assert_array_equal(y, expected)
 
 
 def test_a_branch_of_a_cond_learns_only_when_it_is_taken():

@@ -8,6 +8,8 @@ import pytest
 
 from fliqs_jax.program import products as products_lib
 from fliqs_jax.program import searchable as searchable_lib
+from fliqs_jax.space import discovery
+from fliqs_jax.space import quant_spec
 
 X = jax.ShapeDtypeStruct((4, 8), jnp.float32)
 # [4, 8] times [8, 8].
@@ -65,6 +67,25 @@ def test_parameters_whose_short_names_are_equal_keep_their_paths():
 
   products = found(f, dict(a=square('kernel', 'w')), X)
   assert list(products) == ['a', 'params/a/w']
+
+
+@pytest.mark.parametrize(
+  'name', ['mean', 'variance', 'clip', 'ratio', 'format', 'weights', 'active']
+)
+def test_parameters_called_as_what_a_layer_has_leave_it_room(name):
+  # The layer `enc` would have enc/mean in quant_stats, where the other one has
+  # a tree.
+  def f(v, x):
+    return x @ v['enc']['kernel'] @ v['enc'][name]
+
+  params = dict(enc=square('kernel', name))
+  assert list(found(f, params, X)) == ['params/enc/kernel', f'enc/{name}']
+  spec = quant_spec.QuantSpec('int_s', mode='separate')
+  model = searchable_lib.searchable(f, spec, params=params)
+  space = discovery.find(model, X)
+  variables = model.init(None, X)
+  x = jnp.zeros(X.shape)
+  model.apply({**variables, 'arch': space.expand(space.dearest())}, x)
 
 
 def test_each_branch_of_a_cond_has_its_products():

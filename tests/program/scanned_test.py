@@ -104,6 +104,56 @@ def test_a_stack_is_its_iterations_one_by_one(stack):
     assert costs[0] == pytest.approx(costs[1], rel=1e-6)
 
 
+_SCALES = np.array([1.0, 2.0, -3.0], np.float32)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'each', 'weights_of'),
+  [
+    ((3, 8, 8), np.arange(3), lambda w, i: w[i]),
+    ((8, 8), _SCALES, lambda w, scale: w * scale),
+  ],
+  ids=['index', 'scale'],
+)
+def test_constants_of_iterations_make_weights_of_their_own(
+  shape, each, weights_of, tmp_path
+):
+  # The loop is over numbers, by which it takes or scales weights: each of the
+  # three iterations multiplies other ones.
+  w, x = helpers.random(shape), helpers.random((4, 8), seed=1)
+
+  def looped(params, x):
+    def body(x, one):
+      return jnp.tanh(x @ weights_of(params['w'], one)), None
+
+    return jax.lax.scan(body, x, jnp.asarray(each))[0]
+
+  def unrolled(params, x):
+    for weights in params['w']:
+      x = jnp.tanh(x @ weights)
+    return x
+
+  def searched(f, params):
+    model = searchable_lib.searchable(
+      f, quant_spec.QuantSpec('int_s'), params=params
+    )
+    space, variables = discovery.find(model, x), model.init(None, x)
+    choices = {d.name: d.one_hot(n) for d, n in zip(space.decisions, NAMES)}
+    arch = space.expand(choices)
+    y, changed = model.apply(
+      {**variables, 'arch': arch}, x, mutable=['quant_stats']
+    )
+    return model, space, choices, variables | changed, y
+
+  model, space, choices, variables, y = searched(looped, dict(w=w))
+  assert [d.name for d in space.decisions] == ['w/@0', 'w/@1', 'w/@2']
+  assert [op.shape.weights for op in space.ops] == [64, 64, 64]
+  *_, expected = searched(unrolled, dict(w=[weights_of(w, i) for i in each]))
+  helpers.close(y, expected)
+  # The export compares what is served with what was searched.
+  fliqs.export_model(model, variables, choices, x, out=tmp_path / 'served')
+
+
 def test_statistics_of_a_stack_are_read_back():
   model = searchable_lib.searchable(foreign_models.Stack())
   variables = helpers.init(model, X)
