@@ -251,12 +251,16 @@ class Searchable:
 
   def ops(
     self, *args: Any, **kwargs: Any
-  ) -> tuple[tuple[ops_lib.Op, ...], int]:
-    """Returns the ops of a call, one per iteration, and the number of params.
+  ) -> tuple[tuple[ops_lib.Op, ...], int, int]:
+    """Returns the ops of a call, one per iteration, and numbers of parameters.
 
     Args:
       *args: positional arguments of the model's call, arrays or shapes.
       **kwargs: keyword arguments of the model's call, static.
+
+    Returns:
+      The ops, the number of all parameters, and of those that the ops' weights
+      are made of.
     """
     variables, parts = self.parts_of(*args, **kwargs)
     refused = [part for part in parts if part.product.reason]
@@ -265,7 +269,7 @@ class Searchable:
         'the model has no product that could be quantized: '
         + '; '.join(f'{p.product.path}: {p.reason}' for p in refused[:5])
       )
-    ops = []
+    ops, used = [], frozenset()
     for product, choices, reason in parts:
       if product.kind == 'embed' and reason:
         continue  # It multiplies nothing.
@@ -282,6 +286,7 @@ class Searchable:
         window=product.window,
         strides=product.strides,
       )
+      used |= product.leaves
       is_stacked = bool(product.stack)
       ops += [
         ops_lib.Op(
@@ -292,8 +297,12 @@ class Searchable:
         )
         for path in product.iterations()
       ]
-    leaves = jax.tree.leaves(variables.get('params', {}))
-    return tuple(ops), sum(int(np.prod(leaf.shape)) for leaf in leaves)
+    sizes = {
+      products_lib.join('params', path): int(np.prod(leaf.shape))
+      for path, leaf in products_lib.named(variables.get('params', {})).items()
+    }
+    in_weights = sum(size for path, size in sizes.items() if path in used)
+    return tuple(ops), sum(sizes.values()), in_weights
 
   def parts_of(
     self, *args: Any, **kwargs: Any

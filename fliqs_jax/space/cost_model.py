@@ -266,6 +266,7 @@ def make(
   params: int,
   others: Mapping[str, ops_lib.PerChannel],
   decision_of: Mapping[str, str],
+  weight_params: int | None = None,
 ) -> Cost:
   """Returns a cost function.
 
@@ -278,6 +279,9 @@ def make(
     params: number of all parameters, those outside the ops included.
     others: {path of a leaf: parameters that follow it}.
     decision_of: {path of a leaf: name of the decision that it follows}.
+    weight_params: number of the parameters that the ops' weights are made of,
+      more than there are weights where matrices are added, less where they are
+      multiplied; None: as many.
 
   Raises:
     ValueError: unknown kind, or the chip's file is wrong.
@@ -289,7 +293,9 @@ def make(
     counted = tuple({op.path: op for op in ops}.values())
   if rules.of_parameters is None:
     return Cost(kind, rules, counted, {}, 0.0, decision_of)
-  rest = params - sum(op.shape.weights + op.shape.spare for op in counted)
+  if weight_params is None:
+    weight_params = sum(op.shape.weights + op.shape.spare for op in counted)
+  rest = params - weight_params
   rest -= sum(other.allocated for other in others.values())
   constant = rules.of_parameters(rest)
   return Cost(kind, rules, counted, others, constant, decision_of)

@@ -45,8 +45,8 @@ def find(
   ):
     spec = own
   if hasattr(model, 'ops'):  # Its products are known without its layers.
-    ops, params = model.ops(*args, **kwargs)
-    return _space(ops, spec, params)
+    ops, params, weight_params = model.ops(*args, **kwargs)
+    return _space(ops, spec, params, weight_params=weight_params)
   return space_of(trace(model, *args, **kwargs), spec)
 
 
@@ -127,6 +127,7 @@ def _space(
     types.MappingProxyType({})
   ),
   others: Mapping[str, ops_lib.PerChannel] = types.MappingProxyType({}),
+  weight_params: int | None = None,
 ) -> search_space.SearchSpace:
   """Returns the search space of a model's ops, after checking the spec."""
   if not ops:
@@ -146,6 +147,7 @@ def _space(
     ops=ops,
     params=params,
     others=dict(others),
+    weight_params=weight_params,
   )
 
 

@@ -174,6 +174,8 @@ class SearchSpace:
     params: number of the model's parameters.
     others: {path of a leaf of `arch`: the parameters outside of ops whose
       number the leaf picks}.
+    weight_params: number of the parameters that the ops' weights are made of;
+      None: each weight is one.
   """
 
   formats: tuple[FormatDecision, ...]
@@ -183,6 +185,7 @@ class SearchSpace:
   others: Mapping[str, ops_lib.PerChannel] = dataclasses.field(
     default_factory=dict, hash=False
   )
+  weight_params: int | None = None
 
   @property
   def decisions(self) -> tuple[Decision, ...]:
@@ -214,7 +217,12 @@ class SearchSpace:
       ValueError: unknown kind.
     """
     return cost_model.make(
-      kind, self.ops, self.params, self.others, self.decision_of
+      kind,
+      self.ops,
+      self.params,
+      self.others,
+      self.decision_of,
+      self.weight_params,
     )
 
   def relative_cost(

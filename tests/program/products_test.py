@@ -251,6 +251,46 @@ def test_a_gradient_inside_of_a_function_has_products_of_the_same_layers():
   assert layers(products) == {'a': 'a', 'b': 'b', 'b#2': 'b', 'a#2': 'a'}
 
 
+@pytest.mark.parametrize(
+  ('weights_of', 'shapes', 'stored'),
+  [
+    (lambda v: [v['a'] @ v['b']], dict(a=(8, 2), b=(2, 8)), 1),
+    (
+      lambda v: [v['w'] + v['a'] @ v['b']],
+      dict(w=(8, 8), a=(8, 2), b=(2, 8)),
+      1,
+    ),
+    (lambda v: [v['w'][:, :8], v['w'][:, 8:]] * 2, dict(w=(8, 16)), 4),
+    (
+      lambda v: [jnp.concatenate([v['q'], v['k']], 1), v['q'][:, :4].T],
+      dict(q=(8, 4), k=(8, 4)),
+      1.5,
+    ),
+  ],
+  ids=['low_rank', 'low_rank_update', 'parts_twice', 'joined_and_alone'],
+)
+def test_what_is_stored_is_counted_not_what_it_is_made_of(
+  weights_of, shapes, stored
+):
+  def f(v, x):
+    for weights in weights_of(v):
+      x = x @ weights if weights.shape[0] == x.shape[1] else x[:, :4] @ weights
+    return x + v['bias'][None]
+
+  params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+  params['bias'] = jnp.zeros(8)
+  model = searchable_lib.searchable(
+    f, quant_spec.QuantSpec('int_s'), params=params
+  )
+  space = discovery.find(model, X)
+  found = 1e6 * space.cost('size')(space.uniform('INT4'))
+  # 64 weights of 4 bits and 8 scales, of half a matrix [4, 8] 32 weights; the
+  # activations of each have a scale, the bias has 32 bits.
+  ops = len(space.ops)
+  weights = 64 * stored * 4 + 8 * ops * 32
+  assert found == pytest.approx(weights + 32 * ops + 8 * 32, rel=1e-6)
+
+
 def test_a_low_rank_update_is_part_of_the_weights():
   def f(v, x):
     return x @ (v['w'] + v['down'] @ v['up'])
