@@ -1,6 +1,6 @@
 """Numeric formats: their numbers, their names, the named spaces (Table 5)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import re
 
@@ -214,8 +214,13 @@ def menu(
       raise ValueError(
         f'{error}; or a named space: {", ".join(SPACES)}'
       ) from None
-  else:
+  elif isinstance(formats, Iterable):
     choices = tuple(parse(name) for name in formats)
+  else:
+    raise ValueError(
+      f'formats are {formats!r}; give a named space ({", ".join(SPACES)}), the '
+      'name of a format, or a list of names'
+    )
   if not choices:
     raise ValueError(
       'a menu of formats is empty; name at least one format, or exclude the '

@@ -70,6 +70,10 @@ def searchable(
       f'stacks={stacks!r} is unknown; allowed: {", ".join(STACKS)}'
     )
   spec = spec or quant_spec.QuantSpec()
+  if not isinstance(spec, quant_spec.QuantSpec):
+    raise ValueError(
+      f'spec={spec!r} is no QuantSpec; give QuantSpec(formats={spec!r}), say'
+    )
   return Searchable(
     models.adapted(model, params), spec, embed, attention, stacks
   )

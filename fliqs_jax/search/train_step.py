@@ -246,6 +246,12 @@ def _every(x: jax.Array, n: int) -> jax.Array:
 
   So each device has rows of every part if a batch is split over devices.
   """
+  if n < 1 or len(x) % n:
+    raise ValueError(
+      f'a batch of {len(x)} examples has no {n} equal parts, one for each '
+      'judged architecture or each step of accumulation; change its size or '
+      'their number'
+    )
   return jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0)
 
 

@@ -84,6 +84,7 @@ class QuantSpec:
   mix: str = 'sampled'
 
   def __post_init__(self):
+    self._check_types()
     if self.mode not in MODES:
       raise ValueError(
         f'quant.mode={self.mode!r} is unknown; allowed: {", ".join(MODES)}'
@@ -120,6 +121,22 @@ class QuantSpec:
     if self.assignment is not None:
       set_field('assignment', _freeze(self.assignment, self.mode))
     self._check_clips()
+
+  def _check_types(self) -> None:
+    for key, example in (('exclude', 'head'), ('strategies', 'kl')):
+      given = getattr(self, key)
+      if not _is_list(given) or not all(isinstance(x, str) for x in given):
+        raise ValueError(
+          f'quant.{key}={given!r} must be a tuple of texts, as in {(example,)}'
+        )
+    for key, pair in (('menus', ('head', 'INT8')), ('groups', ('qkv', '*/q'))):
+      given = getattr(self, key)
+      if not _is_list(given) or not all(
+        _is_list(x) and len(x) == 2 and isinstance(x[0], str) for x in given
+      ):
+        raise ValueError(
+          f'quant.{key}={given!r} must be a tuple of pairs, as in {(pair,)}'
+        )
 
   @property
   def first_act_clip(self) -> str | float:
@@ -257,7 +274,13 @@ def _freeze(
   if isinstance(assignment, tuple):  # Frozen already: dataclasses.replace.
     return assignment
   frozen = []
-  for path, (weights, activations) in assignment.items():
+  for path, pair in assignment.items():
+    if not _is_list(pair) or len(pair) != 2:
+      raise ValueError(
+        f'quant.arch: {path} has {pair!r}; it must be a pair (weights, '
+        "activations), as in ('INT4', 'INT8')"
+      )
+    weights, activations = pair
     if mode == 'tied' and weights != activations:
       raise ValueError(
         f'quant.arch: {path} has weights {weights} and activations '
@@ -272,6 +295,10 @@ def _freeze(
         )
     frozen.append((path, (_only(weights), _only(activations))))
   return tuple(frozen)
+
+
+def _is_list(x: Any) -> bool:
+  return isinstance(x, (tuple, list))
 
 
 def _only(name: str | None) -> Menu | None:

@@ -271,6 +271,7 @@ def test_a_layer_of_each_class_is_searched_with_all_its_weights(layer, shape):
     (3, {}, 'int is no model'),
     (nn.Dense(3).bind({}), {}, 'is bound'),
     (nn.Dense(3), dict(stacks='one'), "stacks='one' is unknown; allowed"),
+    (nn.Dense(3), dict(spec='int_l'), "spec='int_l' is no QuantSpec"),
     (nn.Dense(3), dict(params={}), 'Dense has its own; leave params out'),
   ],
 )

@@ -311,6 +311,12 @@ def test_accumulated_parts_are_averaged_and_draw_keys_of_their_own():
   assert 0 < first != second > 0
 
 
+@pytest.mark.parametrize('accumulate', [0, 3])
+def test_a_batch_without_so_many_parts_is_refused(accumulate):
+  with pytest.raises(ValueError, match='of 4 examples has no [03] equal parts'):
+    _steps([[_INT4, _INT8]], accumulate=accumulate)
+
+
 def test_a_space_with_nothing_open_is_not_judged():
   record, states, metrics = _steps([[_INT4, _INT4]], space=_space(_MENU[0]))
   assert record.updates == []

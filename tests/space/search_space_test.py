@@ -238,6 +238,25 @@ def test_a_spec_is_hashable_however_it_is_written():
   assert hash(as_lists) == hash(as_tuples)
 
 
+@pytest.mark.parametrize(
+  ('rule', 'message'),
+  [
+    (dict(exclude='head'), "exclude='head' must be a tuple of texts"),
+    (dict(exclude=None), 'exclude=None must be a tuple of texts'),
+    (dict(strategies='kl'), "strategies='kl' must be a tuple of texts"),
+    (dict(menus={'head': 'INT8'}), 'menus=.* must be a tuple of pairs'),
+    (dict(groups=('a', '*')), 'groups=.* must be a tuple of pairs'),
+    (dict(groups={'g': '*'}), 'groups=.* must be a tuple of pairs'),
+    (dict(assignment={'a': 'INT4'}), "a has 'INT4'; it must be a pair"),
+    (dict(formats=None), 'formats are None; give a named space'),
+    (dict(formats=4), 'formats are 4; give a named space'),
+  ],
+)
+def test_a_rule_of_another_type_is_refused(rule, message):
+  with pytest.raises(ValueError, match=message):
+    quant_spec.QuantSpec(**rule)
+
+
 @pytest.mark.parametrize('mode', quant_spec.MODES)
 def test_an_assignment_survives_the_way_through_names(mode):
   space = find(mode=mode, exclude=('stem',), menus=(('head', 'fp_l'),))
