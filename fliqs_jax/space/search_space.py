@@ -159,6 +159,8 @@ class SearchSpace:
     params: number of the model's parameters.
     others: {path of a leaf of `arch`: the parameters outside of ops whose
       number the leaf picks}.
+    published: the space of the network of published sizes, if the model is
+      fixed to others; None: the model has them, at least as options.
   """
 
   formats: tuple[FormatDecision, ...]
@@ -168,6 +170,7 @@ class SearchSpace:
   others: Mapping[str, ops_lib.PerChannel] = dataclasses.field(
     default_factory=dict
   )
+  published: 'SearchSpace | None' = None
 
   @property
   def decisions(self) -> tuple[Decision, ...]:
@@ -198,9 +201,11 @@ class SearchSpace:
     Raises:
       ValueError: unknown kind.
     """
-    return cost_model.make(
+    cost = cost_model.make(
       kind, self.ops, self.params, self.others, self.decision_of
     )
+    published = self.published and self.published.cost(kind)
+    return dataclasses.replace(cost, published=published)
 
   def relative_cost(
     self, cost: cost_model.Cost, target: float
