@@ -16,6 +16,7 @@ import flax.linen as nn
 import numpy as np
 
 from fliqs_jax import models
+from fliqs_jax.run import checks
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run.records import results
@@ -35,7 +36,7 @@ _SCHEMA = 1
 METHODS = {'exact': allocation.solve, 'greedy': allocation.greedy}
 
 # The values of `--scores`.
-METRICS = (*sensitivity.METRICS, 'hessian', 'error')
+METRICS = (*sensitivity.METRICS, *local_scores.SEEN)
 
 # The hashes of a table, and what differs where they do.
 _HASHED = dict(
@@ -43,6 +44,30 @@ _HASHED = dict(
   data='other data',
   weights='other weights',
 )
+
+
+def check_metric(
+  experiment: experiment_lib.Experiment, key: str, metric: str
+) -> None:
+  """Checks that a metric can score every option of an experiment.
+
+  Args:
+    experiment: parts of a run.
+    key: the flag that names the metric, for the message.
+    metric: one of `METRICS`.
+
+  Raises:
+    ValueError: the metric is unknown, does not suit the task or does not see a
+      decision.
+  """
+  if metric not in METRICS:
+    raise ValueError(
+      f'{key}={metric} is unknown; allowed: {", ".join(METRICS)}'
+    )
+  fitting.check_scores(experiment.config, key, metric)
+  if metric in local_scores.SEEN:
+    with checks.named(key, metric):
+      local_scores.SEEN[metric](experiment.space)
 
 
 def measure(
@@ -67,11 +92,7 @@ def measure(
   """
   experiment, state, _ = run
   space = experiment.space
-  if metric not in METRICS:
-    raise ValueError(
-      f'--scores={metric} is unknown; allowed: {", ".join(METRICS)}'
-    )
-  fitting.check_scores(experiment.config, '--scores', metric)
+  check_metric(experiment, '--scores', metric)
   if batches < 1:
     raise ValueError(f'--batches={batches} must be at least 1')
   if space.is_fixed:
