@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 
 from fliqs_jax.comparison import methods as methods_lib
@@ -165,11 +166,13 @@ class Plan:
       )
     for target in self.targets:
       try:
-        possible = float(target) > 0
+        possible = 0 < float(target) < math.inf
       except ValueError:
         possible = False
       if not possible:
-        raise ValueError(f'--targets: {target!r} must be a number above 0')
+        raise ValueError(
+          f'--targets: {target!r} must be a finite number above 0'
+        )
     if self.seeds < 1:
       raise ValueError(f'--seeds={self.seeds} must be at least 1')
     if ',' in str(self.out):

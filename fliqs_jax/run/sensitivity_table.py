@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -267,11 +268,11 @@ def at_target(
     kind: a key of `cost_model.KINDS`; empty: that of the config.
 
   Raises:
-    ValueError: the target is not above zero, or the format or the kind is
-      unknown.
+    ValueError: the target is no finite number above zero, or the format or the
+      kind is unknown.
   """
-  if not target > 0:
-    raise ValueError(f'--target={target} must be above 0')
+  if not 0 < target < math.inf:
+    raise ValueError(f'--target={target} must be a finite number above 0')
   cost = experiment.space.cost(kind or experiment.cost.kind)
   if relative_to:
     target *= cost_model.uniform(cost, relative_to)

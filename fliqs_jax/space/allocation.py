@@ -30,13 +30,19 @@ class Budget:
 
   Attributes:
     cost: the cost of the space.
-    target: its highest value, in its unit.
+    target: its highest value, in its unit, a finite number above 0.
     lowest: its lowest value, in its unit.
   """
 
   cost: cost_model.Cost
   target: float
   lowest: float = -math.inf
+
+  def __post_init__(self):
+    if not 0 < self.target < math.inf:
+      raise ValueError(
+        f'Budget: target={self.target} must be a finite number above 0'
+      )
 
   def admits(self, choices: Mapping[str, Any]) -> bool:
     """Returns whether an architecture is within the budget."""
