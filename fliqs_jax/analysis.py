@@ -104,7 +104,7 @@ def _train(args: argparse.Namespace, keys: Mapping[str, str]) -> int:
   except loop.PreemptedError as error:
     print(error, file=sys.stderr)
     return commands.STOPPED
-  points = study_lib.read(study, sweep, out)
+  points = study_lib.read(study, sweep, out, failed)
   _end(study_lib.finding(study, points), args)
   return commands.MISTAKE if failed else 0
 

@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     )
     plan.check()
     failed = perform.perform(plan, args.retrain, stop)
-    summary = summary_lib.summarize(plan)
+    summary = summary_lib.summarize(plan, failed)
     print(summary.markdown())
     summary.write()
   except loop.PreemptedError as error:

@@ -7,10 +7,11 @@ or training diverged. 75: SIGTERM or Ctrl-C stopped the run; the same command
 goes on. Any other: the run crashed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import gc
 import os
 import sys
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -70,17 +71,19 @@ flags.mark_flags_as_required(['config', 'workdir'])
 
 def main(argv: Sequence[str]) -> None:
   """Runs the search; a user's mistake gives one line and status 2."""
-  start(argv, lambda config: None)
+  start(argv, lambda config, overrides: None)
 
 
 def start(
-  argv: Sequence[str], adapt: Callable[[ml_collections.ConfigDict], None]
+  argv: Sequence[str],
+  adapt: Callable[[ml_collections.ConfigDict, Mapping[str, Any]], None],
 ) -> None:
   """Runs the search that the flags describe.
 
   Args:
     argv: arguments that are no flags, the name of the program first.
-    adapt: changes the config before it is used.
+    adapt: changes the config before it is used, but leaves the values of
+      {dotted key: value} that flags set.
   """
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
@@ -98,13 +101,13 @@ def start(
     devices.keep_compiled(_COMPILATION_CACHE.value)
     config = _CONFIG.value
     flag = flags.FLAGS['config']
+    overrides = config_flags.get_override_values(flag)
+    adapt(config, overrides)
     sweep_file.check_overrides(
-      config_flags.get_config_filename(flag),
-      config_flags.get_override_values(flag),
+      config_flags.get_config_filename(flag), overrides
     )
     if _INIT_FROM.value:
       config.init_from = _INIT_FROM.value
-    adapt(config)
     train.train_and_evaluate(
       config,
       _WORKDIR.value,

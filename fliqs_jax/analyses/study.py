@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import pathlib
 import statistics
+import types
 from typing import Any
 
 from fliqs_jax.analyses import finding as finding_lib
@@ -153,8 +154,8 @@ def perform(
   sweep: sweep_file.Sweep,
   out: pathlib.Path,
   stop: Callable[[], bool],
-) -> list[str]:
-  """Starts or continues the runs of a study; returns those that failed.
+) -> dict[str, str]:
+  """Starts or continues the runs of a study; returns why runs failed, by name.
 
   Args:
     study: what is compared.
@@ -178,14 +179,23 @@ def perform(
 
 
 def read(
-  study: Study, sweep: sweep_file.Sweep, out: pathlib.Path
+  study: Study,
+  sweep: sweep_file.Sweep,
+  out: pathlib.Path,
+  failed: Mapping[str, str] = types.MappingProxyType({}),
 ) -> dict[Point, Measured]:
   """Returns the finished runs of each point, in the order of the sweep.
+
+  Args:
+    study: what is compared.
+    sweep: its runs.
+    out: directory of the runs' workdirs.
+    failed: {name of a run that failed a moment ago: why}.
 
   Raises:
     ValueError: no run is finished.
   """
-  summary = collect.collect(sweep, out)
+  summary = collect.collect(sweep, out, failed=failed)
   points: dict[Point, dict[str, Any]] = {}
   for run in summary.runs:
     if run['state'] == 'finished':

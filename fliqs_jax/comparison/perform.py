@@ -20,7 +20,7 @@ from fliqs_jax.sweep import sweep_file
 
 def perform(
   plan: plan_lib.Plan, retrain: bool, stop: Callable[[], bool]
-) -> list[str]:
+) -> dict[str, str]:
   """Starts or continues each run that is not finished.
 
   Args:
@@ -29,7 +29,7 @@ def perform(
     stop: `() -> bool`, called after each step of training; True: save and stop.
 
   Returns:
-    The names of the runs that failed.
+    {name of a run that failed: why}.
 
   Raises:
     PreemptedError: `stop` returned True; the state of the run is saved.

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 
 from fliqs_jax.comparison import methods as methods_lib
@@ -79,6 +80,9 @@ class Plan:
     methods_lib.check(list(self.methods))
     self._check_values()
     self._check_config()
+    sensitivity_table.check_metric(
+      self.experiment(self.targets[0]), '--metric', self.metric
+    )
     for target in self.targets:
       self.experiment(target)
     for planned in self.runs:
@@ -162,18 +166,15 @@ class Plan:
       )
     for target in self.targets:
       try:
-        possible = float(target) > 0
+        possible = 0 < float(target) < math.inf
       except ValueError:
         possible = False
       if not possible:
-        raise ValueError(f'--targets: {target!r} must be a number above 0')
+        raise ValueError(
+          f'--targets: {target!r} must be a finite number above 0'
+        )
     if self.seeds < 1:
       raise ValueError(f'--seeds={self.seeds} must be at least 1')
-    if self.metric not in sensitivity_table.METRICS:
-      raise ValueError(
-        f'--metric={self.metric} is unknown; allowed: '
-        f'{", ".join(sensitivity_table.METRICS)}'
-      )
     if ',' in str(self.out):
       raise ValueError(
         f'--out={self.out} holds a comma, which separates the arguments of a '

@@ -53,7 +53,7 @@ class Row:
     finished: number of finished runs.
     planned: number of planned runs.
     cost: cost, in the unit of the comparison.
-    relative: cost / target; None if the method has no target.
+    relative: cost / target of the plan; None if the method has no target.
     within: share of the runs that cost at most the target; None as above.
     quality: test metric of the served network, a fraction of 1.
     loss: test loss of the served network.
@@ -190,8 +190,10 @@ def _row(
   ahead: curves.Difference | None,
 ) -> Row:
   method, point = key
-  has_target = point in plan.targets
-  relative = [run.found['cost'] / run.found['cost_target'] for run in runs]
+  relative = []
+  if point in plan.targets:
+    target = plan.experiment(point).target
+    relative = [run.found['cost'] / target for run in runs]
   metric = runs[0].result['metric']
 
   def found(name: str) -> Mean:
@@ -203,9 +205,9 @@ def _row(
     finished=len(runs),
     planned=plan.seeds,
     cost=found('cost'),
-    relative=mean(relative) if has_target else None,
+    relative=mean(relative) if relative else None,
     within=statistics.fmean(r <= 1 + allocation.TOLERANCE for r in relative)
-    if has_target
+    if relative
     else None,
     quality=found(metric),
     loss=found('loss'),

@@ -1,8 +1,9 @@
 """Summary of a comparison: what its rows say, as tables, page and JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import types
 from typing import Any
 
 from fliqs_jax.comparison import figure
@@ -177,16 +178,20 @@ class Summary:
     files.write_json(out / workdir_lib.COMPARISON_RESULT, self.json())
 
 
-def summarize(plan: plan_lib.Plan) -> Summary:
+def summarize(
+  plan: plan_lib.Plan,
+  failed: Mapping[str, str] = types.MappingProxyType({}),
+) -> Summary:
   """Reads the finished runs of a comparison.
 
   Args:
     plan: what is compared.
+    failed: {name of a run that failed a moment ago: why}.
 
   Raises:
     ValueError: no run is finished.
   """
-  sweep = collect.collect(plan.sweep, plan.out)
+  sweep = collect.collect(plan.sweep, plan.out, failed=failed)
   return Summary(plan, sweep, rows_lib.of_plan(plan, sweep))
 
 

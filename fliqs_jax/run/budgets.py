@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import contextlib
+import math
 import re
 from typing import Any
 
@@ -100,8 +101,8 @@ def _cap(
     raise ValueError(f'{match[1]} is no number') from None
   if match[2]:
     target *= cost_model.uniform(cost, match[2])
-  if not target > 0:
-    raise ValueError('the limit must be above 0')
+  if not 0 < target < math.inf:
+    raise ValueError('the limit must be a finite number above 0')
   return kind, allocation.Budget(cost, target)
 
 

@@ -265,11 +265,20 @@ def build(
   )
   model = build_model(spec)
   fitting.check_inputs(config, model, streams)
-  traced = discovery.trace(model, fitting.example(streams), train=False)
+  example = fitting.example(streams)
+  traced = discovery.trace(model, example, train=False)
   fitting.check_task(config, task, traced.outputs, streams)
   space = discovery.space_of(traced, spec)
   if arch is not None:
     space.check_sizes(arch['sizes'])
+  if space.open_sizes and space.is_fixed:
+    # Budgets are multiples of its cost, as in the search that found the sizes.
+    published = discovery.trace(
+      build_model(spec, sizes=models.AS_PUBLISHED), example, train=False
+    )
+    space = dataclasses.replace(
+      space, published=discovery.space_of(published, spec)
+    )
   with checks.named('cost.kind', config.cost.kind):
     cost = space.cost(config.cost.kind)
   checks.sizes(config, space)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import flax.linen as nn
 import numpy as np
 
 from fliqs_jax import models
+from fliqs_jax.run import checks
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run.records import results
@@ -35,7 +37,7 @@ _SCHEMA = 1
 METHODS = {'exact': allocation.solve, 'greedy': allocation.greedy}
 
 # The values of `--scores`.
-METRICS = (*sensitivity.METRICS, 'hessian', 'error')
+METRICS = (*sensitivity.METRICS, *local_scores.SEEN)
 
 # The hashes of a table, and what differs where they do.
 _HASHED = dict(
@@ -43,6 +45,30 @@ _HASHED = dict(
   data='other data',
   weights='other weights',
 )
+
+
+def check_metric(
+  experiment: experiment_lib.Experiment, key: str, metric: str
+) -> None:
+  """Checks that a metric can score every option of an experiment.
+
+  Args:
+    experiment: parts of a run.
+    key: the flag that names the metric, for the message.
+    metric: one of `METRICS`.
+
+  Raises:
+    ValueError: the metric is unknown, does not suit the task or does not see a
+      decision.
+  """
+  if metric not in METRICS:
+    raise ValueError(
+      f'{key}={metric} is unknown; allowed: {", ".join(METRICS)}'
+    )
+  fitting.check_scores(experiment.config, key, metric)
+  if metric in local_scores.SEEN:
+    with checks.named(key, metric):
+      local_scores.SEEN[metric](experiment.space)
 
 
 def measure(
@@ -67,11 +93,7 @@ def measure(
   """
   experiment, state, _ = run
   space = experiment.space
-  if metric not in METRICS:
-    raise ValueError(
-      f'--scores={metric} is unknown; allowed: {", ".join(METRICS)}'
-    )
-  fitting.check_scores(experiment.config, '--scores', metric)
+  check_metric(experiment, '--scores', metric)
   if batches < 1:
     raise ValueError(f'--batches={batches} must be at least 1')
   if space.is_fixed:
@@ -246,11 +268,11 @@ def at_target(
     kind: a key of `cost_model.KINDS`; empty: that of the config.
 
   Raises:
-    ValueError: the target is not above zero, or the format or the kind is
-      unknown.
+    ValueError: the target is no finite number above zero, or the format or the
+      kind is unknown.
   """
-  if not target > 0:
-    raise ValueError(f'--target={target} must be above 0')
+  if not 0 < target < math.inf:
+    raise ValueError(f'--target={target} must be a finite number above 0')
   cost = experiment.space.cost(kind or experiment.cost.kind)
   if relative_to:
     target *= cost_model.uniform(cost, relative_to)

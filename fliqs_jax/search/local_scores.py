@@ -51,7 +51,7 @@ def hessian(
   Raises:
     ValueError: a decision does not set the format of weights.
   """
-  layers = {d.name: _weighted_layers(d) for d in space.decisions}
+  layers = _layers(space)
   paths = [path for group in layers.values() for path in group]
 
   def kernels(params: Any) -> dict[str, jax.Array]:
@@ -117,19 +117,7 @@ def error(apply: Callable[..., Any], space: search_space.SearchSpace) -> Scorer:
   Raises:
     ValueError: a decision sets no format.
   """
-  operands = {}
-  for d in space.decisions:
-    parts = [leaf.rpartition('/') for leaf in d.leaves]
-    if d.kind != 'format':
-      raise ValueError(
-        f'--scores=error sees formats alone, but {d.name} sets a size; use one '
-        f'of {", ".join(sensitivity.METRICS)}'
-      )
-    operands[d.name] = [
-      _join(path, side)
-      for path, _, name in parts
-      for side in (_SIDES if name == 'format' else (name,))
-    ]
+  operands = _operands(space)
   errors = _errors(apply, space)
 
   def scores(
@@ -197,16 +185,42 @@ def _join(path: str, name: str) -> str:
   return f'{path}/{name}' if path else name
 
 
-def _weighted_layers(decision: search_space.Decision) -> list[str]:
-  """Returns the paths of the layers whose weights a decision sets."""
-  parts = [leaf.rpartition('/') for leaf in decision.leaves]
-  paths = [path for path, _, name in parts if name in ('format', 'weights')]
-  if not paths:
-    raise ValueError(
-      f'--scores=hessian sees weights alone, but {decision.name} does not set '
-      f'the format of weights; use one of {", ".join(sensitivity.METRICS)}'
-    )
-  return paths
+def _layers(space: search_space.SearchSpace) -> dict[str, list[str]]:
+  """Returns {decision: paths of the layers whose weights it sets}."""
+  layers = {}
+  for d in space.decisions:
+    parts = [leaf.rpartition('/') for leaf in d.leaves]
+    paths = [path for path, _, name in parts if name in ('format', 'weights')]
+    if not paths:
+      raise ValueError(
+        f'hessian sees weights alone, but {d.name} does not set the format of '
+        f'weights; use one of {", ".join(sensitivity.METRICS)}'
+      )
+    layers[d.name] = paths
+  return layers
+
+
+def _operands(space: search_space.SearchSpace) -> dict[str, list[str]]:
+  """Returns {decision: operands, layer/side, of which it sets the format}."""
+  operands = {}
+  for d in space.decisions:
+    if d.kind != 'format':
+      raise ValueError(
+        f'error sees formats alone, but {d.name} sets a size; use one of '
+        f'{", ".join(sensitivity.METRICS)}'
+      )
+    parts = [leaf.rpartition('/') for leaf in d.leaves]
+    operands[d.name] = [
+      _join(path, side)
+      for path, _, name in parts
+      for side in (_SIDES if name == 'format' else (name,))
+    ]
+  return operands
+
+
+# {metric: space -> {decision: what it sees of it}}; a decision of which it sees
+# nothing is a ValueError.
+SEEN = dict(hessian=_layers, error=_operands)
 
 
 def _mean_of_draws(

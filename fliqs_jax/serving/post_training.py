@@ -6,6 +6,7 @@ option of each layer costs in quality, and the budget is solved exactly.
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -76,10 +77,13 @@ def allocate(
     The architecture, and what `export_model` needs with it.
 
   Raises:
-    ValueError: there is no batch, the model cannot be called with its inputs,
-      the spec asks for profiled thresholds, a score is not finite, or no
-      architecture is within the budget.
+    ValueError: the target is no finite number above 0, there is no batch, the
+      model cannot be called with its inputs, the spec asks for profiled
+      thresholds, a score is not finite, or no architecture is within the
+      budget.
   """
+  if not 0 < target < math.inf:
+    raise ValueError(f'target={target} must be a finite number above 0')
   batches = list(batches)
   if not batches:
     raise ValueError('batches: allocate needs at least one batch; give eight')

@@ -30,11 +30,11 @@ class Budget:
 
   Attributes:
     cost: the cost of the space.
-    target: its highest value, in its unit.
+    target: its highest value, in its unit, a finite number above 0.
     lowest: its lowest value, in its unit.
 
   Raises:
-    ValueError: the target is no finite number.
+    ValueError: the target is no finite number above 0.
   """
 
   cost: cost_model.Cost
@@ -42,9 +42,9 @@ class Budget:
   lowest: float = -math.inf
 
   def __post_init__(self):
-    if not math.isfinite(self.target):
+    if not 0 < self.target < math.inf:
       raise ValueError(
-        f'the target of a budget is {self.target}; it must be a finite number'
+        f'Budget: target={self.target} must be a finite number above 0'
       )
 
   def admits(self, choices: Mapping[str, Any]) -> bool:

@@ -181,6 +181,8 @@ class Cost:
     others: {path of a leaf: parameters that follow it}.
     constant: the part that no decision changes, in the unit.
     decision_of: {path of a leaf: name of the decision that it follows}.
+    published: the cost of the network of published sizes, if the model is fixed
+      to others; None: the model has the published sizes, at least as options.
   """
 
   kind: str
@@ -189,6 +191,7 @@ class Cost:
   others: Mapping[str, ops_lib.PerChannel]
   constant: float
   decision_of: Mapping[str, str]
+  published: 'Cost | None' = None
 
   @property
   def unit(self) -> str:
@@ -319,6 +322,7 @@ def uniform(cost: Cost, numeric_format: str) -> float:
     ValueError: the format is unknown.
   """
   choice = (formats.parse(numeric_format),)
+  cost = cost.published or cost
   leaves = {
     leaf: _one_hot(other.channels.published, len(other.channels.counts))
     for leaf, other in cost.others.items()

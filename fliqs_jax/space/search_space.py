@@ -176,6 +176,8 @@ class SearchSpace:
       number the leaf picks}.
     weight_params: number of the parameters that the ops' weights are made of;
       None: each weight is one.
+    published: the space of the network of published sizes, if the model is
+      fixed to others; None: the model has them, at least as options.
   """
 
   formats: tuple[FormatDecision, ...]
@@ -186,6 +188,7 @@ class SearchSpace:
     default_factory=dict, hash=False
   )
   weight_params: int | None = None
+  published: 'SearchSpace | None' = None
 
   @property
   def decisions(self) -> tuple[Decision, ...]:
@@ -216,7 +219,7 @@ class SearchSpace:
     Raises:
       ValueError: unknown kind.
     """
-    return cost_model.make(
+    cost = cost_model.make(
       kind,
       self.ops,
       self.params,
@@ -224,6 +227,8 @@ class SearchSpace:
       self.decision_of,
       self.weight_params,
     )
+    published = self.published and self.published.cost(kind)
+    return dataclasses.replace(cost, published=published)
 
   def relative_cost(
     self, cost: cost_model.Cost, target: float

@@ -1,6 +1,6 @@
 """Collects the finished runs of a sweep: points of one table, their front."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import itertools
@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import types
 from typing import Any
 
 from fliqs_jax.report import figures
@@ -155,7 +156,10 @@ class Summary:
 
 
 def collect(
-  sweep: sweep_file.Sweep, out: str | os.PathLike[str], cost: str = 'cost'
+  sweep: sweep_file.Sweep,
+  out: str | os.PathLike[str],
+  cost: str = 'cost',
+  failed: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Summary:
   """Reads the runs of a sweep.
 
@@ -163,17 +167,20 @@ def collect(
     sweep: the planned runs.
     out: directory of the runs' workdirs.
     cost: name of the cost in the table, a key of `COSTS`.
+    failed: {name of a run that failed a moment ago: why}.
 
   Raises:
     ValueError: no run is finished, or the runs cannot be compared.
   """
   runs = [look(run, pathlib.Path(out, run.name), cost) for run in sweep.runs]
+  for run in runs:
+    if run['state'] != 'finished' and run['name'] in failed:
+      run.update(state='failed', detail=failed[run['name']])
   finished = [run for run in runs if run['state'] == 'finished']
   if not finished:
     raise ValueError(
-      f'no run of the sweep {sweep.name!r} is finished in {out}. The first of '
-      f'{len(runs)}, {runs[0]["name"]}, is {runs[0]["state"]}: '
-      f'{runs[0]["detail"]}'
+      f'no run is finished in {out}; the first of {len(runs)}, '
+      f'{runs[0]["name"]}, is {runs[0]["state"]}: {runs[0]["detail"]}'
     )
   for key in ('metric', 'unit'):
     if len(different := sorted({run[key] for run in finished})) > 1:

@@ -10,6 +10,7 @@ import pathlib
 
 from fliqs_jax.run import train as train_lib
 from fliqs_jax.run.records import run_log
+from fliqs_jax.runtime import commands
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.sweep import collect
@@ -25,7 +26,7 @@ def perform(
   *,
   retrained: Callable[[sweep_file.Run], bool] = lambda run: False,
   before: Callable[[sweep_file.Run], None] = lambda run: None,
-) -> list[str]:
+) -> dict[str, str]:
   """Starts or continues each run that is not finished, one after another.
 
   Args:
@@ -37,12 +38,12 @@ def perform(
     before: `run -> None`, called before a run starts.
 
   Returns:
-    The names of the runs that failed.
+    {name of a run that failed: why}.
 
   Raises:
     PreemptedError: `stop` returned True; the state of the run is saved.
   """
-  failed = []
+  failed = {}
   for i, run in enumerate(sweep.runs, 1):
     if is_finished(run, out / run.name, retrained(run)):
       continue
@@ -51,8 +52,8 @@ def perform(
       before(run)
       train(run, out / run.name, stop, retrained(run))
     except (ValueError, run_log.DivergedError) as error:
-      _LOG.error('%s: %s', run.name, error)
-      failed.append(run.name)
+      failed[run.name] = commands.line(error)
+      _LOG.error('%s: %s', run.name, failed[run.name])
   return failed
 
 

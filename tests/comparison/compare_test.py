@@ -23,6 +23,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 _CONFIG = 'tests/tiny.py:space=int_s'
+# INT4 there: 2 layers of an MLP, 64 x 16 and 16 x 10, at 4 x 4 bits.
+_INT4 = 16 * (1024 + 160) / 1e9
 
 
 def _plan(out, **fields):
@@ -79,13 +81,27 @@ def test_the_network_that_is_scored_trains_at_the_dearest_to_the_end():
     ('--methods=uniform,luck', "unknown 'luck'; allowed: uniform, manual, "),
     ('--methods=uniform,uniform', 'at least one method, each once'),
     ('--methods=,', 'at least one method, each once'),
-    ('--targets=x', "'x' must be a number above 0"),
-    ('--targets=0', "'0' must be a number above 0"),
+    ('--targets=x', "'x' must be a finite number above 0"),
+    ('--targets=0', "'0' must be a finite number above 0"),
+    ('--targets=inf', "'inf' must be a finite number above 0"),
     ('--targets=1.5,1.5', 'each once, such as 1.15,1.5'),
     ('--targets=0.5', 'cannot be reached: the cheapest assignment costs'),
     ('--targets=1', 'leaves nothing to search'),
     ('--seeds=0', '--seeds=0 must be at least 1'),
     ('--metric=luck', '--metric=luck is unknown; allowed: loss, '),
+    (
+      '--config=tests/tiny.py:space=int_s --config.quant.mode=separate'
+      ' --metric=hessian',
+      "--metric='hessian': hessian sees weights alone, but hidden0/activations",
+    ),
+    (
+      '--config=configs/digits.py:nas --metric=error',
+      "--metric='error': error sees formats alone, but stage0/channels",
+    ),
+    (
+      '--config=configs/super_resolution.py:smoke --metric=kl',
+      "--metric='kl' compares softmax outputs, which task='super_resolution'",
+    ),
     ('--out=a,b', 'holds a comma'),
     ('--config=no.py', "there is no config file 'no.py'"),
     ('--config=tests/tiny.py:space=INT4', 'leaves nothing to choose'),
@@ -99,7 +115,9 @@ def test_what_cannot_be_is_refused_in_one_line_before_training(
 ):
   monkeypatch.setattr(commands, 'log', lambda: None)
   given = [f'--config={_CONFIG}', '--targets=1.5', '--seeds=1']
-  assert compare.main([*given, f'--out={tmp_path / "out"}', flags]) == 2
+  assert (
+    compare.main([*given, f'--out={tmp_path / "out"}', *flags.split()]) == 2
+  )
   error = capsys.readouterr().err
   assert message in error
   assert error.count('\n') == 1
@@ -120,9 +138,9 @@ def _finish(plan, planned, value, cost, **more):
   workdir.mkdir(parents=True)
   config = sweep_file.config(planned.run)
   (workdir / 'config.json').write_text(json.dumps(config))
-  found = dict(
-    accuracy=value, loss=1 - value, cost=cost, cost_target=1.5, unit='GBOPs'
-  )
+  found = dict(accuracy=value, loss=1 - value, cost=cost * _INT4, unit='GBOPs')
+  # The target of a run that knows no other network than its own.
+  found |= dict(cost_target=found['cost'])
   result = dict(
     metric='accuracy',
     found=found,
@@ -139,8 +157,8 @@ def _finish(plan, planned, value, cost, **more):
 def compared(tmp_path):
   """Uniform, random and default networks at one target, two seeds each.
 
-  Uniform: 60 % and 64 % at cost 1, 80 % and 84 % at cost 4. Half way between
-  in the logarithm, at cost 2, it has 70 % and 74 %.
+  Costs are multiples of INT4. Uniform: 60 % and 64 % at cost 1, 80 % and 84 %
+  at cost 4. Half way between in the logarithm, at cost 2, it has 70 % and 74 %.
   """
   plan = plan_lib.Plan(
     _CONFIG, tmp_path, ('uniform', 'random', 'default'), ('1.5',), 2
@@ -298,7 +316,34 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
   monkeypatch.setattr(train, 'train_and_evaluate', fail)
   plan = _plan(tmp_path / 'out', methods=('uniform', 'random'), seeds=1)
   failed = perform.perform(plan, True, lambda: False)
-  assert failed == ['uniform/INT4/seed0']
+  assert failed == {'uniform/INT4/seed0': 'a score is not finite'}
+
+
+def test_why_every_run_failed_is_the_last_line(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(commands, 'log', lambda: None)
+  monkeypatch.setattr(processes, 'Stop', lambda: lambda: False)
+
+  def fail(config, workdir, *, stop, retrain):
+    del config, workdir, stop, retrain
+    raise ValueError('a score is not finite')
+
+  monkeypatch.setattr(train, 'train_and_evaluate', fail)
+  flags = [f'--config={_CONFIG}', '--targets=1.5', '--seeds=2']
+  out = tmp_path / 'out'
+  assert compare.main([*flags, '--methods=random', f'--out={out}']) == 2
+  assert capsys.readouterr().err == (
+    f'no run is finished in {out}; the first of 2, random/1.5/seed0, is failed:'
+    ' a score is not finite\n'
+  )
+
+
+def test_why_a_run_failed_is_listed(compared):
+  (compared.out / 'random/1.5/seed1/result.json').unlink()
+  # The other run is finished, but could not be trained again.
+  failed = {'random/1.5/seed1': 'no gain', 'default/1.5/seed1': 'no gain'}
+  summary = summary_lib.summarize(compared, failed)
+  assert [run['name'] for run in summary.sweep.missing] == ['random/1.5/seed1']
+  assert '- random/1.5/seed1: failed: no gain' in summary.markdown()
 
 
 def test_rules_of_a_config_do_not_contradict_an_assignment(

@@ -6,16 +6,22 @@ import jax
 import numpy as np
 import pytest
 
+from configs import digits
 import fliqs_jax as fliqs
 from fliqs_jax.run import budgets
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import sensitivity_table
 from fliqs_jax.run import train
+from fliqs_jax.run.records import results
 from fliqs_jax.space import allocation
 from fliqs_jax.space import baselines
 from fliqs_jax.space import cost_model
 from tests import tiny
 from tests.run import cases
+
+# MACs of a ResNet-8 of 4, 8 and 16 channels on 8 x 8 pixels of one channel.
+_MACS = 64 * 36 + 2 * 64 * 144  # Stem, and the stage of 8 x 8 pixels.
+_MACS += 16 * (288 + 576 + 32) + 4 * (1152 + 2304 + 128) + 160
 
 
 def _config(arg='', **cost):
@@ -32,7 +38,8 @@ def _config(arg='', **cost):
     (dict(caps=('size=fast',)), "'size=fast': it must be KIND=NUMBER"),
     (dict(caps=('size=1xINT9',)), "unknown format 'INT9'"),
     (dict(caps=('watts=1',)), "'watts=1': cost.kind='watts' is unknown"),
-    (dict(caps=('size=0',)), 'the limit must be above 0'),
+    (dict(caps=('size=0',)), 'the limit must be a finite number above 0'),
+    (dict(caps=('size=1e999',)), 'the limit must be a finite number above 0'),
     (dict(caps=('size=1..2',)), '1..2 is no number'),
     (dict(caps=('bops=2xINT4',)), 'bops is limited twice'),
     (dict(caps=('size=2xINT4',) * 2), 'size is limited twice'),
@@ -82,6 +89,26 @@ def test_limits_that_exclude_each_other_name_the_least_that_satisfies_all():
   with pytest.raises(ValueError, match='exclude each other') as caught:
     budgets.target(keys, cost, space, caps)
   assert f'within the caps costs {within:.6g}' in str(caught.value)
+
+
+@pytest.mark.parametrize('chosen', [0, -1])
+def test_budgets_of_a_found_network_are_those_of_its_search(tmp_path, chosen):
+  caps = 'caps=size=1.5xINT4+energy:45nm=2xINT4'
+  search = experiment_lib.build(digits.get_config(f'nas,{caps}'))
+  assert search.target == pytest.approx(1.5 * 16 * _MACS / 1e9, rel=1e-6)
+  # All formats and sizes are the cheapest, or the dearest.
+  choices = search.space.at(
+    {d.name: range(len(d.labels))[chosen] for d in search.space.decisions}
+  )
+  path = tmp_path / 'arch.json'
+  path.write_text(json.dumps(results.arch(search, choices)))
+  found = experiment_lib.build(digits.get_config(f'nas,arch={path},{caps}'))
+  assert found.cost_of(found.space.only()) == pytest.approx(
+    search.cost_of(choices), rel=1e-6
+  )
+  assert found.target == pytest.approx(search.target, rel=1e-6)
+  limits = [[cap.target for cap in run.caps] for run in (found, search)]
+  assert limits[0] == pytest.approx(limits[1], rel=1e-6)
 
 
 @pytest.mark.parametrize('seed', range(8))

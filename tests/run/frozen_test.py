@@ -1,6 +1,8 @@
 """Runs that quantize a trained network: `fliqs_jax.ptq`."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -78,6 +80,48 @@ def test_a_teacher_teaches_frozen_networks_only():
   config.train.teacher = True
   with pytest.raises(ValueError, match='train.teacher=True learns from'):
     experiment_lib.build(config)
+
+
+def test_what_the_user_sets_stays():
+  config = tiny.get_config()
+  overrides = {
+    'search.learning_rate': 5.0,
+    'search.freeze': 0.6,
+    'train.checkpoint_every': 4,
+  }
+  config.update_from_flattened_dict(overrides)
+  ptq.adapt(config, 20, False, overrides)
+  assert (config.search.start, config.search.freeze) == (0, 0.6)
+  assert config.search.learning_rate == 5
+  # A tenth of 20 steps.
+  assert (config.train.log_every, config.train.checkpoint_every) == (2, 4)
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'message'),
+  [
+    ('train.steps', 77, '--config.train.steps=77: .* given by --steps'),
+    ('train.teacher', True, '--config.train.teacher=True: .* need --teacher'),
+    ('train.frozen', False, '--config.train.frozen=False: .* fliqs_jax.main'),
+  ],
+)
+def test_what_a_flag_of_the_command_says_is_no_key(key, value, message):
+  with pytest.raises(ValueError, match=message):
+    ptq.adapt(tiny.get_config(), 20, False, {key: value})
+
+
+def test_the_command_knows_what_the_user_sets(tmp_path):
+  done = subprocess.run(
+    [
+      *(sys.executable, '-m', 'fliqs_jax.ptq', '--config=tests/tiny.py'),
+      *('--config.train.steps=77', f'--workdir={tmp_path / "run"}'),
+    ],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2
+  assert 'is given by --steps' in done.stderr.splitlines()[-1]
+  assert not (tmp_path / 'run').exists()
 
 
 def test_activations_of_a_frozen_network_are_quantized_from_the_start(trained):

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -203,8 +204,10 @@ def test_targets_of_another_cost(trained):
   low = sensitivity_table.at_target(experiment, 1.0)
   with pytest.raises(ValueError, match='at most 1 bits allowed.*costs 4'):
     sensitivity_table.allocate(low, raw)
-  with pytest.raises(ValueError, match='--target=0 must be above 0'):
-    sensitivity_table.at_target(experiment, 0)
+  for target in (0, -1.5, math.nan, math.inf):
+    message = f'--target={target} must be a finite number above 0'
+    with pytest.raises(ValueError, match=message):
+      sensitivity_table.at_target(experiment, target)
   with pytest.raises(ValueError, match="'joules' is unknown"):
     sensitivity_table.at_target(experiment, 1.0, kind='joules')
   with pytest.raises(ValueError, match='--method=best is unknown; allowed: e'):

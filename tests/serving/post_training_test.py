@@ -1,5 +1,7 @@
 """Formats for a trained network, without any training."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +62,9 @@ def test_a_loss_may_score_instead_of_the_outputs():
 
 
 def test_wrong_arguments_are_named():
+  for target in (0, math.nan, math.inf):
+    with pytest.raises(ValueError, match=f'target={target} must be a finite'):
+      post_training.allocate(f, PARAMS, BATCHES, target, spec=SPEC)
   with pytest.raises(ValueError, match='at least one batch'):
     post_training.allocate(f, PARAMS, [], 1.5, spec=SPEC)
   model = searchable_lib.searchable(f, SPEC, params=PARAMS)
@@ -67,7 +72,7 @@ def test_wrong_arguments_are_named():
     post_training.allocate(model, dict(params=PARAMS), BATCHES, 1, spec=SPEC)
   with pytest.raises(ValueError, match='cheapest|lowest'):
     post_training.allocate(model, dict(params=PARAMS), BATCHES, 0.01)
-  with pytest.raises(ValueError, match='target of a budget is nan'):
+  with pytest.raises(ValueError, match='target=nan must be a finite'):
     post_training.allocate(model, dict(params=PARAMS), BATCHES, np.nan)
   with pytest.raises(ValueError, match="have coarse, fine, but no 'params'"):
     post_training.allocate(model, PARAMS, BATCHES, 1.5)

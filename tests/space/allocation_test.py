@@ -179,6 +179,13 @@ def test_a_budget_below_the_cheapest_names_it(method):
     method(space, _scores(space), [allocation.Budget(cost, 2e-6)])
 
 
+@pytest.mark.parametrize('target', [0, -1.5, np.nan, np.inf])
+def test_a_budget_is_a_finite_number(target):
+  cost = _space(8, 8, formats=('INT4', 'INT8')).cost('bops')
+  with pytest.raises(ValueError, match=f'target={target} must be a finite'):
+    allocation.Budget(cost, target)
+
+
 def test_scores_that_do_not_fit_are_named():
   space = _space(8, 8, formats=('INT4', 'INT8'))
   good = {'QuantDense_0': [1.0, 0.0], 'QuantDense_1': [1.0, 0.0]}
@@ -221,5 +228,5 @@ def test_the_policy_of_another_space_is_refused():
 
 @pytest.mark.parametrize('target', [np.nan, np.inf])
 def test_a_target_that_is_no_number_is_refused(target):
-  with pytest.raises(ValueError, match='target of a budget is (nan|inf)'):
+  with pytest.raises(ValueError, match='target=(nan|inf) must be a finite'):
     fliqs.Budget(lambda choices: 1.0, target)

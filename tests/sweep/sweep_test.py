@@ -276,7 +276,7 @@ def test_runs_of_two_units_are_not_compared(tmp_path):
 @pytest.mark.parametrize(
   ('out', 'message'),
   [
-    ('nowhere', "no run of the sweep 'some' is finished in nowhere"),
+    ('nowhere', 'no run is finished in nowhere; the first of '),
     ('gs://bucket/s', 'is a bucket; fetch it first: gcloud storage rsync'),
   ],
 )
