@@ -252,6 +252,8 @@ def main(argv: Sequence[str]) -> int:
   out = pathlib.Path(args.out)
   if not out.resolve().parent.is_dir():
     raise ValueError(f'--out={args.out}: there is no such directory; make it')
+  if out.is_dir():
+    raise ValueError(f'--out={args.out} is a directory; name a file in it')
   formats = [f.name for f in _formats(args.formats)]
   overrides = sweep_file.overrides(unknown)
   run = sweep_file.Run('profile', {}, args.config, overrides)
@@ -271,7 +273,15 @@ def main(argv: Sequence[str]) -> int:
 
 def _formats(text: str) -> Sequence[formats_lib.NumericFormat]:
   names = [name.strip() for name in text.split(',') if name.strip()]
-  return formats_lib.menu(names) if names else ()
+  found = formats_lib.menu(names) if names else ()
+  for numeric_format in found:
+    if numeric_format.strategy:
+      raise ValueError(
+        f'--formats={text}: {numeric_format.name} has a strategy, which does '
+        'not change what a layer costs; write '
+        f'{numeric_format.grid_format.name}'
+      )
+  return found
 
 
 if __name__ == '__main__':

@@ -139,10 +139,12 @@ def test_a_measured_file_prices_its_layers_and_others(tmp_path, capsys):
     ('--batch=0', '--batch=0 must be at least 1'),
     ('--rounds=0', '--rounds=0 must be at least 1'),
     ('--formats=INT9', "unknown format 'INT9'"),
+    ('--formats=INT8,INT4:kl', 'INT4:kl has a strategy, which does not'),
     ('--config=nothing.py', "no config file 'nothing.py'"),
     ('--config.cost.what=1', 'no such key'),
     ('--speed=1', "unknown flag '--speed=1'"),
     ('--out=no/x.yaml', '--out=no/x.yaml: there is no such directory'),
+    ('--out=tests', '--out=tests is a directory; name a file in it'),
   ],
 )
 def test_a_mistake_is_one_line(tmp_path, capsys, monkeypatch, flag, message):
