@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 
+from fliqs_jax.run import config as config_lib
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.sweep import sweep_file
 
@@ -108,7 +110,8 @@ def plan(args: argparse.Namespace, overrides: Sequence[str]) -> Plan:
   """Returns the runs that the flags describe, after a check of their configs.
 
   Raises:
-    ValueError: flags contradict each other, or a config cannot work.
+    ValueError: flags contradict each other, a config cannot work, or a workdir
+      that this machine sees is that of another run.
   """
   if args.config and args.sweep:
     raise ValueError('give --config or --sweep, not both')
@@ -129,6 +132,8 @@ def plan(args: argparse.Namespace, overrides: Sequence[str]) -> Plan:
       )
     sweep = sweep_file.read(args.sweep)
     out = (args.out or sweep.out).rstrip('/')
+    if args.action in _STARTING:
+      _check_workdirs(sweep, out)
     jobs = [Job(r.name, f'{out}/{r.name}', r.flags) for r in sweep.runs]
     return Plan(_checked_name(args.name or _slug(sweep.name)), jobs)
   if not args.workdir or args.out:
@@ -137,9 +142,22 @@ def plan(args: argparse.Namespace, overrides: Sequence[str]) -> Plan:
     text.removeprefix('--config.').split('=', 1) for text in overrides
   )
   run = sweep_file.Run('', {}, args.config, keys)
-  sweep_file.config(run)
+  content = json.loads(json.dumps(sweep_file.config(run)))
+  if args.action in _STARTING:
+    config_lib.claimed(args.workdir, content)
   name = args.name or _slug(pathlib.Path(args.config.partition(':')[0]).stem)
   return Plan(_checked_name(name), [Job('', args.workdir, run.flags)])
+
+
+def _check_workdirs(sweep: sweep_file.Sweep, out: str) -> None:
+  """Raises a ValueError for a workdir that is of another run, also a finished.
+
+  Nothing else would: a run that has a result.json is not started.
+  """
+  # It imports matplotlib, which takes a second: only what starts runs does so.
+  from fliqs_jax.sweep import checks
+
+  checks.workdirs(sweep, out)
 
 
 def _slug(text: str) -> str:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from fliqs_jax.sweep import __main__ as sweep_command
+from fliqs_jax.sweep import sweep_file
 from launch import __main__ as launch
 from launch import common
 from launch import local
@@ -243,6 +244,39 @@ def test_a_slurm_sweep_is_an_array_of_what_is_not_finished(capsys, tmp_path):
   assert f'{done} ' not in batch
   # JAX wants a process for each GPU; each sees all GPUs of its node.
   assert '--ntasks-per-node=8\n#SBATCH --gpus-per-node=8\n' in batch
+
+
+@pytest.mark.parametrize('is_sweep', [False, True])
+def test_a_workdir_of_another_run_is_refused(capsys, tmp_path, is_sweep):
+  file, workdir = tmp_path / 'one.yaml', tmp_path / 'runs' / 'run'
+  workdir.mkdir(parents=True)
+  declared = 'config: tests/tiny.py\narguments: {steps: %d}'
+
+  def launched(steps, action):
+    file.write_text(declared % steps)
+    flags = [f'--config=tests/tiny.py:steps={steps}', f'--workdir={workdir}']
+    if is_sweep:
+      flags = [f'--sweep={file}', f'--out={workdir.parent}']
+    return launch.main(['slurm', action, *flags, '--dry_run', *_GPU])
+
+  file.write_text(declared % 60)
+  (run,) = sweep_file.read(file).runs
+  (workdir / 'config.json').write_text(json.dumps(sweep_file.config(run)))
+  (workdir / 'result.json').write_text('{"metric": "loss", "found": {}}')
+  if is_sweep:
+    assert launched(60, 'up') == common.MISTAKE
+    assert 'the run run there is damaged: ' in capsys.readouterr().err
+  found = dict(loss=1.0, cost=2.0, unit='GBOPs')
+  result = dict(metric='loss', found=found, warnings=[])
+  (workdir / 'result.json').write_text(json.dumps(result))
+  assert launched(60, 'up') == 0
+  assert 'every run is finished' in capsys.readouterr().out
+  assert launched(90, 'up') == common.MISTAKE
+  captured = capsys.readouterr()
+  assert 'train.steps: 60 -> 90' in captured.err
+  assert captured.err.count('\n') == 1
+  assert not captured.out
+  assert launched(90, 'logs') == 0  # It starts nothing.
 
 
 @pytest.mark.parametrize(
