@@ -4,8 +4,8 @@ python -m fliqs_jax.profile_chip --config=configs/digits.py --out=mine.yaml
     [--batch=8] [--rounds=20] [--formats=INT8,BF16] [--config.KEY=VALUE]
 
 Each layer of the config's network that differs from the others in shape is
-compiled alone, as it is served, at each format of its menu, with weights and
-activations at the same one, and timed on what JAX runs on. Then
+compiled alone, as it is served, with weights and activations at each format of
+the menus of all layers of this shape, and timed on what JAX runs on. Then
 `cost.kind=latency:mine.yaml` is the predicted time of a network on this
 machine; layers of other shapes are interpolated.
 """
@@ -19,6 +19,7 @@ import json
 import math
 import pathlib
 import platform
+import shlex
 import time
 from typing import Any
 
@@ -37,6 +38,7 @@ from fliqs_jax.serving import stored_products
 from fliqs_jax.space import discovery
 from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import quant_spec
+from fliqs_jax.space.chips import chip as chip_lib
 from fliqs_jax.space.chips import prices
 from fliqs_jax.sweep import sweep_file
 
@@ -165,29 +167,32 @@ def profile(
 
   Args:
     ops: ops of a network.
-    formats: names of formats; empty: those of each op's menus, and BF16 where
-      a side has none.
+    formats: names of formats; empty: those of the menus of all ops of a shape,
+      and BF16 where a side has none.
     batch: number of inputs at once.
     rounds: number of samples of each layer and format.
   """
-  rows: dict[Any, dict[str, Any]] = {}
+  # Layers of one shape may have different menus.
+  first: dict[chip_lib.Key, tuple[str, nn.Module, tuple[int, ...]]] = {}
+  menus: dict[chip_lib.Key, dict[str, None]] = {}
   skipped = []
   for op in ops:
-    counts = prices.counts(op.shape, {})
     try:
       layer, (_, *shape) = layer_of(op.shape)
     except ValueError:
       skipped.append(op.path)
       continue
-    if counts.key in rows:
-      continue
-    names = formats or _menu(op.shape)
-    x = jax.random.normal(jax.random.key(2), (batch, *shape))
+    key = prices.counts(op.shape, {}).key
+    first.setdefault(key, (op.path, layer, (batch, *shape)))
+    menu = dict.fromkeys(formats or _menu(op.shape))
+    menus[key] = menus.get(key, {}) | menu
+  rows = []
+  for key, (path, layer, shape) in first.items():
+    x = jax.random.normal(jax.random.key(2), shape)
     timed = seconds(
-      {name: served(layer, x.shape, name) for name in names}, x, rounds
+      {name: served(layer, shape, name) for name in menus[key]}, x, rounds
     )
-    key = counts.key
-    rows[key] = dict(
+    row = dict(
       inputs=key.inputs,
       outputs=key.outputs,
       kernel=list(key.kernel),
@@ -196,8 +201,9 @@ def profile(
       **(dict(ops='depthwise') if key.is_depthwise else {}),
       times={name: float(f'{1e3 * t:.4g}') for name, t in timed.items()},
     )
-    print(f'{op.path}: {rows[key]["times"]} ms', flush=True)
-  return list(rows.values()), skipped
+    print(f'{path}: {row["times"]} ms', flush=True)
+    rows.append(row)
+  return rows, skipped
 
 
 def _menu(shape: ops_lib.OpShape) -> list[str]:
@@ -243,8 +249,11 @@ def main(argv: Sequence[str]) -> int:
   for name in ('batch', 'rounds'):
     if getattr(args, name) < 1:
       raise ValueError(f'--{name}={getattr(args, name)} must be at least 1')
-  if not pathlib.Path(args.out).resolve().parent.is_dir():
+  out = pathlib.Path(args.out)
+  if not out.resolve().parent.is_dir():
     raise ValueError(f'--out={args.out}: there is no such directory; make it')
+  if out.is_dir():
+    raise ValueError(f'--out={args.out} is a directory; name a file in it')
   formats = [f.name for f in _formats(args.formats)]
   overrides = sweep_file.overrides(unknown)
   run = sweep_file.Run('profile', {}, args.config, overrides)
@@ -254,9 +263,8 @@ def main(argv: Sequence[str]) -> int:
   rows, skipped = profile(space.ops, formats, args.batch, args.rounds)
   if not rows:
     raise ValueError(f'--config={args.config} has no layer that can be timed')
-  command = f'python -m fliqs_jax.profile_chip --config={args.config}'
-  text = content(rows, args.batch, command)
-  files.write_bytes(pathlib.Path(args.out), text.encode())
+  command = shlex.join(['python', '-m', 'fliqs_jax.profile_chip', *argv])
+  files.write_bytes(out, content(rows, args.batch, command).encode())
   if skipped:
     print(f'not measured, prices are interpolated: {", ".join(skipped)}')
   print(f'written: {args.out}; use it as cost.kind=latency:{args.out}')
@@ -265,7 +273,15 @@ def main(argv: Sequence[str]) -> int:
 
 def _formats(text: str) -> Sequence[formats_lib.NumericFormat]:
   names = [name.strip() for name in text.split(',') if name.strip()]
-  return formats_lib.menu(names) if names else ()
+  found = formats_lib.menu(names) if names else ()
+  for numeric_format in found:
+    if numeric_format.strategy:
+      raise ValueError(
+        f'--formats={text}: {numeric_format.name} has a strategy, which does '
+        'not change what a layer costs; write '
+        f'{numeric_format.grid_format.name}'
+      )
+  return found
 
 
 if __name__ == '__main__':

@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = common.parse(parser, argv[1:])
     plan = common.plan(args, overrides)
     script = platform.script(args, plan)
+    common.check(args, plan)
     if args.dry_run:
       print(script, end='')
       return 0

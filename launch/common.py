@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -12,6 +13,9 @@ import shutil
 import subprocess
 import tempfile
 
+import jax
+
+from fliqs_jax.run import config as config_lib
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.sweep import sweep_file
 
@@ -22,6 +26,8 @@ PREEMPTED = (
 )
 # Actions that start something; the others need only a name.
 _STARTING = ('up', 'resume', 'install', 'run')
+# Those that a mistake in a config would make useless.
+_CHECKED = (*_STARTING, 'create')
 _NAMELESS = ('build',)
 _BUCKET = '[a-z0-9][a-z0-9._-]+[a-z0-9]'
 _LONGEST_NAME = 40  # Kubernetes allows 63 for a pod, `NAME-slice-0-12-abcde`.
@@ -54,10 +60,14 @@ class Plan:
   Attributes:
     name: name of the launch, which clouds and clusters see.
     jobs: the runs.
+    sweep: the same as runs of a sweep, of which a single one has no name.
+    out: directory of their workdirs, before buckets are mounted.
   """
 
   name: str
   jobs: Sequence[Job]
+  sweep: sweep_file.Sweep = sweep_file.Sweep('', ())
+  out: str = ''
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,10 +115,11 @@ def parse(
 
 
 def plan(args: argparse.Namespace, overrides: Sequence[str]) -> Plan:
-  """Returns the runs that the flags describe, after a check of their configs.
+  """Returns the runs that the flags describe, after a check of their keys.
 
   Raises:
-    ValueError: flags contradict each other, or a config cannot work.
+    ValueError: flags contradict each other, or a key of a config has a value
+      that is not allowed.
   """
   if args.config and args.sweep:
     raise ValueError('give --config or --sweep, not both')
@@ -130,7 +141,8 @@ def plan(args: argparse.Namespace, overrides: Sequence[str]) -> Plan:
     sweep = sweep_file.read(args.sweep)
     out = (args.out or sweep.out).rstrip('/')
     jobs = [Job(r.name, f'{out}/{r.name}', r.flags) for r in sweep.runs]
-    return Plan(_checked_name(args.name or _slug(sweep.name)), jobs)
+    name = _checked_name(args.name or _slug(sweep.name))
+    return Plan(name, jobs, sweep, out)
   if not args.workdir or args.out:
     raise ValueError('a run of --config has --workdir=DIR instead of --out')
   keys = dict(
@@ -139,7 +151,36 @@ def plan(args: argparse.Namespace, overrides: Sequence[str]) -> Plan:
   run = sweep_file.Run('', {}, args.config, keys)
   sweep_file.config(run)
   name = args.name or _slug(pathlib.Path(args.config.partition(':')[0]).stem)
-  return Plan(_checked_name(name), [Job('', args.workdir, run.flags)])
+  jobs = [Job('', args.workdir, run.flags)]
+  return Plan(
+    _checked_name(name), jobs, sweep_file.Sweep('', [run]), args.workdir
+  )
+
+
+def check(args: argparse.Namespace, plan: Plan) -> None:
+  """Checks the runs of a plan, as far as this machine can, if they shall start.
+
+  It traces each network, so whatever takes less time is checked before.
+
+  Raises:
+    ValueError: a config cannot work, or a workdir is that of another run; one
+      that has a result.json would not even be started.
+  """
+  if args.action not in _CHECKED:
+    return
+  # It imports matplotlib, which takes a second: only what starts runs does so.
+  from fliqs_jax.sweep import checks
+
+  # All others are for the processes that are started: this one would take the
+  # memory of a GPU, or lock a TPU.
+  jax.config.update('jax_platforms', 'cpu')
+  if args.sweep:
+    checks.workdirs(plan.sweep, plan.out)
+  elif args.config:
+    (run,) = plan.sweep.runs
+    content = json.loads(json.dumps(sweep_file.config(run)))
+    config_lib.claimed(plan.out, content)
+  checks.configs(plan.sweep)
 
 
 def _slug(text: str) -> str:
@@ -231,7 +272,7 @@ def on_bucket(plan: Plan) -> tuple[Plan, list[str]]:
       )
     flags = [mounted(flag) for flag in job.flags]
     jobs.append(Job(job.name, mounted(job.workdir), flags))
-  return Plan(plan.name, jobs), list(buckets)
+  return dataclasses.replace(plan, jobs=jobs), list(buckets)
 
 
 def on_disk(plan: Plan) -> None:

@@ -1,6 +1,7 @@
 """The file of a chip that a user measures: its layers, and what reads it."""
 
 import functools
+import shlex
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ import pytest
 import fliqs_jax as fliqs
 from fliqs_jax import profile_chip
 from fliqs_jax.layers import quant_layers
+from fliqs_jax.runtime import files
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space.chips import chip_file
 from fliqs_jax.space.chips import prices
@@ -68,18 +70,53 @@ def test_a_layer_that_is_timed_computes_what_it_shall(name):
   assert np.abs(y - expected).max() > 0
 
 
+class _Twins(nn.Module):
+  """Layers of one shape with different menus, and one of another shape."""
+
+  @nn.compact
+  def __call__(self, x):
+    for name, menu in (
+      ('excluded', 'BF16'),
+      ('open', 'INT4+INT8'),
+      ('fixed', 'INT8'),
+    ):
+      x = quant_layers.QuantDense(
+        6, spec=quant_spec.QuantSpec(menu), name=name
+      )(x)
+    return quant_layers.QuantDense(2, spec=quant_spec.QuantSpec('INT4'))(x)
+
+
+def test_a_shape_is_timed_once_at_the_menus_of_all_its_layers(monkeypatch):
+  space = fliqs.find_decisions(
+    _Twins(), jax.ShapeDtypeStruct((1, 6), jnp.float32)
+  )
+  timed = []
+
+  def seconds(functions, x, rounds):
+    timed.append((*functions, x.shape, rounds))
+    return {name: i * 1e-3 for i, name in enumerate(functions, 1)}
+
+  monkeypatch.setattr(profile_chip, 'served', lambda layer, shape, name: name)
+  monkeypatch.setattr(profile_chip, 'seconds', seconds)
+  rows, skipped = profile_chip.profile(space.ops, (), 4, 3)
+  assert not skipped
+  shape = (4, 1, 6)
+  assert timed == [('BF16', 'INT4', 'INT8', shape, 3), ('INT4', shape, 3)]
+  assert [row['times'] for row in rows] == [
+    dict(BF16=1.0, INT4=2.0, INT8=3.0),
+    dict(INT4=1.0),
+  ]
+
+
 def test_a_measured_file_prices_its_layers_and_others(tmp_path, capsys):
   path = tmp_path / 'mine.yaml'
-  status = profile_chip.main(
-    [
-      '--config=tests/tiny.py:space=int_s',
-      f'--out={path}',
-      '--rounds=1',
-      '--batch=2',
-    ]
-  )
-  assert status == 0
+  flags = ['--config=tests/tiny.py:space=int_s', f'--out={path}']
+  flags += ['--rounds=1', '--batch=2', '--config.quant.groups=()']
+  assert profile_chip.main(flags) == 0
   assert f'cost.kind=latency:{path}' in capsys.readouterr().out
+  # The same command, in a shell, measures it again.
+  _, _, *again = shlex.split(files.read_yaml(path)['source'])
+  assert again == ['fliqs_jax.profile_chip', *flags]
   chip = chip_file.read(f'latency:{path}')
   assert chip.batch == 2
   assert [sorted(map(str, x.times)) for x in chip.layers] == [
@@ -102,13 +139,16 @@ def test_a_measured_file_prices_its_layers_and_others(tmp_path, capsys):
     ('--batch=0', '--batch=0 must be at least 1'),
     ('--rounds=0', '--rounds=0 must be at least 1'),
     ('--formats=INT9', "unknown format 'INT9'"),
+    ('--formats=INT8,INT4:kl', 'INT4:kl has a strategy, which does not'),
     ('--config=nothing.py', "no config file 'nothing.py'"),
     ('--config.cost.what=1', 'no such key'),
     ('--speed=1', "unknown flag '--speed=1'"),
     ('--out=no/x.yaml', '--out=no/x.yaml: there is no such directory'),
+    ('--out=tests', '--out=tests is a directory; name a file in it'),
   ],
 )
-def test_a_mistake_is_one_line(tmp_path, capsys, flag, message):
+def test_a_mistake_is_one_line(tmp_path, capsys, monkeypatch, flag, message):
+  monkeypatch.setattr(profile_chip, 'profile', None)  # Nothing is timed.
   flags = ['--config=tests/tiny.py', f'--out={tmp_path / "x.yaml"}', flag]
   assert profile_chip.main(flags) == 2
   assert message in capsys.readouterr().err

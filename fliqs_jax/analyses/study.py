@@ -14,6 +14,7 @@ from fliqs_jax.report import number_text
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
+from fliqs_jax.sweep import checks as sweep_checks
 from fliqs_jax.sweep import collect
 from fliqs_jax.sweep import curves
 from fliqs_jax.sweep import pareto
@@ -167,7 +168,7 @@ def perform(
     ValueError: a run cannot work, or `out` holds other runs of these names.
     PreemptedError: `stop` returned True; the state of the run is saved.
   """
-  sweep_perform.check(sweep, out)
+  sweep_checks.workdirs(sweep, out)
   for run in sweep.runs:
     if run.swept['seed'] == '0':
       experiment_lib.build(sweep_file.load(run))

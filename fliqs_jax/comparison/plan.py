@@ -21,7 +21,7 @@ from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import presets
 from fliqs_jax.space import allocation
-from fliqs_jax.sweep import perform
+from fliqs_jax.sweep import checks
 from fliqs_jax.sweep import sweep_file
 
 # The arguments of a config that the comparison sets.
@@ -218,7 +218,7 @@ class Plan:
           f'{"; ".join(differences)}; choose another directory'
         )
     runs = (*self.sweep.runs, *self.scored)
-    perform.check(sweep_file.Sweep(self.sweep.name, runs), self.out)
+    checks.workdirs(sweep_file.Sweep(self.sweep.name, runs), self.out)
 
   @property
   def scored(self) -> tuple[sweep_file.Run, ...]:

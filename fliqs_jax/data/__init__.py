@@ -6,6 +6,7 @@ from fliqs_jax.data.dataset import Spec
 from fliqs_jax.data.dataset import model_inputs
 from fliqs_jax.data.streams import Streams
 from fliqs_jax.data.streams import make_streams
+from fliqs_jax.data.streams import unread_streams
 
 __all__ = [
   'Arrays',
@@ -14,4 +15,5 @@ __all__ = [
   'Streams',
   'make_streams',
   'model_inputs',
+  'unread_streams',
 ]

@@ -19,32 +19,44 @@ def _digits(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
   return digits.dataset(config.data_dir)
 
 
-def _cifar10(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
+def _cifar10(
+  config: ml_collections.ConfigDict, read: bool = True
+) -> dataset_lib.Dataset:
   from fliqs_jax.data.sources import cifar10
 
-  return cifar10.dataset(config.data_dir, config.augment)
+  return cifar10.dataset(config.data_dir, config.augment, read)
 
 
 def _fashion_mnist(
-  config: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict, read: bool = True
 ) -> dataset_lib.Dataset:
   from fliqs_jax.data.sources import fashion_mnist
 
-  return fashion_mnist.dataset(config.data_dir, config.augment)
+  return fashion_mnist.dataset(config.data_dir, config.augment, read)
 
 
-def _imagenet2012(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
+def _imagenet2012(
+  config: ml_collections.ConfigDict, read: bool = True
+) -> dataset_lib.Dataset:
   from fliqs_jax.data.sources import imagenet
 
   return imagenet.dataset(
-    config.data_dir, config.image_size, config.augment, config.random_erasing
+    config.data_dir,
+    config.image_size,
+    config.augment,
+    config.random_erasing,
+    read,
   )
 
 
-def _criteo(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
+def _criteo(
+  config: ml_collections.ConfigDict, read: bool = True
+) -> dataset_lib.Dataset:
   from fliqs_jax.data.sources import criteo
 
-  return criteo.dataset(config.data_dir, config.buckets, config.max_bad_lines)
+  return criteo.dataset(
+    config.data_dir, config.buckets, config.max_bad_lines, read
+  )
 
 
 def _synthetic(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
@@ -60,11 +72,18 @@ def _synthetic_criteo(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
   return synthetic.clicks(config.buckets)
 
 
-def _pictures(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
+def _pictures(
+  config: ml_collections.ConfigDict, read: bool = True
+) -> dataset_lib.Dataset:
   from fliqs_jax.data.sources import pictures
 
   return pictures.dataset(
-    config.data_dir, config.patch, config.scale, config.crop, config.crops
+    config.data_dir,
+    config.patch,
+    config.scale,
+    config.crop,
+    config.crops,
+    read,
   )
 
 
@@ -88,24 +107,29 @@ class Known:
   Attributes:
     make: `config.data` -> the data set.
     keys: {key of `config.data` that only this data set takes: its type}.
+    reads: whether `make` looks at files before `open`; then it takes `read`,
+      too, and with `read=False` gives the shapes alone.
   """
 
-  make: Callable[[ml_collections.ConfigDict], dataset_lib.Dataset]
+  make: Callable[..., dataset_lib.Dataset]
   keys: Mapping[str, type] = dataclasses.field(default_factory=dict)
+  reads: bool = False
 
 
 # The names of `data.name`. Another data set is another row.
 DATASETS = {
   'digits': Known(_digits),
-  'cifar10': Known(_cifar10, dict(augment=str)),
-  'fashion_mnist': Known(_fashion_mnist, dict(augment=str)),
+  'cifar10': Known(_cifar10, dict(augment=str), reads=True),
+  'fashion_mnist': Known(_fashion_mnist, dict(augment=str), reads=True),
   'imagenet2012': Known(
-    _imagenet2012, dict(image_size=int, augment=str, random_erasing=float)
+    _imagenet2012,
+    dict(image_size=int, augment=str, random_erasing=float),
+    reads=True,
   ),
-  'criteo': Known(_criteo, dict(buckets=int, max_bad_lines=int)),
+  'criteo': Known(_criteo, dict(buckets=int, max_bad_lines=int), reads=True),
   'synthetic': Known(_synthetic, dict(image_size=int, num_classes=int)),
   'synthetic_criteo': Known(_synthetic_criteo, dict(buckets=int)),
-  'pictures': Known(_pictures, _CUT),
+  'pictures': Known(_pictures, _CUT, reads=True),
   'synthetic_pictures': Known(_synthetic_pictures, _CUT),
 }
 
@@ -239,6 +263,32 @@ def make_streams(
     train=pipeline.endless(parts['train'], seed=(seed, 0), augment=True),
     valid=pipeline.endless(parts['valid'], seed=(seed, 1), augment=False),
     test=pipeline.one_pass(parts['test']),
+  )
+
+
+def unread_streams(config: ml_collections.ConfigDict) -> Streams:
+  """Returns the shapes of the data that a config names, as empty streams.
+
+  Args:
+    config: `config.data`, as of `make_streams`.
+
+  Raises:
+    ValueError: a key is missing or unknown, the data set is unknown, or a value
+      is not allowed, whatever the files hold.
+  """
+  _check_keys(config, None)
+  known = DATASETS[config.name]
+  dataset = (
+    known.make(config, read=False) if known.reads else known.make(config)
+  )
+  return Streams(
+    num_classes=dataset.num_classes,
+    inputs=dataset.inputs,
+    label=dataset.label,
+    num_examples={},
+    train=lambda step: iter(()),
+    valid=lambda step: iter(()),
+    test=lambda: iter(()),
   )
 
 

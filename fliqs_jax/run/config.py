@@ -5,12 +5,14 @@ import json
 import math
 import numbers
 import os
+import pathlib
 import types
 from typing import Any
 
 import ml_collections
 
 from fliqs_jax.runtime import files
+from fliqs_jax.runtime import workdir as workdir_lib
 
 _TRUE, _FALSE = ('true', '1', 'yes'), ('false', '0', 'no')
 
@@ -268,6 +270,31 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
       f'{error}. Delete it and start the run with its own command again, which '
       'writes it anew and trains nothing twice'
     ) from None
+
+
+def claimed(
+  workdir: str | os.PathLike[str], content: Mapping[str, Any]
+) -> dict[str, Any] | None:
+  """Returns the content of the config.json of a workdir; None: it has none.
+
+  Args:
+    workdir: path of the workdir.
+    content: the config of the run that shall use it, as JSON values.
+
+  Raises:
+    ValueError: the workdir is that of a run of another config, or damaged.
+  """
+  try:
+    found = read(pathlib.Path(workdir, workdir_lib.CONFIG))
+  except FileNotFoundError:
+    return None
+  if lines := differences_in_training(found, content):
+    raise ValueError(
+      f'--workdir={workdir} belongs to a run of another config, which '
+      f'differs in {"; ".join(lines)}; choose another workdir or the same '
+      'config'
+    )
+  return found
 
 
 def check(config: ml_collections.ConfigDict) -> None:

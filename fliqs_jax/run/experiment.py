@@ -218,6 +218,7 @@ def build(
   *,
   process_index: int = 0,
   process_count: int = 1,
+  read: bool = True,
 ) -> Experiment:
   """Returns the parts of the run that a config describes.
 
@@ -227,6 +228,8 @@ def build(
     process_index: index of this process; its streams give this process's rows
       of each batch.
     process_count: number of processes.
+    read: whether the data are there; if not, the streams are empty, and what
+      depends on examples is not checked.
 
   Raises:
     ValueError: the config cannot work; the message names key and value.
@@ -248,11 +251,15 @@ def build(
     arch = arch_file.read(config.quant.arch)
   checks.formats(config)
   spec = _spec(config.quant, arch)
-  streams = data.make_streams(
-    config.data,
-    config.seed,
-    process_index=process_index,
-    process_count=process_count,
+  streams = (
+    data.make_streams(
+      config.data,
+      config.seed,
+      process_index=process_index,
+      process_count=process_count,
+    )
+    if read
+    else data.unread_streams(config.data)
   )
   mix = fitting.mixing(config, streams)
   sizes = _sizes(config.sizes, arch)
@@ -268,6 +275,8 @@ def build(
   example = fitting.example(streams)
   traced = discovery.trace(model, example, train=False)
   fitting.check_task(config, task, traced.outputs, streams)
+  if read:
+    fitting.check_classes(config, task, streams)
   space = discovery.space_of(traced, spec)
   if arch is not None:
     space.check_sizes(arch['sizes'])

@@ -152,7 +152,6 @@ def _claimed(
 ) -> Iterator[None]:
   """Holds the workdir, which must be of the same config, and writes it."""
   content = json.loads(json.dumps(experiment.config.to_dict()))
-  path = workdir / workdir_lib.CONFIG
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -163,15 +162,8 @@ def _claimed(
   with workdir_lib.held(workdir):
     saved = restoring.newest_extra(workdir / workdir_lib.CHECKPOINTS)
     config_lib.check_binding(experiment.binding, saved or {}, str(workdir))
-    claimed = config_lib.read(path) if path.exists() else content
-    if lines := config_lib.differences_in_training(claimed, content):
-      raise ValueError(
-        f'--workdir={workdir} belongs to a run of another config, which '
-        f'differs in {"; ".join(lines)}; choose another workdir or the same '
-        'config'
-      )
-    if claimed != content or not path.exists():
-      files.write_json(path, content)
+    if config_lib.claimed(workdir, content) != content:
+      files.write_json(workdir / workdir_lib.CONFIG, content)
     yield
 
 

@@ -77,18 +77,3 @@ def train(
   train_lib.train_and_evaluate(
     sweep_file.load(run), workdir, stop=stop, retrain=retrained
   )
-
-
-def check(sweep: sweep_file.Sweep, out: pathlib.Path) -> None:
-  """Checks that `out` holds no other runs of these names.
-
-  Raises:
-    ValueError: a run there is of another config, or damaged.
-  """
-  for run in sweep.runs:
-    seen = collect.look(run, out / run.name)
-    if seen['state'] in ('of another config', 'damaged'):
-      raise ValueError(
-        f'--out={out}: the run {run.name} there is {seen["state"]}: '
-        f'{seen["detail"]}; choose another directory, or delete this run'
-      )

@@ -110,7 +110,7 @@ def check_task(
   outputs: jax.ShapeDtypeStruct,
   streams: data.Streams,
 ) -> None:
-  """Checks that a model's outputs and the labels are those of the task.
+  """Checks that a model's outputs are those of the task.
 
   Args:
     config: the config.
@@ -128,11 +128,23 @@ def check_task(
       f'{outputs.shape[1:]} for an example, but task={config.task!r} needs '
       f'{expected}; use a model of that task'
     )
-  _check_classes(config, task, streams)
 
 
-def _check_classes(config, task, streams: data.Streams) -> None:
-  """Reads the test split until it has shown as many classes as it must have."""
+def check_classes(
+  config: ml_collections.ConfigDict,
+  task: types.ModuleType,
+  streams: data.Streams,
+) -> None:
+  """Reads the test split until it has shown as many classes as it must have.
+
+  Args:
+    config: the config.
+    task: its task.
+    streams: its data.
+
+  Raises:
+    ValueError: the split has fewer.
+  """
   if task.LEAST_CLASSES == 1:
     return
   seen: set[int] = set()

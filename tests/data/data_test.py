@@ -651,3 +651,43 @@ def test_preparing_survives_a_kill_and_needs_no_tensorflow(tmp_path):
     )
     assert run.returncode == (9 if kill else 0), run.stderr
     assert (tmp_path / 'digits' / '1.0.0').exists() == (not kill)
+
+
+@pytest.mark.parametrize(
+  ('keys', 'classes', 'shapes'),
+  [
+    (dict(name='digits'), 10, {'image': (8, 8, 1)}),
+    (dict(name='cifar10', augment='none'), 10, {'image': (32, 32, 3)}),
+    (dict(name='fashion_mnist', augment='none'), 10, {'image': (28, 28, 1)}),
+    (
+      dict(
+        name='imagenet2012', image_size=224, augment='none', random_erasing=0.0
+      ),
+      1000,
+      {'image': (224, 224, 3)},
+    ),
+    (
+      dict(name='criteo', buckets=7, max_bad_lines=0),
+      2,
+      {'dense': (13,), 'ids': (26,)},
+    ),
+    (
+      dict(name='pictures', patch=48, scale=3, crop=48, crops=2),
+      0,
+      {'image': (16, 16, 3)},  # A third of the patch.
+    ),
+  ],
+)
+def test_data_that_are_elsewhere_have_their_shapes(keys, classes, shapes):
+  config = _config(data_dir='/nowhere', **keys)
+  streams = data.unread_streams(config)
+  assert streams.num_classes == classes
+  assert {k: spec.shape for k, spec in streams.inputs.items()} == shapes
+  assert not list(streams.test())
+  assert not pathlib.Path('/nowhere').exists()
+
+
+def test_a_value_that_cannot_work_is_refused_without_the_data():
+  config = _config(name='cifar10', data_dir='/nowhere', augment='mirror')
+  with pytest.raises(ValueError, match="augment='mirror'"):
+    data.unread_streams(config)

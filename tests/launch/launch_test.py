@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from fliqs_jax.sweep import __main__ as sweep_command
+from fliqs_jax.sweep import sweep_file
 from launch import __main__ as launch
 from launch import common
 from launch import local
@@ -245,6 +246,39 @@ def test_a_slurm_sweep_is_an_array_of_what_is_not_finished(capsys, tmp_path):
   assert '--ntasks-per-node=8\n#SBATCH --gpus-per-node=8\n' in batch
 
 
+@pytest.mark.parametrize('is_sweep', [False, True])
+def test_a_workdir_of_another_run_is_refused(capsys, tmp_path, is_sweep):
+  file, workdir = tmp_path / 'one.yaml', tmp_path / 'runs' / 'run'
+  workdir.mkdir(parents=True)
+  declared = 'config: tests/tiny.py\narguments: {steps: %d}'
+
+  def launched(steps, action):
+    file.write_text(declared % steps)
+    flags = [f'--config=tests/tiny.py:steps={steps}', f'--workdir={workdir}']
+    if is_sweep:
+      flags = [f'--sweep={file}', f'--out={workdir.parent}']
+    return launch.main(['slurm', action, *flags, '--dry_run', *_GPU])
+
+  file.write_text(declared % 60)
+  (run,) = sweep_file.read(file).runs
+  (workdir / 'config.json').write_text(json.dumps(sweep_file.config(run)))
+  (workdir / 'result.json').write_text('{"metric": "loss", "found": {}}')
+  if is_sweep:
+    assert launched(60, 'up') == common.MISTAKE
+    assert 'the run run there is damaged: ' in capsys.readouterr().err
+  found = dict(loss=1.0, cost=2.0, unit='GBOPs')
+  result = dict(metric='loss', found=found, warnings=[])
+  (workdir / 'result.json').write_text(json.dumps(result))
+  assert launched(60, 'up') == 0
+  assert 'every run is finished' in capsys.readouterr().out
+  assert launched(90, 'up') == common.MISTAKE
+  captured = capsys.readouterr()
+  assert 'train.steps: 60 -> 90' in captured.err
+  assert captured.err.count('\n') == 1
+  assert not captured.out
+  assert launched(90, 'logs') == 0  # It starts nothing.
+
+
 @pytest.mark.parametrize(
   ('argv', 'message'),
   [
@@ -264,6 +298,19 @@ def test_a_slurm_sweep_is_an_array_of_what_is_not_finished(capsys, tmp_path):
     (['local', *_DISK, '--processes=x'], "--processes: invalid int value: 'x'"),
     (['local', *_DISK, '--restarts=-1'], '--restarts=-1 must be at least 0'),
     (['local', *_RUN], 'gs://bucket/a is in a bucket'),
+    (['local', *_DISK, '--config=configs/digits.py:space=INT9'], "'INT9'"),
+    (
+      ['slurm', *_DISK, *_GPU, '--config=configs/digits.py:steps=4'],
+      'no search step among train.steps=4',
+    ),
+    (
+      ['gke', *_RUN, *_GKE, "--config.quant.exclude=('no*',)"],
+      "'no*' matches no",
+    ),
+    (
+      ['tpu_vm', 'create', *_RUN, *_TPU, '--config.cost.target=99'],
+      'cost.target=99.0 x INT4',
+    ),
     (['local', '--sweep=no.yaml'], 'sweep no.yaml: [Errno 2]'),
     (['tpu_vm', *_RUN], 'missing: --project, --zone'),
     (['tpu_vm', *_RUN, *_TPU[:2]], 'missing: --accelerator'),
@@ -294,6 +341,44 @@ def test_a_mistake_is_one_line_and_status_two(capsys, argv, message):
   assert message in captured.err
   assert captured.err.count('\n') == 1
   assert not captured.out
+
+
+def test_a_run_of_a_sweep_that_cannot_work_is_named(capsys, tmp_path):
+  file = tmp_path / 'two.yaml'
+  file.write_text(
+    'config: tests/tiny.py\narguments: {seed: [0, 1], target: [1.5, 0.9]}'
+  )
+  assert launch.main(['local', f'--sweep={file}']) == common.MISTAKE
+  captured = capsys.readouterr()
+  # The cheapest network is INT4 everywhere, of which 0.9 is less.
+  assert "run 'seed=0,target=0.9': cost.target=0.9 x INT4" in captured.err
+  assert 'cannot be reached' in captured.err
+  assert captured.err.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+  ('flags', 'status'),
+  [
+    (['--config.data.data_dir=gs://images/tfds'], 0),
+    (['--config.data.data_dir=/nowhere', '--config.cost.target=99'], 2),
+    (['--config.quant.arch=gs://bucket/arch.json'], 0),
+    (['--config.quant.arch=nowhere/arch.json'], 2),
+    (['--config.cost.kind=latency:/nowhere/mine.yaml'], 0),
+    (['--config.cost.kind=latency:mine.yaml'], 2),
+    (["--config.cost.caps=('latency:/nowhere/mine.yaml=1',)"], 0),
+  ],
+)
+def test_files_of_another_machine_need_not_be_here(capsys, flags, status):
+  argv = [
+    'local',
+    '--config=configs/fashion_mnist.py:space=int_l',
+    '--workdir=/scratch/a',
+    *flags,
+  ]
+  assert launch.main([*argv, '--dry_run']) == status
+  captured = capsys.readouterr()
+  assert bool(captured.out) == (not status)
+  assert captured.err.count('\n') == bool(status)
 
 
 def test_a_tool_that_is_not_there_is_named(capsys, monkeypatch):

@@ -32,7 +32,9 @@ def _open(prepared: tfds_records.Prepared, split: str) -> dataset_lib.Arrays:
   )
 
 
-def dataset(data_dir: str, augment: str = 'crop_flip') -> dataset_lib.Dataset:
+def dataset(
+  data_dir: str, augment: str = 'crop_flip', read: bool = True
+) -> dataset_lib.Dataset:
   """Returns CIFAR-10's splits 'train' and 'test'.
 
   Args:
@@ -40,13 +42,19 @@ def dataset(data_dir: str, augment: str = 'crop_flip') -> dataset_lib.Dataset:
       local or in a bucket (gs://, needs gcsfs; not tested); '' for TFDS's own.
     augment: augmentation of training images, a name that
       `images.augmentation` knows.
+    read: whether the files are looked for; if not, the data set has its shapes
+      and no examples.
 
   Raises:
     ValueError: the augmentation is unknown, or the data set is not prepared;
       nothing is downloaded.
   """
   augmented = images.augmentation(augment)
-  prepared = tfds_records.find(NAME, data_dir, _HOW_TO_PREPARE)
+  prepared = (
+    tfds_records.find(NAME, data_dir, _HOW_TO_PREPARE)
+    if read
+    else tfds_records.UNREAD
+  )
   normalise = images.normaliser(_MEAN, _STD)
   return dataset_lib.Dataset(
     name=NAME,

@@ -113,7 +113,7 @@ def check_buckets(buckets: int) -> None:
 
 
 def dataset(
-  data_dir: str, buckets: int, max_bad_lines: int = 0
+  data_dir: str, buckets: int, max_bad_lines: int = 0, read: bool = True
 ) -> dataset_lib.Dataset:
   """Returns Criteo's only labelled split, 'train'; converts it on first use.
 
@@ -123,6 +123,8 @@ def dataset(
     buckets: number of buckets that the categories of a column share.
     max_bad_lines: largest number of malformed lines that may be left out. Each
       is written to criteo_store/info.json, and each start logs the first ones.
+    read: whether the files are looked for; if not, the data set has its shapes
+      and no examples.
 
   Raises:
     ValueError: a value is not allowed, the file is missing, or more lines are
@@ -133,6 +135,8 @@ def dataset(
     raise ValueError(
       f'config.data.max_bad_lines={max_bad_lines} must not be negative'
     )
+  if not read:
+    return table(NAME, {}, buckets)
   if not data_dir or '://' in data_dir:
     raise ValueError(
       f'config.data.data_dir={data_dir!r} must be a local directory with '

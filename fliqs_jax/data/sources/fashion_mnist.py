@@ -86,7 +86,9 @@ def _open(directory: pathlib.Path, split: str) -> dataset_lib.Arrays:
   )
 
 
-def dataset(data_dir: str, augment: str = 'crop_flip') -> dataset_lib.Dataset:
+def dataset(
+  data_dir: str, augment: str = 'crop_flip', read: bool = True
+) -> dataset_lib.Dataset:
   """Returns Fashion-MNIST's splits 'train' and 'test'; `open` checks the files.
 
   Args:
@@ -95,6 +97,8 @@ def dataset(data_dir: str, augment: str = 'crop_flip') -> dataset_lib.Dataset:
       t10k-labels-idx1-ubyte, each as it is or packed (.gz).
     augment: augmentation of training images, a name that
       `images.augmentation` knows.
+    read: whether the files are looked for; if not, the data set has its shapes
+      and no examples.
 
   Raises:
     ValueError: the augmentation is unknown, or `data_dir` is no local
@@ -102,7 +106,7 @@ def dataset(data_dir: str, augment: str = 'crop_flip') -> dataset_lib.Dataset:
   """
   augmented = images.augmentation(augment)
   directory = dataset_lib.local_path(data_dir)
-  if not data_dir or not directory.is_dir():
+  if read and (not data_dir or not directory.is_dir()):
     raise ValueError(
       f'config.data.data_dir={data_dir!r} must be a local directory with the '
       f'four IDX files of Fashion-MNIST. {_HOW_TO_GET}'

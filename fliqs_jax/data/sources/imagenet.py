@@ -181,6 +181,7 @@ def dataset(
   image_size: int = 224,
   augment: str = 'crop_flip',
   random_erasing: float = 0.0,
+  read: bool = True,
 ) -> dataset_lib.Dataset:
   """Returns ImageNet's splits 'train' and 'validation'.
 
@@ -194,6 +195,8 @@ def dataset(
       evaluation crop.
     random_erasing: share, in [0, 1], of training images in which a rectangle is
       overwritten with noise.
+    read: whether the files are looked for; if not, the data set has its shapes
+      and no examples.
 
   Raises:
     ValueError: a value is not allowed, or the data set is not prepared; nothing
@@ -211,7 +214,11 @@ def dataset(
       f'config.data.random_erasing={random_erasing} must be from 0 to 1: the '
       'share of training images with an erased rectangle'
     )
-  prepared = tfds_records.find(NAME, data_dir, _HOW_TO_PREPARE)
+  prepared = (
+    tfds_records.find(NAME, data_dir, _HOW_TO_PREPARE)
+    if read
+    else tfds_records.UNREAD
+  )
   sizes = dict(prepared.split_sizes)
   sizes.pop('test', None)  # It has no labels.
   crops = _Crops(image_size, augment, random_erasing)

@@ -31,7 +31,12 @@ _WINDOW = 11
 
 
 def dataset(
-  data_dir: str, patch: int, scale: int, crop: int, crops: int
+  data_dir: str,
+  patch: int,
+  scale: int,
+  crop: int,
+  crops: int,
+  read: bool = True,
 ) -> dataset_lib.Dataset:
   """Returns the pictures of a directory; `open` decodes them on first use.
 
@@ -44,12 +49,16 @@ def dataset(
     crops: number of examples of a picture: patches for training, each the one
       with most texture of four random places, turned and mirrored; and the
       crops with most texture for valid and test.
+    read: whether the files are looked for; if not, the data set has its shapes
+      and no examples.
 
   Raises:
     ValueError: the directory has no pictures, a number is not allowed, or a
       picture is damaged or too small; the message names it.
   """
   check(patch, scale, crop, crops)
+  if not read:
+    return of(NAME, 0, list, (patch, scale, crop, crops))
   directory = dataset_lib.local_path(data_dir)
   if not data_dir or not directory.is_dir():
     raise ValueError(

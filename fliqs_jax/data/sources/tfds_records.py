@@ -36,6 +36,10 @@ class Prepared:
     return _Records(self.directory, split)
 
 
+# Of a data set of which only the shapes matter.
+UNREAD = Prepared(epath.Path(), {})
+
+
 def find(name: str, data_dir: str, how_to_prepare: str) -> Prepared:
   """Finds the newest version of a prepared data set.
 
