@@ -22,6 +22,7 @@ from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import optimizers
 from fliqs_jax.search import schedules
 from fliqs_jax.search import train_state
+from fliqs_jax.space import quant_spec
 from fliqs_jax.space import search_space
 
 Batch = Mapping[str, jax.Array]
@@ -88,7 +89,12 @@ def search_step(
     state and {name: metric []}. A batch is a dict of `label` [B, ...] and of
     the model's inputs [B, ...], of any other names but `example_mask`. Jit the
     function with the state donated.
+
+  Raises:
+    ValueError: the controller learns from mixtures, of which the model computes
+      none.
   """
+  _check_mix(apply, controller)
 
   def step(
     state: train_state.TrainState, train_batch: Batch, valid_batch: Batch
@@ -239,6 +245,20 @@ def _gradients(
   (changed, sums), _ = lax.scan(add, (model_state, zeros), (parts, keys))
   gradients, metrics = jax.tree.map(lambda x: x / accumulate, sums)
   return gradients, changed, metrics
+
+
+def _check_mix(apply: Apply, controller: controller_lib.Controller) -> None:
+  spec = getattr(getattr(apply, '__self__', None), 'spec', None)
+  if (
+    controller.differentiates
+    and isinstance(spec, quant_spec.QuantSpec)
+    and spec.mix == 'sampled'
+  ):
+    raise ValueError(
+      'the controller learns from the mean over all formats, but the spec of '
+      "the model has mix='sampled': give it mix='composite', for edmips and "
+      "dqss, or 'branched', for dnas"
+    )
 
 
 def _every(x: jax.Array, n: int) -> jax.Array:

@@ -91,6 +91,9 @@ def export_model(
         'the keyword arguments of an evaluation'
       )
   args = _arrays(args)
+  # One format of each menu is served, whatever mixtures were searched.
+  spec = dataclasses.replace(model.spec, mix='sampled')
+  model = dataclasses.replace(model, spec=spec)
   known = jax.eval_shape(
     lambda: {k: v for k, v in variables.items() if k not in searchable_lib.OWN}
   )

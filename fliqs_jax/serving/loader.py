@@ -4,7 +4,7 @@ served = serving.load(DIR)
 logits = served(images)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import os
 from typing import Any
 
@@ -50,6 +50,8 @@ class Served:
     program = stablehlo.deserialize(model)
     self._expected = program.in_avals[len(unpacked) :]
     batch = content.manifest['program']['batch']
+    if at_once is not None:
+      _check_slices(at_once, self._expected, program.out_avals, batch)
     # Whoever asks for slices says that examples do not depend on each other.
     self._fixed = None if batch == 'any' or at_once is None else batch
     if self._fixed not in (None, at_once):
@@ -126,6 +128,10 @@ class Served:
           f'input {i} is {dtype}{list(np.shape(x))}, but the export takes '
           f'{expected.str_short()}{self._hint()}'
         )
+      if 0 in np.shape(x) and 0 not in expected.shape:
+        raise ValueError(
+          f'input {i} is {dtype}{list(np.shape(x))}: it has no example'
+        )
 
   def _hint(self) -> str:
     batch = self.manifest['program']['batch']
@@ -136,6 +142,34 @@ class Served:
       'x.shape[0] and export again, or, if examples do not depend on each '
       f'other, load with at_once={batch}'
     )
+
+
+def _check_slices(
+  at_once: int, inputs: Sequence[Any], outputs: Sequence[Any], batch: Any
+) -> None:
+  """Checks that slices of so many examples can be run and joined.
+
+  Args:
+    at_once: number of examples.
+    inputs: their shapes; the first axis is a symbol if it is the examples'.
+    outputs: those of the outputs.
+    batch: number of examples that the program takes, or `any`.
+
+  Raises:
+    ValueError: the number is none, or something has no axis of examples.
+  """
+  if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
+    raise ValueError(
+      f'at_once={at_once!r} must be a whole number of at least 1, or None'
+    )
+  for name, avals in (('input', inputs), ('output', outputs)):
+    for i, aval in enumerate(avals):
+      first = aval.shape[0] if aval.shape else 0
+      if isinstance(first, int) and first != batch:
+        raise ValueError(
+          f'at_once={at_once}: {name} {i}, {aval.str_short()}, has no axis of '
+          'examples, so that slices cannot be joined; load without at_once'
+        )
 
 
 def load(
@@ -152,7 +186,8 @@ def load(
 
   Raises:
     ValueError: files are missing, damaged or differ from the manifest, or
-      at_once is not the program's batch size.
+      at_once is not the program's batch size, no number of at least 1, or given
+      where an input or output has no axis of examples.
   """
   content = export_files.read(directory)
   names = stablehlo.UNPACK, stablehlo.MODEL

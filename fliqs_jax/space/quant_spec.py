@@ -69,6 +69,10 @@ class QuantSpec:
     assignment: {layer path: (weights, activations)}, names of formats or None
       for an unquantized side, as in arch.json. It fixes every layer; None: no
       layer is fixed by it.
+    mix: what a layer computes: `sampled`, one format; `composite`, the product
+      of the operands' means over their formats, for `edmips` and `dqss`; or
+      `branched`, the mean of the products at each format, for `dnas`. At a
+      one-hot leaf all three are equal.
   """
 
   formats: Any = 'int_s'

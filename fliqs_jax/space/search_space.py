@@ -227,8 +227,9 @@ class SearchSpace:
       self.decision_of,
       self.weight_params,
     )
-    published = self.published and self.published.cost(kind)
-    return dataclasses.replace(cost, published=published)
+    if self.published is None:
+      return cost
+    return dataclasses.replace(cost, published=self.published.cost(kind))
 
   def relative_cost(
     self, cost: cost_model.Cost, target: float

@@ -15,10 +15,13 @@ import optax
 import pytest
 
 from fliqs_jax.numerics import formats
+from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.search import controller as controller_lib
+from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
 from fliqs_jax.search import train_state
 from fliqs_jax.search import train_step
+from fliqs_jax.space import quant_spec
 from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes
 
@@ -315,6 +318,26 @@ def test_accumulated_parts_are_averaged_and_draw_keys_of_their_own():
 def test_a_batch_without_so_many_parts_is_refused(accumulate):
   with pytest.raises(ValueError, match='of 4 examples has no [03] equal parts'):
     _steps([[_INT4, _INT8]], accumulate=accumulate)
+
+
+def test_a_model_without_mixtures_is_refused_by_who_learns_from_them():
+  def step(mix):
+    model = searchable_lib.searchable(
+      lambda params, x: x @ params['w'],
+      quant_spec.QuantSpec('int_s', mix=mix),
+      params=dict(w=jnp.ones((3, 2))),
+    )
+    phases = schedules.Phases(steps=4, act_start=0, search_start=0, freeze=3)
+    controller = presets.make('edmips', lambda choices: 1.0, phases)
+    return train_step.search_step(
+      model.apply, _loss, _quality, _SPACE, controller, optax.sgd(0.1), phases
+    )
+
+  step('composite')
+  with pytest.raises(
+    ValueError, match="mix='sampled': give it mix='composite'"
+  ):
+    step('sampled')
 
 
 def test_a_space_with_nothing_open_is_not_judged():

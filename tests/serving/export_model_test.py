@@ -25,7 +25,10 @@ import fliqs_jax as fliqs
 from fliqs_jax import export
 from fliqs_jax import serving
 from fliqs_jax.numerics import formats
+from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.serving import export_files
+from fliqs_jax.space import discovery
+from fliqs_jax.space import quant_spec
 from tests import helpers
 from tests.serving import cases
 
@@ -436,6 +439,49 @@ def test_inputs_of_another_shape_or_type_are_refused(exported):
     served(np.zeros((2, 7)))
   with pytest.raises(ValueError, match=rf'input 0 is int32\[2, 8\], {takes}'):
     served(np.zeros((2, 8), np.int64))
+
+
+@pytest.mark.parametrize('at_once', [0, -1, 2.5, '8', True])
+def test_a_number_of_slices_that_is_none_is_refused(at_once, exported):
+  with pytest.raises(ValueError, match='at_once=.* whole number of at least 1'):
+    serving.load(exported, at_once=at_once)
+
+
+@pytest.mark.parametrize('at_once', [None, 2])
+def test_inputs_without_examples_are_refused(at_once, exported):
+  served = serving.load(exported, at_once=at_once)
+  with pytest.raises(ValueError, match=r'input 0 is float32\[0, 8\]: .* no ex'):
+    served(np.zeros((0, 8), np.float32))
+
+
+@pytest.mark.parametrize('mix', ['composite', 'branched'])
+def test_a_model_that_mixed_formats_is_served_at_one_of_each(mix, tmp_path):
+  params = dict(w=helpers.random((8, 3)))
+
+  def searched(mix):
+    spec = quant_spec.QuantSpec('int_s', mix=mix)
+    model = searchable_lib.searchable(
+      lambda params, x: dict(y=x @ params['w'], largest=params['w'].max(0)),
+      spec,
+      params=params,
+    )
+    return model, discovery.find(model, cases.X)
+
+  model, space = searched(mix)
+  choices = space.uniform('INT4')
+  at = {**model.init(None, cases.X), 'arch': space.expand(choices)}
+  _, changed = model.apply(at, cases.X, mutable=['quant_stats'])
+  export.export_model(
+    model, at | changed, choices, cases.X, out=tmp_path / 'out'
+  )
+  sampled, _ = searched('sampled')
+  helpers.same(
+    serving.load(tmp_path / 'out')(cases.X),
+    jax.tree.map(np.asarray, sampled.apply(at | changed, cases.X)),
+  )
+  # Slices of an output that is of no example cannot be joined.
+  with pytest.raises(ValueError, match='output 0, .* has no axis of examples'):
+    serving.load(tmp_path / 'out', at_once=1)
 
 
 class FixedBatch(nn.Module):
