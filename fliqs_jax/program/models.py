@@ -41,7 +41,7 @@ def adapted(model: Any, params: Any) -> Any:
   elif _is_nnx(model):
     result = NnxModel.of(model)
   elif _is_haiku(model):
-    result = HaikuModel(model.init, model.apply, _has_state(model))
+    result = HaikuModel.of(model)
   elif is_function and params is not None:
     return PureFunction.of(model, params)
   elif is_function:
@@ -213,11 +213,21 @@ class HaikuModel:
     initialize: its `init`.
     function: its `apply`.
     has_state: whether it has a state, the collection `state`.
+    takes_key: whether `apply` takes a key, as without `without_apply_rng`.
   """
 
   initialize: Callable[..., Any]
   function: Callable[..., Any]
   has_state: bool
+  takes_key: bool
+
+  @classmethod
+  def of(cls, transformed: Any) -> 'HaikuModel':
+    """Returns the model of a transformed function."""
+    has_state = type(transformed).__name__ == 'TransformedWithState'
+    names = [*inspect.signature(transformed.apply).parameters]
+    takes_key = names[1 + has_state : 2 + has_state] == ['rng']
+    return cls(transformed.init, transformed.apply, has_state, takes_key)
 
   def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Returns new parameters, and the state."""
@@ -237,8 +247,8 @@ class HaikuModel:
     """Calls the function; `train`, which Haiku does not know, is left out."""
     kwargs.pop('train', None)
     state = (variables['state'],) if self.has_state else ()
-    key = _first(rngs) if rngs else None
-    result = self.function(variables['params'], *state, key, *args, **kwargs)
+    key = (_first(rngs) if rngs else None,) if self.takes_key else ()
+    result = self.function(variables['params'], *state, *key, *args, **kwargs)
     outputs, changed = result if self.has_state else (result, None)
     if not mutable:
       return outputs
@@ -318,10 +328,6 @@ def _is_nnx(model: Any) -> bool:
 def _is_haiku(model: Any) -> bool:
   fields = getattr(model, '_fields', ())
   return fields == ('init', 'apply')
-
-
-def _has_state(model: Any) -> bool:
-  return type(model).__name__ == 'TransformedWithState'
 
 
 def is_array(x: Any) -> bool:

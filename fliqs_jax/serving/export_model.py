@@ -16,6 +16,7 @@ from typing import Any
 from flax import core
 import flax.linen as nn
 import jax
+from jax.extend import core as jaxprs
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,6 +24,7 @@ from fliqs_jax.program import guard
 from fliqs_jax.program import models
 from fliqs_jax.program import products as products_lib
 from fliqs_jax.program import searchable as searchable_lib
+from fliqs_jax.runtime import devices
 from fliqs_jax.runtime import versions
 from fliqs_jax.serving import differences
 from fliqs_jax.serving import export_files
@@ -73,10 +75,11 @@ def export_model(
 
   Raises:
     ValueError: the directory is not empty; the model cannot be called with
-      these arguments; an input is no array; the choices are those of another
-      model; activations were never quantized in training; a product at BF16
-      differs from the model's by more than rounding; or the served outputs
-      differ from those of the search, in ONNX Runtime, too, if `onnx`.
+      these arguments, or changes its variables in the call; an input is no
+      array; the choices are those of another model; activations were never
+      quantized in training; a product at BF16 differs from the model's by more
+      than rounding; or the served outputs differ from those of the search, in
+      ONNX Runtime, too, if `onnx`.
   """
   export_files.check_free(out)
   if not isinstance(model, searchable_lib.Searchable):
@@ -99,6 +102,7 @@ def export_model(
   )
   found = dataclasses.replace(model, known=known)
   space = discovery.find(found, *args, **kwargs)
+  _check_evaluates(model, plain(variables), args, rngs, kwargs)
   assignment = space.assignment(choices)
   variables = plain(variables)
   arch = space.expand(space.choices(assignment))
@@ -265,6 +269,40 @@ def _outputs(tree: Any) -> dict[str, Any]:
   """Returns {name in the file of references: output}."""
   named = products_lib.named(tree)
   return {products_lib.join('outputs', k): x for k, x in named.items()}
+
+
+def _check_evaluates(
+  model: searchable_lib.Searchable,
+  variables: Mapping[str, Any],
+  args: tuple[Any, ...],
+  rngs: Any,
+  call: Mapping[str, Any],
+) -> None:
+  """Checks that a call changes no variables, as one that trains does.
+
+  Raises:
+    ValueError: it does; the message names the first that changes.
+  """
+  own = {k: v for k, v in variables.items() if k not in searchable_lib.OWN}
+  names = [name for name in own if name != 'params']
+  if not names:
+    return
+  traced = model.trace(own, args, call, rngs, names)
+  run = devices.jit_once(jaxprs.jaxpr_as_fun(traced.program))
+  _, changed = jax.tree.unflatten(traced.outputs, run(*traced.operands))
+  before, after = (
+    {
+      path: served_program.raw(x)
+      for path, x in products_lib.named(tree).items()
+    }
+    for tree in (own, changed)
+  )
+  for path in sorted(before.keys() & after.keys()):
+    if not np.array_equal(before[path], after[path], equal_nan=True):
+      raise ValueError(
+        f'the call changes {path}, as in training, but a served model changes '
+        'nothing: give train=False, or what the model is told to evaluate by'
+      )
 
 
 def _arrays(args: tuple[Any, ...]) -> tuple[Any, ...]:

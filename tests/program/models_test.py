@@ -41,6 +41,23 @@ def test_the_variables_of_an_nnx_module_are_its_own():
   assert np.isfinite(module.dense.kernel[...]).all()
 
 
+@pytest.mark.parametrize('has_state', [False, True])
+@pytest.mark.parametrize('takes_key', [False, True])
+def test_haiku_functions_with_and_without_a_key(has_state, takes_key):
+  haiku = pytest.importorskip('haiku')
+  transform = haiku.transform_with_state if has_state else haiku.transform
+  transformed = transform(lambda x: haiku.Linear(3, name='head')(x))
+  if not takes_key:
+    transformed = haiku.without_apply_rng(transformed)
+  model = searchable_lib.searchable(transformed)
+  x = helpers.random((4, 8))
+  variables = model.init(jax.random.key(0), x)
+  w = variables['params']['head']['w']
+  at = {**variables, 'arch': {'head': {'format': jnp.eye(3)[2]}}}
+  y = model.apply(at, x)  # BF16, before a batch was seen: weights alone round.
+  np.testing.assert_allclose(y, x @ w, rtol=0.02, atol=0.02)
+
+
 def test_an_nnx_module_changes_as_it_does_without_us():
   model = searchable_lib.searchable(Norm(nnx.Rngs(0)))
   variables = model.init(KEY, X, train=True)

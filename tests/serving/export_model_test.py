@@ -14,6 +14,7 @@ import textwrap
 from typing import Any, NamedTuple
 
 from flax import core
+from flax import nnx
 from flax import struct
 import flax.linen as nn
 import jax
@@ -482,6 +483,38 @@ def test_a_model_that_mixed_formats_is_served_at_one_of_each(mix, tmp_path):
   # Slices of an output that is of no example cannot be joined.
   with pytest.raises(ValueError, match='output 0, .* has no axis of examples'):
     serving.load(tmp_path / 'out', at_once=1)
+
+
+class NnxNorm(nnx.Module):
+  """A module that is made in its training mode, as NNX's are."""
+
+  def __init__(self, rngs):
+    self.dense = nnx.Linear(8, 4, rngs=rngs)
+    self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+  def __call__(self, x):
+    return self.norm(self.dense(x))
+
+
+def test_a_call_that_trains_is_not_served(tmp_path):
+  spec = quant_spec.QuantSpec('int_s')
+  model = searchable_lib.searchable(NnxNorm(nnx.Rngs(0)), spec)
+  space = discovery.find(model, cases.X)
+  choices = space.uniform('INT8')
+  at = {**model.init(None, cases.X), 'arch': space.expand(choices)}
+  _, changed = model.apply(
+    at, cases.X, train=True, mutable=['quant_stats', 'nnx_state']
+  )
+  with pytest.raises(ValueError, match='changes nnx_state/norm/.*train=False'):
+    export.export_model(
+      model, at | changed, choices, cases.X, out=tmp_path / 'out'
+    )
+  export.export_model(
+    model, at | changed, choices, cases.X, train=False, out=tmp_path / 'out'
+  )
+  x = helpers.random((6, 8))
+  served = serving.load(tmp_path / 'out')
+  np.testing.assert_allclose(served(x)[:2], served(x[:2]), atol=1e-6)
 
 
 class FixedBatch(nn.Module):
