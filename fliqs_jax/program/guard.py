@@ -58,12 +58,12 @@ def check(
   traced = model.trace(own, args, kwargs, rngs, [])
   products = [part.product for part in traced.parts if not part.reason]
 
-  def both(operands: list[Any]) -> Any:
+  def compared(operands: list[Any]) -> Any:
     rule, given, statistics = _at_bf16(products)
     run = rewrite.Rewriter(products, rule, every_branch=True)
     return run(traced.program, operands, given, statistics)[2]
 
-  apart = jax.device_get(devices.jit_once(both)(traced.operands))
+  apart = jax.device_get(devices.jit_once(compared)(traced.operands))
   result = {
     product.path: float(np.max(apart[product.path]))
     for product in products

@@ -282,11 +282,10 @@ def build(
     space.check_sizes(arch['sizes'])
   if space.open_sizes and space.is_fixed:
     # Budgets are multiples of its cost, as in the search that found the sizes.
-    published = discovery.trace(
-      build_model(spec, sizes=models.AS_PUBLISHED), example, train=False
-    )
+    published = build_model(spec, sizes=models.AS_PUBLISHED)
     space = dataclasses.replace(
-      space, published=discovery.space_of(published, spec)
+      space,
+      published=discovery.find(published, example, spec=spec, train=False),
     )
   with checks.named('cost.kind', config.cost.kind):
     cost = space.cost(config.cost.kind)

@@ -151,9 +151,8 @@ def _calibrated(
   ) -> dict[str, Any]:
     arch = space.expand(choices)
     own = {k: v for k, v in variables.items() if k not in ('params', 'arch')}
-    return {**variables, **find(variables['params'], own, arch, batch)} | dict(
-      arch=arch
-    )
+    changed = find(variables['params'], own, arch, batch)
+    return {**variables, **changed, 'arch': arch}
 
   return found
 

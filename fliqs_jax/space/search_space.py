@@ -6,7 +6,7 @@ model reads holds a leaf per layer. Where every decision governs one layer the
 two are the same tree; `SearchSpace.expand` turns the dict into the collection.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import math
 import types
@@ -137,6 +137,10 @@ class SizeDecision(Decision):
   def dearest(self) -> int:
     """Index of the largest size."""
     return self.labels.index(max(self.labels))
+
+
+def _listed(names: Iterable[str]) -> str:
+  return ', '.join(sorted(names)) or 'none'
 
 
 def _largest(decision: Decision, given: Any) -> int:
@@ -300,9 +304,8 @@ class SearchSpace:
     known = {d.name for d in self.decisions}
     if known != set(choices):
       raise ValueError(
-        'choices: missing are '
-        f'{", ".join(sorted(known - set(choices))) or "none"}; surplus are '
-        f'{", ".join(sorted(set(choices) - known)) or "none"}'
+        f'choices: missing are {_listed(known - set(choices))}; surplus are '
+        f'{_listed(set(choices) - known)}'
       )
     return {d.name: _largest(d, choices[d.name]) for d in self.decisions}
 
@@ -431,6 +434,6 @@ class SearchSpace:
     if own != set(sizes):
       raise ValueError(
         'the sizes of arch.json do not fit the model: it misses '
-        f'{", ".join(sorted(own - set(sizes))) or "none"} and names '
-        f'{", ".join(sorted(set(sizes) - own)) or "none"} that the model lacks'
+        f'{_listed(own - set(sizes))} and names {_listed(set(sizes) - own)} '
+        'that the model lacks'
       )
