@@ -47,6 +47,7 @@ from fliqs_jax.search import policy as policy_lib
 from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
 from fliqs_jax.space import cost_model
+from fliqs_jax.space import decisions as decisions_lib
 from fliqs_jax.space import discovery
 from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import quant_spec
@@ -163,7 +164,7 @@ def _resnet18(spec):
     )
     ops += [ops_lib.Op(f'{len(ops) + i}', shape) for i in range(count)]
   decisions = tuple(
-    search_space.FormatDecision(op.path, (op.leaf('format'),), spec.formats)
+    decisions_lib.FormatDecision(op.path, (op.leaf('format'),), spec.formats)
     for op in ops
   )
   params = sum(op.shape.weights for op in ops)

@@ -62,9 +62,9 @@ from fliqs_jax.search import train_state
 from fliqs_jax.search import train_step
 from fliqs_jax.search.controllers import scored
 from fliqs_jax.space import cost_model
+from fliqs_jax.space import decisions as decisions_lib
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
-from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes as sizes_lib
 from fliqs_jax.tasks import classification
 
@@ -208,7 +208,9 @@ def _ours(
   apply = model.apply
   if space.is_fixed and judged:
     # A decision without effect, so that this step also judges.
-    idle = search_space.FormatDecision('idle', ('idle',), formats.menu('int_s'))
+    idle = decisions_lib.FormatDecision(
+      'idle', ('idle',), formats.menu('int_s')
+    )
     space = dataclasses.replace(space, formats=(*space.formats, idle))
     apply = functools.partial(_apply_idle, model)
   cost = space.cost('bops')

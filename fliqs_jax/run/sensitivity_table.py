@@ -28,6 +28,7 @@ from fliqs_jax.search import local_scores
 from fliqs_jax.search import sensitivity
 from fliqs_jax.space import allocation
 from fliqs_jax.space import cost_model
+from fliqs_jax.space import decisions as decisions_lib
 from fliqs_jax.space import search_space
 from fliqs_jax.tasks import fitting
 
@@ -170,7 +171,7 @@ def scorer(
   )
 
 
-def _anchor(decision: search_space.Decision, scores: np.ndarray) -> int:
+def _anchor(decision: decisions_lib.Decision, scores: np.ndarray) -> int:
   """Returns the option that others are scored against; its score is zero."""
   zeros = np.flatnonzero(scores == 0).tolist()
   return decision.dearest if decision.dearest in zeros else zeros[0]

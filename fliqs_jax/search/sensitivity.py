@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax import data
+from fliqs_jax.space import decisions as decisions_lib
 from fliqs_jax.space import search_space
 
 # (outputs, the outputs of a reference, batch) -> score [].
@@ -195,7 +196,7 @@ def _anchors(space: search_space.SearchSpace) -> list[dict[str, np.ndarray]]:
     fmt.strategy for d in space.formats for fmt in d.menu if fmt.strategy
   )
 
-  def option(d: search_space.FormatDecision, name: str) -> int:
+  def option(d: decisions_lib.FormatDecision, name: str) -> int:
     grid = d.menu[d.dearest].grid_format
     equal = [k for k, fmt in enumerate(d.menu) if fmt.grid_format == grid]
     return next((k for k in equal if d.menu[k].strategy == name), d.dearest)

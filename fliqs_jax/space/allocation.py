@@ -15,6 +15,7 @@ import numpy as np
 import scipy
 
 from fliqs_jax.space import cost_model
+from fliqs_jax.space import decisions as decisions_lib
 from fliqs_jax.space import integer_program
 from fliqs_jax.space import search_space
 
@@ -294,7 +295,7 @@ def terms(
   return integer_program.Terms(constant, tables)
 
 
-def _start(decision: search_space.Decision, scores: Any) -> int:
+def _start(decision: decisions_lib.Decision, scores: Any) -> int:
   """Returns the option of the lowest score among the most precise ones."""
   ranked = zip(decision.precision, (-float(score) for score in scores))
   return max(enumerate(ranked), key=lambda option: option[1])[0]

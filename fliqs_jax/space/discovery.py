@@ -11,6 +11,7 @@ from flax import traverse_util
 import flax.linen as nn
 import jax
 
+from fliqs_jax.space import decisions as decisions_lib
 from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import search_space
@@ -191,8 +192,8 @@ def _ops(cost: Mapping[str, Any], calls: list[str]) -> tuple[ops_lib.Op, ...]:
 
 def _format_decisions(
   ops: tuple[ops_lib.Op, ...], spec: quant_spec.QuantSpec | None
-) -> tuple[search_space.FormatDecision, ...]:
-  decisions: dict[str, search_space.FormatDecision] = {}
+) -> tuple[decisions_lib.FormatDecision, ...]:
+  decisions: dict[str, decisions_lib.FormatDecision] = {}
   owners: dict[str, str] = {}  # {leaf: its decision}.
   groups = spec.groups if spec else ()
   paths = [op.path for op in ops]
@@ -212,7 +213,7 @@ def _format_decisions(
       # A table and the head that shares it have other leaves beside this one,
       # so that one name has a side and the other none.
       name = owners.setdefault(op.leaf(leaf), name)
-      new = search_space.FormatDecision(name, (), menu)
+      new = decisions_lib.FormatDecision(name, (), menu)
       known = decisions.get(name, new)
       if known.menu != menu:
         raise ValueError(
@@ -250,12 +251,12 @@ def _picked(
 
 def _size_decisions(
   picked: Mapping[str, sizes_lib.Channels | sizes_lib.Kernel],
-) -> tuple[search_space.SizeDecision, ...]:
-  decisions: dict[str, search_space.SizeDecision] = {}
+) -> tuple[decisions_lib.SizeDecision, ...]:
+  decisions: dict[str, decisions_lib.SizeDecision] = {}
   for leaf, size in picked.items():
     if size.decision is None:
       continue
-    new = search_space.SizeDecision(size.decision, (), size)
+    new = decisions_lib.SizeDecision(size.decision, (), size)
     known = decisions.get(size.decision, new)
     if known.labels != new.labels:
       raise ValueError(

@@ -6,7 +6,7 @@ model reads holds a leaf per layer. Where every decision governs one layer the
 two are the same tree; `SearchSpace.expand` turns the dict into the collection.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import math
 import types
@@ -17,145 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fliqs_jax.numerics import formats
 from fliqs_jax.space import cost_model
+from fliqs_jax.space import decisions as decisions_lib
 from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import sizes as sizes_lib
 
 
-@dataclasses.dataclass(frozen=True)
-class Decision:
-  """One choice among K options; `FormatDecision` or `SizeDecision`.
-
-  Attributes:
-    name: name in a policy and in result.json.
-    leaves: paths of the leaves of `arch` that follow this decision.
-  """
-
-  name: str
-  leaves: tuple[str, ...]
-
-  @property
-  def kind(self) -> str:
-    """The kind in result.json: `format`, `channels` or `kernel`."""
-    raise NotImplementedError
-
-  @property
-  def labels(self) -> Sequence[str | int]:
-    """[K] options, as an arch.json has them."""
-    raise NotImplementedError
-
-  @property
-  def precision(self) -> Sequence[int]:
-    """[K] bits, channels or kernel sizes: more cost more, and are no worse."""
-    raise NotImplementedError
-
-  @property
-  def dearest(self) -> int:
-    """Index of the most precise format, or of the largest size."""
-    raise NotImplementedError
-
-  def one_hot(self, label: str | int | None) -> np.ndarray:
-    """Returns [K] float32 with a one at the option called `label`.
-
-    Raises:
-      ValueError: there is no such option.
-    """
-    if label not in self.labels:
-      raise ValueError(
-        f'{label} is not on the menu of {self.name}: '
-        f'{", ".join(map(str, self.labels))}'
-      )
-    matches = [option == label for option in self.labels]
-    return np.asarray(matches, np.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class FormatDecision(Decision):
-  """One choice among K formats.
-
-  Its name is the layer's path, with `/weights` or `/activations` where the
-  layer has two decisions, or the name of the group.
-
-  Attributes:
-    menu: [K] formats.
-  """
-
-  menu: tuple[formats.NumericFormat, ...]
-
-  @property
-  def kind(self) -> str:
-    """The kind in result.json: `format`."""
-    return 'format'
-
-  @property
-  def labels(self) -> tuple[str, ...]:
-    """[K] names of the formats."""
-    return tuple(numeric_format.name for numeric_format in self.menu)
-
-  @property
-  def precision(self) -> tuple[int, ...]:
-    """[K] bits of the formats."""
-    return tuple(f.bits for f in self.menu)
-
-  @property
-  def dearest(self) -> int:
-    """Index of the format with the most bits, of these the most mantissa."""
-    precisions = [(f.bits, f.mantissa_bits) for f in self.menu]
-    return precisions.index(max(precisions))
-
-
-@dataclasses.dataclass(frozen=True)
-class SizeDecision(Decision):
-  """One choice among K numbers of channels or K sizes of a kernel.
-
-  Its name is what the network calls it, `NAME/channels` or `NAME/kernel`.
-
-  Attributes:
-    size: the options, and how they change a tensor.
-  """
-
-  size: sizes_lib.Channels | sizes_lib.Kernel
-
-  @property
-  def kind(self) -> str:
-    """The kind in result.json: `channels` or `kernel`."""
-    return self.size.kind
-
-  @property
-  def labels(self) -> tuple[int, ...]:
-    """[K] numbers of channels or sizes of the kernel."""
-    return self.size.labels
-
-  @property
-  def precision(self) -> tuple[int, ...]:
-    """[K] numbers of channels or sizes of the kernel."""
-    return self.labels
-
-  @property
-  def dearest(self) -> int:
-    """Index of the largest size."""
-    return self.labels.index(max(self.labels))
-
-
 def _listed(names: Iterable[str]) -> str:
   return ', '.join(sorted(names)) or 'none'
-
-
-def _largest(decision: Decision, given: Any) -> int:
-  """Returns the index of the largest of [K] numbers, one for each option."""
-  values, count = np.asarray(given), len(decision.labels)
-  is_number = values.dtype.kind in 'biuf' or values.dtype.name == 'bfloat16'
-  if values.shape == (count,) and is_number:
-    numbers = values.astype(np.float64)
-    if np.isfinite(numbers).all() and np.sum(numbers == numbers.max()) == 1:
-      return int(numbers.argmax())
-  raise ValueError(
-    f'choices: {decision.name} is {given!r}; it must be {count} finite '
-    f'numbers, one for each of {", ".join(map(str, decision.labels))}, and one '
-    'of them the largest, as `argmax`, `likeliest` and `space.choices` return'
-  )
 
 
 # The side of an assignment, 0 or 1, that a format leaf of `arch` sets; that of
@@ -184,8 +54,8 @@ class SearchSpace:
       fixed to others; None: the model has them, at least as options.
   """
 
-  formats: tuple[FormatDecision, ...]
-  open_sizes: tuple[SizeDecision, ...]
+  formats: tuple[decisions_lib.FormatDecision, ...]
+  open_sizes: tuple[decisions_lib.SizeDecision, ...]
   ops: tuple[ops_lib.Op, ...]
   params: int
   others: Mapping[str, ops_lib.PerChannel] = dataclasses.field(
@@ -195,7 +65,7 @@ class SearchSpace:
   published: 'SearchSpace | None' = None
 
   @property
-  def decisions(self) -> tuple[Decision, ...]:
+  def decisions(self) -> tuple[decisions_lib.Decision, ...]:
     """All decisions, formats first."""
     return (*self.formats, *self.open_sizes)
 
@@ -273,16 +143,15 @@ class SearchSpace:
       all_branches: bool []. If true, the leaves of branched kernels are 1 / K,
         which a layer reads as a mean over its branches.
     """
-
-    def choice(decision: Decision) -> Any:
-      chosen = choices[decision.name]
-      match decision:
-        case SizeDecision(size=sizes_lib.Kernel(has_branches=True)):
-          return jnp.where(all_branches, 1 / len(decision.labels), chosen)
-        case _:
-          return chosen
-
-    return {d.name: choice(d) for d in self.decisions}
+    open_branches = [
+      d
+      for d in self.open_sizes
+      if isinstance(d.size, sizes_lib.Kernel) and d.size.has_branches
+    ]
+    return dict(choices) | {
+      d.name: jnp.where(all_branches, 1 / len(d.labels), choices[d.name])
+      for d in open_branches
+    }
 
   def at(self, chosen: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Returns the architecture of {decision: index of its option}."""
@@ -307,7 +176,7 @@ class SearchSpace:
         f'choices: missing are {_listed(known - set(choices))}; surplus are '
         f'{_listed(set(choices) - known)}'
       )
-    return {d.name: _largest(d, choices[d.name]) for d in self.decisions}
+    return {d.name: d.largest(choices[d.name]) for d in self.decisions}
 
   def dearest(self) -> dict[str, np.ndarray]:
     """Returns the architecture of the most precise formats, largest sizes."""

@@ -19,6 +19,7 @@ from fliqs_jax.run import checks
 from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.search import presets
+from fliqs_jax.space import decisions as decisions_lib
 from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes as sizes_lib
 from tests import tiny
@@ -232,10 +233,10 @@ def test_bits_per_weight_cannot_steer_sizes_of_which_one_is_open(labels):
   space = search_space.SearchSpace(
     (),
     (
-      search_space.SizeDecision(
+      decisions_lib.SizeDecision(
         'a', (), sizes_lib.Channels('a', channels, channels)
       ),
-      search_space.SizeDecision('b', (), sizes_lib.Kernel('b', kernels)),
+      decisions_lib.SizeDecision('b', (), sizes_lib.Kernel('b', kernels)),
     ),
     (),
     0,

@@ -9,6 +9,7 @@ import pytest
 
 import fliqs_jax as fliqs
 from fliqs_jax.search import local_scores
+from fliqs_jax.space import decisions as decisions_lib
 from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes as sizes_lib
 
@@ -95,7 +96,7 @@ def test_errors_are_relative_and_add_up_over_operands(mode):
 
 def test_errors_refuse_sizes():
   channels = sizes_lib.Channels('net/channels', (2, 4), (2, 4))
-  size = search_space.SizeDecision('net/channels', ('net/width',), channels)
+  size = decisions_lib.SizeDecision('net/channels', ('net/width',), channels)
   space = search_space.SearchSpace((), (size,), ops=(), params=1)
   with pytest.raises(ValueError, match='error sees formats alone, but net/ch'):
     local_scores.error(lambda *args: None, space)

@@ -10,6 +10,7 @@ from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import schedules
 from fliqs_jax.search import sensitivity
 from fliqs_jax.search.controllers import scored
+from fliqs_jax.space import decisions as decisions_lib
 from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes as sizes_lib
 
@@ -19,7 +20,7 @@ def _space(*names):
   menu = tuple(map(formats.parse, names))
   return search_space.SearchSpace(
     tuple(
-      search_space.FormatDecision(name, (f'{name}/format',), menu)
+      decisions_lib.FormatDecision(name, (f'{name}/format',), menu)
       for name in ('first', 'second')
     ),
     (),
@@ -137,7 +138,7 @@ def test_decisions_leave_the_best_single_strategy():
 def test_the_best_of_equally_precise_options_is_at_zero():
   names = ('INT4:max_abs', 'INT8:max_abs', 'INT8:kl', 'INT8:admm')
   menu = tuple(map(formats.parse, names))
-  decision = search_space.FormatDecision('layer', ('layer/format',), menu)
+  decision = decisions_lib.FormatDecision('layer', ('layer/format',), menu)
   space = search_space.SearchSpace((decision,), (), ops=(), params=1)
   # INT4 is better than the anchor, the first of INT8, but not than its best.
   regular, count = sensitivity.regular(
@@ -151,7 +152,7 @@ def test_sizes_are_judged_with_the_statistics_of_the_batch():
   channels = sizes_lib.Channels('net/channels', (2, 4), (2, 4))
   space = search_space.SearchSpace(
     (),
-    (search_space.SizeDecision('net/channels', ('net/width',), channels),),
+    (decisions_lib.SizeDecision('net/channels', ('net/width',), channels),),
     ops=(),
     params=1,
   )

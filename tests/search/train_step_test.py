@@ -21,6 +21,7 @@ from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
 from fliqs_jax.search import train_state
 from fliqs_jax.search import train_step
+from fliqs_jax.space import decisions as decisions_lib
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes
@@ -35,7 +36,7 @@ _MENU = (formats.parse('INT4'), formats.parse('INT8'))
 
 def _space(*menu):
   """Returns the space of the one layer."""
-  decision = search_space.FormatDecision('layer', ('layer/format',), menu)
+  decision = decisions_lib.FormatDecision('layer', ('layer/format',), menu)
   return search_space.SearchSpace((decision,), (), ops=(), params=1)
 
 
@@ -205,7 +206,7 @@ def test_weights_warm_up_at_the_dearest_formats():
 def test_sizes_warm_up_at_the_largest_or_as_proposed(warm_up, weights):
   # The model triples at the second of two sizes, the larger one.
   channels = sizes.Channels('layer/channels', (2, 4), (2, 4))
-  decision = search_space.SizeDecision('layer', ('layer/format',), channels)
+  decision = decisions_lib.SizeDecision('layer', ('layer/format',), channels)
   space = search_space.SearchSpace((), (decision,), ops=(), params=1)
   _, states, _ = _steps(
     [[_INT4, _INT8], [_INT4, _INT8]], space=space, warm_up=warm_up

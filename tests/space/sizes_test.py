@@ -12,6 +12,7 @@ import pytest
 from fliqs_jax import models
 from fliqs_jax.layers import channel_masks
 from fliqs_jax.layers import quant_layers
+from fliqs_jax.space import decisions as decisions_lib
 from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import search_space
@@ -290,10 +291,10 @@ def test_sizes_that_do_not_fit_are_refused(layer, shape, message):
 
 
 def test_branches_together_are_all_in_use_and_nothing_else_changes():
-  kernel = search_space.SizeDecision(
+  kernel = decisions_lib.SizeDecision(
     'k', ('a/kernel',), sizes.Kernel('k', (3, 5))
   )
-  width = search_space.SizeDecision(
+  width = decisions_lib.SizeDecision(
     'w', ('a/output_channels',), sizes.Channels('w', (8, 16), (8, 16))
   )
   space = search_space.SearchSpace((), (kernel, width), (), 0)
