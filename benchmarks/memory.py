@@ -1,22 +1,25 @@
 r"""Prices a relaxed search: memory, time and search parameters (Table 6).
 
-python -m benchmarks.memory [--network=resnet18] [--pixels=64] [--batch=16]
+python -m benchmarks.memory [--network=resnet18] [--pixels=64] [--batch=16] \
+    [--space=int_s]
 
-Compares the whole search step of one network with three formats (int_s):
+Compares the whole search step of one network, by default with three formats.
+With `--space=INT4:max_abs+INT4:kl` and more the options are strategies, and
+`composite` is DQSS's efficient convolution. Rows:
 
-  FLIQS                   one sampled format a layer (`paper`, which also judges
+  FLIQS                   one sampled option a layer (`paper`, which also judges
                           it on a validation batch)
-  composite               the mean of each operand over its formats (`edmips`),
+  composite               the mean of each operand over its options (`edmips`),
                           of which the gradient keeps all
-  composite, checkpoint   the same as we do it: formats are computed again for
+  composite, checkpoint   the same as we do it: options are computed again for
                           the gradient
-  branched                the mean of the results of each format (`dnas`), with
+  branched                the mean of the results of each option (`dnas`), with
                           shared weights
 
 The first table is the accounting of the paper for the published network: its
-weights in half precision, a copy for each format that is kept; gradients, those
+weights in half precision, a copy for each option that is kept; gradients, those
 of the weights and of every copy; the outputs of convolutions, a copy for each
-format. The second is what XLA plans for the compiled step, without arguments
+option. The second is what XLA plans for the compiled step, without arguments
 and results, and the time of a step over that of FLIQS, interleaved in one
 process: the median over rounds with the quartiles.
 """
@@ -45,14 +48,13 @@ from fliqs_jax.space import discovery
 from fliqs_jax.space import quant_spec
 from fliqs_jax.tasks import classification
 
-_FORMATS = 3  # Of int_s.
-# Preset of the step, whether formats are computed again for the gradient, and
-# how many copies of a tensor the paper's accounting keeps.
+# Preset of the step, whether options are computed again for the gradient, and
+# whether the paper's accounting keeps a copy of a tensor for each option.
 ROWS = {
-  'FLIQS': ('paper', True, 1),
-  'composite': ('edmips', False, _FORMATS),
-  'composite, checkpoint': ('edmips', True, 1),
-  'branched': ('dnas', True, _FORMATS),
+  'FLIQS': ('paper', True, False),
+  'composite': ('edmips', False, True),
+  'composite, checkpoint': ('edmips', True, False),
+  'branched': ('dnas', True, True),
 }
 _OPTIMIZER = optax.sgd(0.01, momentum=0.9)
 
@@ -64,21 +66,22 @@ def _model(problem: step_time.Problem, spec: quant_spec.QuantSpec):
   )
 
 
-def _space(problem: step_time.Problem):
+def _space(problem: step_time.Problem, options: str):
   image = jnp.zeros((1, problem.pixels, problem.pixels, 3))
-  spec = quant_spec.QuantSpec('int_s', act_clip=4.0)
+  spec = quant_spec.QuantSpec(options, act_clip=4.0)
   return discovery.find(_model(problem, spec), image, spec=spec, train=False)
 
 
-def accounting(name: str, batch: int) -> list[str]:
+def accounting(name: str, batch: int, options: str) -> list[str]:
   """Returns the lines of the table by the accounting of the paper.
 
   Args:
     name: the network, as published, at 224x224.
     batch: images in a step.
+    options: the menu of each layer, as in a `QuantSpec`.
   """
   space = _space(
-    step_time.Problem(models.published(name), 224, batch, None, 1000)
+    step_time.Problem(models.published(name), 224, batch, None, 1000), options
   )
   weights = 2 * space.params / 1e6
   outputs = sum(
@@ -93,24 +96,28 @@ def accounting(name: str, batch: int) -> list[str]:
     'search parameters |',
     '|---|---|---|---|---|---|',
   ]
-  for row, (preset, _, copies) in ROWS.items():
-    del preset
+  scores = sum(len(decision.labels) for decision in space.decisions)
+  most = max(len(decision.labels) for decision in space.decisions)
+  for row, (_, _, keeps) in ROWS.items():
+    copies = most if keeps else 1
     kept = outputs * batch * copies / 1e6
     lines.append(
       f'| {row} | {weights * copies:.1f} | {weights * (1 + copies):.1f} | '
-      f'{kept:.1f} | {2 * kept:.1f} | {_FORMATS * len(space.decisions)} |'
+      f'{kept:.1f} | {2 * kept:.1f} | {scores} |'
     )
   return lines
 
 
-def _compile(problem: step_time.Problem, row: str) -> tuple[Any, Any, float]:
+def _compile(
+  problem: step_time.Problem, row: str, options: str
+) -> tuple[Any, Any, float]:
   """Returns the compiled step, its state, and its temporaries in MB."""
   preset, checkpoints, _ = ROWS[row]
   shape = (problem.pixels, problem.pixels, 3)
   spec = quant_spec.QuantSpec(
-    'int_s', act_clip=4.0, mix=presets.PRESETS[preset].mix
+    options, act_clip=4.0, mix=presets.PRESETS[preset].mix
   )
-  model, space = _model(problem, spec), _space(problem)
+  model, space = _model(problem, spec), _space(problem, options)
   cost = space.cost('bops')
   phases = schedules.phases(1000, 0.0, 0.0, 1.0)
   controller = presets.make(
@@ -154,16 +161,19 @@ def _compile(problem: step_time.Problem, row: str) -> tuple[Any, Any, float]:
   return lambda s: compiled(s, batch, batch)[0], state, temporaries
 
 
-def measured(problem: step_time.Problem, rounds: int) -> list[str]:
+def measured(
+  problem: step_time.Problem, rounds: int, options: str
+) -> list[str]:
   """Compiles and times the steps; returns the lines of a table.
 
   Args:
     problem: the training problem.
     rounds: number of interleaved steps of each kind, at least 2.
+    options: the menu of each layer, as in a `QuantSpec`.
   """
   steps, states, memory = {}, {}, {}
   for row in ROWS:
-    steps[row], states[row], memory[row] = _compile(problem, row)
+    steps[row], states[row], memory[row] = _compile(problem, row, options)
   seconds = {row: [] for row in ROWS}
   for round_ in range(rounds + 1):
     for row, step in steps.items():
@@ -196,11 +206,13 @@ def main() -> None:
   parser.add_argument('--pixels', type=int, default=64)
   parser.add_argument('--batch', type=int, default=16)
   parser.add_argument('--rounds', type=int, default=9)
+  parser.add_argument('--space', default='int_s')
   args = parser.parse_args()
-  print(*accounting(args.network, batch=32), '', sep='\n', flush=True)
+  lines = accounting(args.network, batch=32, options=args.space)
+  print(*lines, '', sep='\n', flush=True)
   model = models.published(args.network)
   problem = step_time.Problem(model, args.pixels, args.batch)
-  print(*measured(problem, args.rounds), sep='\n')
+  print(*measured(problem, args.rounds, args.space), sep='\n')
 
 
 if __name__ == '__main__':

@@ -2,15 +2,16 @@ r"""Strategies of trained networks: each one, random ones, chosen, searched.
 
 python -m benchmarks.strategies WORKDIR ... [--format=INT4] [--steps=300] \
     [--strategies=max_abs,kl,eq,admm] [--scores=fisher,loss] [--random=8] \
-    [--batches=3] [--scored=8]
+    [--batches=3] [--scored=8] [--mode=separate]
 
 Each workdir is a finished run whose formats are BF16. Its network is quantized
-to one format without training; weights and activations of each layer have a
-strategy of their own, so all networks cost the same. Rows:
+to one format without training, so all networks cost the same. Weights and
+activations of each layer have a strategy of their own, with --mode=tied one of
+them both. Rows:
 
   max_abs, kl, eq, admm   one strategy everywhere
-  random                  a strategy for each operand, --random draws
-  error                   the strategy of the least error of the operand itself
+  random                  a strategy for each decision, --random draws
+  error                   the strategy of the least error of the operands
   scores fisher, ...      the strategy that brings the network nearest to the
                           one without formats, each scored alone, by the scores
                           --scores; kl needs softmax outputs
@@ -50,7 +51,12 @@ from fliqs_jax.search import sensitivity
 
 
 def config_of(
-  workdir: str, name: str, strategies: Sequence[str], steps: int, scored: int
+  workdir: str,
+  name: str,
+  strategies: Sequence[str],
+  steps: int,
+  scored: int,
+  mode: str,
 ) -> ml_collections.ConfigDict:
   """Returns the config that searches the strategies of a trained network.
 
@@ -60,11 +66,12 @@ def config_of(
     strategies: names of the strategies.
     steps: number of steps in which the importances learn.
     scored: examples of a validation batch; 0: as many as of the run.
+    mode: 'separate' or 'tied'.
   """
   content = config_lib.read(pathlib.Path(workdir) / workdir_lib.CONFIG)
   config = ml_collections.ConfigDict(content)
   config.quant.update(formats=name, strategies=tuple(strategies))
-  config.quant.update(mode='separate')
+  config.quant.update(mode=mode)
   config.cost.update(target=1.0, relative_to=name)
   keys = presets.search_keys('dqss', steps)
   config.search.update(keys | dict(quality=config.search.quality))
@@ -175,12 +182,13 @@ def main() -> None:
   parser.add_argument('--random', type=int, default=8)
   parser.add_argument('--batches', type=int, default=3)
   parser.add_argument('--scored', type=int, default=0)
+  parser.add_argument('--mode', default='separate')
   args = parser.parse_args()
   columns = []
   for workdir in args.workdirs:
     strategies = args.strategies.split(',')
     config = config_of(
-      workdir, args.format, strategies, args.steps, args.scored
+      workdir, args.format, strategies, args.steps, args.scored, args.mode
     )
     network = Network(config)
     scores = args.scores.split(',')

@@ -85,7 +85,7 @@ def test_steps_are_timed_against_the_float_ones():
 
 
 def test_the_accounting_of_memory_is_that_of_the_paper():
-  lines = memory.accounting('resnet18', batch=32)
+  lines = memory.accounting('resnet18', batch=32, options='int_s')
   rows = [line.split(' | ') for line in lines if line.startswith('| ')][1:]
   # Table 6: 11.7 M weights of 2 bytes; gradients of weights and copies; outputs
   # of convolutions, 2.31 M an image (the paper rounds to 2.3), of one byte.
@@ -96,9 +96,11 @@ def test_the_accounting_of_memory_is_that_of_the_paper():
   assert [row[-1] for row in rows] == ['66 |'] * 4
 
 
-def test_relaxed_steps_are_measured_against_the_sampled_one():
+@pytest.mark.parametrize('options', ['int_s', 'INT4:kl+INT4:admm'])
+def test_relaxed_steps_are_measured_against_the_sampled_one(options):
   model = models.published('mlp') | dict(hidden=(4,))
-  lines = memory.measured(step_time.Problem(model, 4, 4), rounds=2)
+  problem = step_time.Problem(model, 4, 4)
+  lines = memory.measured(problem, rounds=2, options=options)
   rows = [line.split(' | ') for line in lines if line.startswith('| ')][1:]
   assert [row[0] for row in rows] == [f'| {name}' for name in memory.ROWS]
   assert rows[0][2:] == ['1.00', '1.00 (1.00 to 1.00) |']
