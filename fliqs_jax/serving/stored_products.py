@@ -169,9 +169,10 @@ def stored(
       for name in ('values', 'weights', 'activations')
       if (key := products_lib.join(product.path, name)) in flat
     }
-    if any(pair[1] for pair in pairs):
-      _check_seen(product.path, stats)
     reading, rows = _reading(product, pairs, own)
+    if any(pair[1] for pair in pairs):
+      scales = _scales(product.path, rows['activations'], stats)
+      rows = {**rows, 'activations': scales}
     owner, owned = first_use.setdefault(product.layer, (reading, rows))
     if (shared := _sharing(reading, rows, owner, owned)) is not None:
       reading = shared
@@ -329,14 +330,30 @@ def _name(collection: str, path: str, name: str) -> str:
   return products_lib.join(collection, path, name)
 
 
-def _check_seen(path: str, stats: Mapping[str, Any]) -> None:
-  """Raises ValueError if the activations of a product have no scale yet."""
+def _scales(
+  path: str, scales: np.ndarray, stats: Mapping[str, Any]
+) -> np.ndarray:
+  """Returns the scales [iterations, ...] of a product's activations.
+
+  That of an iteration which no batch ran is NaN: it is of a branch that the
+  iteration never takes. Should it take it one day, the result is NaN, too.
+
+  Raises:
+    ValueError: no iteration has a scale yet.
+  """
   own = products_lib.join(path, '')
-  for name, value in stats.items():
-    is_own = not own or name.startswith(f'{own}/')
-    if is_own and name.endswith(('active', 'count')) and not np.all(value):
-      raise ValueError(
-        f'the activations of {path or "the model"} were never quantized in '
-        'this run, so they have no scale to export; train beyond '
-        'quant.act_start'
-      )
+  marks = [
+    np.asarray(value, bool)
+    for name, value in stats.items()
+    if not own or name.startswith(f'{own}/')
+    if name.endswith(('active', 'count'))
+  ]
+  seen = np.logical_and.reduce(marks)
+  if not seen.any():
+    raise ValueError(
+      f'the activations of {path or "the model"} were never quantized in this '
+      'run, so they have no scale to export; train beyond quant.act_start, '
+      'with inputs that reach it if it is in a branch, or exclude it'
+    )
+  is_seen = seen.reshape((len(scales), *[1] * (scales.ndim - 1)))
+  return np.where(is_seen, scales, np.float32(np.nan))

@@ -572,6 +572,34 @@ def test_activations_that_never_were_quantized_are_refused(module, tmp_path):
   assert not (tmp_path / 'out').exists()
 
 
+def test_a_branch_that_an_iteration_never_takes_needs_no_scale(tmp_path):
+  x = np.float32([[0.5, -1.0], [2.0, 0.25]])
+  params = dict(stack=np.float32([[[1, 2], [3, 4]], [[-1, 0], [2, 1]]]))
+
+  def alternate(params, x, first):
+    def layer(x, scanned):
+      weights, i = scanned
+      up, down = lambda x: x @ weights + 1, lambda x: x @ weights - 1
+      return jax.lax.cond((i + first) % 2 == 0, up, down, x), None
+
+    return jax.lax.scan(layer, x, (params['stack'], jnp.arange(2)))[0]
+
+  model = fliqs.searchable(alternate, fliqs.QuantSpec('INT8'), params=params)
+  space = fliqs.find_decisions(model, x, 0)
+  choices = space.only()
+  variables = model.init(jax.random.key(0), x, 0)
+  variables['arch'] = space.expand(choices)
+  _, changed = model.apply(variables, x, 0, mutable=['quant_stats'])
+  variables |= changed
+  export.export_model(
+    model, variables, choices, x, np.int32(0), out=tmp_path / 'out'
+  )
+  served = serving.load(tmp_path / 'out')
+  helpers.same(served(x, np.int32(0)), model.apply(variables, x, np.int32(0)))
+  # The other way round each iteration is one that no batch ran.
+  assert np.isnan(served(x, np.int32(1))).all()
+
+
 def test_weights_without_a_format_are_served_in_the_type_of_the_program(
   tmp_path,
 ):
