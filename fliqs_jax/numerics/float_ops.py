@@ -60,9 +60,8 @@ def conv_general_dilated(
     if feature_group_count == 1 and _as_matmul(
       size, kernel, window_strides, pads
     ):
-      padded = jnp.pad(lhs, ((0, 0), *pads, (0, 0)))
       patches = jnp.concatenate(
-        windows(padded, kernel, window_strides), axis=-1
+        windows(pad_images(lhs, pads), kernel, window_strides), axis=-1
       )
       return _matmul(patches, rhs.reshape((-1, rhs.shape[3])), 1, precision)
   op = functools.partial(
@@ -254,6 +253,22 @@ def _matmul(
   return y.reshape((*rows, *columns))
 
 
+def pad_images(
+  images: jax.Array, padding: Sequence[tuple[int, int]]
+) -> jax.Array:
+  """Returns images [N, H, W, C] with zeros around them.
+
+  Args:
+    images: [N, H, W, C].
+    padding: (low, high) of height and width, in pixels; a negative one cuts
+      pixels off.
+  """
+  zero = jnp.zeros((), images.dtype)
+  none = (0, 0, 0)
+  inside = [(low, high, 0) for low, high in padding]
+  return lax.pad(images, zero, (none, *inside, none))
+
+
 def windows(
   padded: jax.Array, kernel: Sequence[int], strides: Sequence[int]
 ) -> list[jax.Array]:
@@ -294,8 +309,7 @@ def _depthwise(
   strides: tuple[int, ...],
   padding: tuple[tuple[int, int], ...],
 ) -> jax.Array:
-  padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  return _weighted(windows(padded, kernel, strides), taps)
+  return _weighted(windows(pad_images(x, padding), kernel, strides), taps)
 
 
 def _weighted(windows: Sequence[jax.Array], taps: jax.Array) -> jax.Array:
@@ -322,11 +336,11 @@ def _depthwise_bwd(
   g: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   x, taps = residuals
-  padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   # One reduction sums all taps in one pass over an image. XLA gives a sum of a
   # single array to a library that cannot read slices, so that separate sums
   # would first write out the windows of each tap.
-  products = [window * g for window in windows(padded, kernel, strides)]
+  shifted = windows(pad_images(x, padding), kernel, strides)
+  products = [window * g for window in shifted]
   per_image = lax.reduce(
     products,
     [jnp.zeros((), g.dtype)] * len(products),

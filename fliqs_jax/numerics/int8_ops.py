@@ -338,8 +338,8 @@ def _depthwise(
   x: jax.Array, w: jax.Array, *, strides: tuple[int, ...], padding: _Pads
 ) -> jax.Array:
   """Returns the sums of a depthwise convolution, int32 [N, H', W', C]."""
-  padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   taps = w.reshape((-1, w.shape[3])).astype(jnp.int32)
+  padded = float_ops.pad_images(x, padding)
   windows = float_ops.windows(padded, w.shape[:2], strides)
   return _sum(
     window.astype(jnp.int32) * tap[None, None, None]

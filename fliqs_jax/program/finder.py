@@ -188,6 +188,9 @@ class _Finder:
   ) -> list[Origin]:
     scan = equations.scan(eqn)
     body, after = scan.body.jaxpr, scan.consts + scan.carries
+    if not scan.length:  # Its body never runs.
+      stacked = len(eqn.outvars) - scan.carries
+      return [*origins[scan.consts : after], *[_join(origins)] * stacked]
     inside = list(origins)
     for i in range(scan.consts, after):
       # A carried value that no iteration changes is a constant.
@@ -236,6 +239,8 @@ class _Finder:
   ) -> None:
     if not any(origin.varies for origin in origins):
       return  # It is computed once, at export.
+    if not all(v.aval.size for v in (*eqn.invars[:2], *eqn.outvars)):
+      return  # It multiplies nothing.
     pair = origins[:2]
     weights = [i for i, origin in enumerate(pair) if origin.is_weight]
     side = weights[0] if len(weights) == 1 else None
@@ -286,6 +291,8 @@ class _Finder:
     self, eqn: core.JaxprEqn, origins: list[Origin], here: _Here
   ) -> None:
     table = eqn.invars[0].aval
+    if not table.size:
+      return
     self._note(
       here,
       origin=origins[0],

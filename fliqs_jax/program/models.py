@@ -33,7 +33,7 @@ def adapted(model: Any, params: Any) -> Any:
       `params` are missing or surplus.
   """
   name = type(model).__name__
-  is_function = callable(model) and not jax.tree.leaves(_arrays(model))
+  is_function = callable(model) and not jax.tree.leaves(float_arrays(model))
   if isinstance(model, nn.Module):
     if model.scope is not None:
       raise ValueError(f'{name} is bound to variables; pass the unbound module')
@@ -95,7 +95,7 @@ class PureFunction:
     """Returns the model of a function and its parameters."""
     leaves, treedef = jax.tree.flatten(params)
     static = tuple(None if _is_float(leaf) else leaf for leaf in leaves)
-    return cls(function, static, _arrays(params), treedef)
+    return cls(function, static, float_arrays(params), treedef)
 
   def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Returns copies of the parameters that the model was made with."""
@@ -120,7 +120,7 @@ class PureFunction:
         f'the variables have {", ".join(variables) or "nothing"}, but no '
         "'params': pass dict(params=...), with the other collections of `init`"
       )
-    given = jax.tree.leaves(variables['params'])
+    given = jax.tree.leaves(float_arrays(variables['params']))
     expected = sum(leaf is None for leaf in self.leaves)
     if len(given) != expected:
       raise ValueError(
@@ -274,13 +274,8 @@ def accepted(
     kwargs.pop('train', None)
   options = {k: v for k, v in kwargs.items() if k not in _OF_APPLY}
   owner = () if inspect.ismethod(method) else (module,)
-  try:
-    signature.bind(*owner, *args, **options)
-  except TypeError as error:
-    raise ValueError(
-      f'{type(module).__name__} is called as {method.__name__}{signature}: '
-      f'{error}'
-    ) from None
+  called = f'{type(module).__name__} is called as {method.__name__}'
+  _check_call(called, signature, (*owner, *args), options)
   return kwargs
 
 
@@ -293,16 +288,35 @@ def _accepted(
   """Returns the keyword arguments of a call, `train` and `key` if it has them.
 
   What is given by position is not given again.
+
+  Raises:
+    ValueError: arguments are missing or surplus.
   """
   signature = inspect.signature(function)
-  known = signature.parameters.keys()
-  known -= signature.bind_partial(*args).arguments.keys()
+  known = signature.parameters
+  positional = [
+    name
+    for name, p in known.items()
+    if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+  ]
+  known = known.keys() - positional[: len(args)]
   kwargs = dict(kwargs)
   if 'train' not in known:
     kwargs.pop('train', None)
   if 'key' in known and 'key' not in kwargs:
     kwargs['key'] = _first(rngs) if rngs else None
+  _check_call('the function is called as ', signature, args, kwargs)
   return kwargs
+
+
+def _check_call(
+  name: str, signature: inspect.Signature, args: Any, kwargs: Any
+) -> None:
+  """Raises ValueError if arguments are missing or surplus."""
+  try:
+    signature.bind(*args, **kwargs)
+  except TypeError as error:
+    raise ValueError(f'{name}{signature}: {error}') from None
 
 
 def _first(rngs: Any) -> Any:
@@ -314,7 +328,7 @@ def _is_float(x: Any) -> bool:
   return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def _arrays(tree: Any) -> Any:
+def float_arrays(tree: Any) -> Any:
   """Returns the floating-point arrays of a tree, None in place of the rest."""
   return jax.tree.map(lambda x: x if _is_float(x) else None, tree)
 

@@ -1,5 +1,6 @@
 """Names of products: that of their variable, or of their place."""
 
+import collections
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import math
@@ -41,6 +42,26 @@ class Found:
   product: products_lib.Product
   leaf: str
   scope: str
+
+
+def check(paths: Sequence[str]) -> None:
+  """Checks that the paths of a model's variables can name its products.
+
+  Raises:
+    ValueError: two variables have one path, as with a slash in a key, or a key
+      ends like the name of a layer's second use.
+  """
+  for path, uses in collections.Counter(paths).items():
+    if uses > 1:
+      raise ValueError(
+        f'{uses} variables have the path {path}, because a key has a slash; '
+        'rename the key'
+      )
+    if any(re.search(r'#\d+$', key) for key in path.split('/')):
+      raise ValueError(
+        f'the variable {path}: a key must not end in # and a number, as the '
+        'later uses of a layer do; rename the key'
+      )
 
 
 def _short(leaf: str) -> str:

@@ -20,6 +20,7 @@ from fliqs_jax.numerics import one_hot as one_hot_lib
 from fliqs_jax.program import equations
 from fliqs_jax.program import finder
 from fliqs_jax.program import models
+from fliqs_jax.program import naming
 from fliqs_jax.program import parts as parts_lib
 from fliqs_jax.program import products as products_lib
 from fliqs_jax.program import quantized
@@ -161,6 +162,8 @@ class Searchable:
         fit it.
     """
     variables = dict(core.unfreeze(variables))
+    if isinstance(self.model, models.PureFunction) and 'params' in variables:
+      variables['params'] = models.float_arrays(variables['params'])
     parts = self.parts(variables, rngs, *args, **kwargs)
     arch, stats = {}, {}
     rule = self._rule(parts)
@@ -367,6 +370,7 @@ class Searchable:
 
     program, shapes = equations.program(call, arrays)
     names = products_lib.paths(_only_arrays(variables))
+    naming.check(names)
     root = type(self.model).__name__
     found = finder.find(program, names, root)
     return Traced(

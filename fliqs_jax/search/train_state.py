@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fliqs_jax.program import models
 from fliqs_jax.program import products as products_lib
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.space import search_space
@@ -87,7 +88,10 @@ def create(
   variables = dict(model.init(init_key, *args, **kwargs))
   given = dict(model_state or {})
   if params is not None:
-    given['params'] = params
+    # In a tree of other leaves, too, only the floating-point arrays learn.
+    own = jax.tree.structure(variables['params'])
+    is_own = jax.tree.structure(params) == own
+    given['params'] = params if is_own else models.float_arrays(params)
   for name, tree in given.items():
     variables[name] = replaced(name, variables.get(name, {}), tree)
   params = variables.pop('params')

@@ -61,10 +61,11 @@ def allocate(
 
   Args:
     model: a model that `searchable` made, or what `searchable` takes.
-    variables: its collections; of a function f(params, *inputs), its params.
+    variables: its collections; of a function f(params, inputs), its params.
     batches: some eight batches, dicts of inputs [B, ...] and, if there is a
-      loss, of what it reads, such as `label`. In the first one strategies find
-      their thresholds; give it 32 examples or more.
+      loss, of what it reads, such as `label`. The model is called with its one
+      input, or with a dict of all if there are several. Strategies find their
+      thresholds in the first batch; give it 32 examples or more.
     target: the largest cost, as a multiple of that of uniform `relative_to`.
     spec: the formats, if `model` is not searchable yet.
     loss: (outputs, batch) -> (loss [], metrics), a mean over examples: options

@@ -47,6 +47,27 @@ _CASES = {
   'larger result': ((1, 4, 6, 9), (3, 3, 9, 3), (1, 1), ((2, 2),) * 2, 1),
   'larger kernel': ((1, 2, 2, 9), (3, 3, 9, 3), (1, 1), 'SAME', 1),
   'depthwise': ((2, 5, 6, 3), (3, 3, 1, 3), (2, 1), ((2, 0), (1, 1)), 3),
+  'depthwise cropped': (
+    (2, 7, 6, 3),
+    (3, 3, 1, 3),
+    (1, 2),
+    ((-1, 1), (0, -1)),
+    3,
+  ),
+  'windows cropped': (
+    (2, 7, 6, 3),
+    (3, 2, 3, 4),
+    (2, 1),
+    ((-1, -1), (-2, 0)),
+    1,
+  ),
+  'pairs cropped': (
+    (2, 7, 8, 9),
+    (3, 3, 9, 3),
+    (1, 1),
+    ((-1, -1), (-1, -2)),
+    1,
+  ),
   'grouped': ((2, 5, 6, 4), (3, 3, 2, 6), (1, 1), 'SAME', 2),
 }
 
@@ -54,7 +75,11 @@ _CASES = {
 def _sums(x, w, strides, padding, groups):
   """Returns the sums of a convolution by the definition, int64."""
   pads = float_ops.padding_pairs(x.shape[1:3], w.shape[:2], strides, padding)
-  padded = np.pad(x.astype(np.int64), ((0, 0), *pads, (0, 0)))
+  wider = [(max(low, 0), max(high, 0)) for low, high in pads]
+  padded = np.pad(x.astype(np.int64), ((0, 0), *wider, (0, 0)))
+  for axis, (low, high) in enumerate(pads, 1):  # A negative one cuts off.
+    last = padded.shape[axis] + min(high, 0)
+    padded = padded.take(range(max(-low, 0), last), axis)
   height, width = (
     (size - k) // s + 1
     for size, k, s in zip(padded.shape[1:3], w.shape[:2], strides)

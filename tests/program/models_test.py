@@ -117,8 +117,17 @@ def test_what_is_no_floating_point_array_is_a_constant():
   variables = model.init(KEY)
   assert len(jax.tree.leaves(variables)) == 1
   helpers.close(model.apply(variables, X), np.tanh(X)[:, :3])
+  # The whole tree is as good as its arrays.
+  helpers.close(model.apply(dict(params=params), X), np.tanh(X)[:, :3])
   with pytest.raises(ValueError, match='params have 0 arrays.*with 1'):
     model.apply(dict(params={}), X)
+
+
+def test_a_call_that_does_not_fit_a_function_is_refused():
+  model = models.adapted(lambda v, x, *, scale: scale * x, dict(w=np.ones(2)))
+  for args, message in (((X,), "missing .*'scale'"), ((X, X), 'too many')):
+    with pytest.raises(ValueError, match=rf'called as \(v, x, \*.*{message}'):
+      model.apply(model.init(KEY), *args)
 
 
 class Pair(nn.Module):

@@ -540,6 +540,34 @@ def test_a_product_of_integers_is_named():
   assert products['product'].reason == 'it multiplies int32 by int32'
 
 
+def test_what_multiplies_nothing_is_no_product():
+  def f(v, x):
+    none = x[:, :0] @ v['rows'] + (x @ v['columns']).sum()
+    never = lax.fori_loop(0, 0, lambda _, x: x @ v['a'], x)
+    y, _ = lax.scan(lambda x, w: (x @ w, None), never + none, v['stack'])
+    return y @ v['b']
+
+  params = square('a', 'b') | dict(
+    rows=array(0, 8), columns=array(8, 0), stack=array(0, 8, 8)
+  )
+  assert list(found(f, params, X)) == ['b']
+
+
+@pytest.mark.parametrize(
+  ('params', 'message'),
+  [
+    (
+      {'a': {'b': jnp.ones(2)}, 'a/b': jnp.ones(2)},
+      '2 variables .* params/a/b',
+    ),
+    ({'a#2': jnp.ones(2)}, 'params/a#2: a key must not end in #'),
+  ],
+)
+def test_keys_that_make_two_names_one_are_refused(params, message):
+  with pytest.raises(ValueError, match=message):
+    found(lambda v, x: x, params, X)
+
+
 def test_a_convolution_as_gradients_have_it_is_named():
   def f(v, x):
     def conv(x):

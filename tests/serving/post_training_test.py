@@ -83,6 +83,17 @@ def test_wrong_arguments_are_named():
     post_training.allocate(f, PARAMS, BATCHES, 1.5, spec=profiled)
 
 
+def test_leaves_that_are_no_floats_stay_as_they_are():
+  extra = dict(PARAMS, steps=np.arange(3), act=jnp.tanh)
+  plain = post_training.allocate(f, PARAMS, BATCHES, 1.5, spec=SPEC)
+  model = searchable_lib.searchable(f, SPEC, params=extra)
+  for found in (
+    post_training.allocate(f, extra, BATCHES, 1.5, spec=SPEC),
+    post_training.allocate(model, dict(params=extra), BATCHES, 1.5),
+  ):
+    helpers.same(found.scores['fine'], plain.scores['fine'])
+
+
 def test_strategies_find_their_thresholds_before_they_are_scored():
   # At INT4 the step of max_abs is 100 / 7 = 14, so that all inputs but one,
   # between -1 and 1, are zero; their products are nearly all of the outputs,
