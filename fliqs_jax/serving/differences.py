@@ -31,8 +31,14 @@ def checked(
       few examples have a value that was rounded to the other grid point.
 
   Raises:
-    ValueError: it is more than 5 % of the largest output.
+    ValueError: it is more than 5 % of the largest output, or shapes differ.
   """
+  for name, reference in expected.items():
+    if np.shape(served[name]) != np.shape(reference):
+      raise ValueError(
+        f'{what} have the shape {np.shape(served[name])} in {name}, but the '
+        f'reference outputs have {np.shape(reference)}'
+      )
   found = _difference(inputs, served, expected, measure)
   if not _share(found, measure) <= _TOLERANCE:  # Neither is NaN.
     raise ValueError(

@@ -600,6 +600,26 @@ def test_a_branch_that_an_iteration_never_takes_needs_no_scale(tmp_path):
   assert np.isnan(served(x, np.int32(1))).all()
 
 
+def test_a_model_that_asks_for_shardings_is_refused(tmp_path):
+  mesh = jax.make_mesh(
+    (2,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  place = jax.sharding.NamedSharding(mesh, jax.P('data'))
+
+  def f(params, x):
+    return jax.lax.with_sharding_constraint(x @ params['w'], place)
+
+  x, params = np.eye(2, dtype=np.float32), dict(w=np.eye(2, dtype=np.float32))
+  found = fliqs.allocate(
+    f, params, [dict(x=x)], 1, spec=fliqs.QuantSpec('INT4')
+  )
+  with pytest.raises(ValueError, match='for 2 devices, because .*shardings'):
+    export.export_model(
+      found.model, found.variables, found.choices, x, out=tmp_path / 'out'
+    )
+  assert not (tmp_path / 'out').exists()
+
+
 def test_weights_without_a_format_are_served_in_the_type_of_the_program(
   tmp_path,
 ):

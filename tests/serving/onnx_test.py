@@ -155,6 +155,29 @@ def test_residual_network_of_mixed_formats(onnx, tmp_path):
   assert apart.mean() <= 0.05 * np.abs(expected).max()
 
 
+class Spread(nn.Module):
+  """Convolutions with zeros between pixels, and with pixels cut off."""
+
+  @nn.compact
+  def __call__(self, x):
+    how = dict(kernel_init=helpers.by_key)
+    x = nn.ConvTranspose(4, (3, 2), (2, 3), name='transposed', **how)(x)
+    crop = ((-1, 0), (1, -2))
+    x = nn.Conv(4, (3, 3), padding=crop, name='cropped', **how)(nn.relu(x))
+    return nn.ConvTranspose(3, (2, 2), (2, 2), name='plain', **how)(x)
+
+
+def test_convolutions_of_spread_and_of_cut_inputs(onnx, tmp_path):
+  images = helpers.random((2, 3, 4, 3))
+  spec = fliqs.QuantSpec('INT8', exclude=('plain',))
+  run = cases.Run(Spread(), images, names=['INT8'], spec=spec)
+  assert written(run, tmp_path / 'out')['batch'] == 'any'
+  images = helpers.random((5, 3, 4, 3), seed=1)
+  (outputs,) = in_onnx_runtime(tmp_path / 'out', images)
+  expected = serving.load(tmp_path / 'out')(images)
+  helpers.close(outputs, expected)
+
+
 class Block(nn.Module):
   """A block of a transformer."""
 

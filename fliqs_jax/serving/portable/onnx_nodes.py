@@ -72,7 +72,9 @@ class Nodes(served_products.Served):
   def _product(self, product, dtypes, contraction, pair, given) -> jax.Array:
     sides = product.sides()
     right = sides['weights']
-    if product.slices or not _has_node(contraction):
+    if product.slices or not isinstance(
+      contraction, (contractions.Conv, contractions.Dot)
+    ):
       x, w = (
         _in_floats(self._operand(product, side, pair[i], given))
         for side, i in sides.items()
@@ -171,16 +173,16 @@ class _Weights:
 
 
 def convolution(eqn: core.JaxprEqn, x: Any, w: Any) -> Any:
-  """Returns a convolution without formats by Conv, or None if it has no node.
+  """Returns a convolution without formats by Conv; None: it has no node.
 
   Args:
     eqn: a `conv_general_dilated`.
     x: its input.
     w: its kernel.
   """
-  contraction = contractions.of(eqn)
-  if not _has_node(contraction) or eqn.params['batch_group_count'] > 1:
+  if eqn.params['batch_group_count'] > 1:
     return None
+  contraction = contractions.of(eqn)
   return _conv(contraction, x, _Weights(w), lambda x: x, 1)
 
 
@@ -224,15 +226,6 @@ def _in_uint8(x: jax.Array, scale: Any, largest: Any) -> jax.Array:
   return node('DequantizeLinear', codes, scale, zero, shape=x.shape)
 
 
-def _has_node(contraction: contractions.Contraction) -> bool:
-  """Returns whether MatMul or Conv can be the product."""
-  if not isinstance(contraction, contractions.Conv):
-    return isinstance(contraction, contractions.Dot)
-  options = contraction.options
-  pads = [n for pair in options['padding'] for n in pair]
-  return set(options['lhs_dilation']) <= {1} and min(pads, default=0) >= 0
-
-
 def _conv(
   contraction: contractions.Conv,
   x: jax.Array,
@@ -246,11 +239,14 @@ def _conv(
   images, kernel, results = options['dimension_numbers']
   shape = [contraction.shapes[1][i] for i in kernel]
   # A runtime moves transpositions of floats, but not one behind the rounding.
-  x = round_x(x.transpose(images))
+  x, pads = _spread(
+    x.transpose(images), options['lhs_dilation'], options['padding']
+  )
+  x = round_x(x)
   w = weights.ordered(kernel, shape, channels=0)
   same = dict(
     window_strides=options['window_strides'],
-    padding=options['padding'],
+    padding=pads,
     rhs_dilation=options['rhs_dilation'],
     feature_group_count=options['feature_group_count'],
   )
@@ -261,11 +257,41 @@ def _conv(
     w,
     shape=jax.eval_shape(plain, x, w).shape,
     strides=tuple(options['window_strides']),
-    pads=tuple(pair[i] for i in (0, 1) for pair in options['padding']),
+    pads=tuple(pair[i] for i in (0, 1) for pair in pads),
     dilations=tuple(options['rhs_dilation']),
     group=options['feature_group_count'],
   )
   return y.transpose(np.argsort(results))
+
+
+def _spread(
+  x: jax.Array,
+  dilation: Sequence[int],
+  padding: Sequence[tuple[int, int]],
+) -> tuple[jax.Array, list[tuple[int, int]]]:
+  """Returns what Conv reads: it has no dilation of its input, and cuts nothing.
+
+  Args:
+    x: [N, C, ...] the input.
+    dilation: steps between its elements, one for each spatial dimension.
+    padding: (low, high), also negative, of each.
+
+  Returns:
+    The input with zeros between its elements, without those that negative
+    padding cuts off, and the rest of the padding.
+  """
+  for axis, (step, (low, high)) in enumerate(zip(dilation, padding), 2):
+    size = (x.shape[axis] - 1) * step + 1
+    if step > 1:
+      one = jnp.expand_dims(x, axis + 1)
+      zeros = [jnp.zeros_like(one)] * (step - 1)
+      together = jnp.concatenate([one, *zeros], axis + 1)
+      before, after = x.shape[:axis], x.shape[axis + 1 :]
+      x = together.reshape((*before, x.shape[axis] * step, *after))
+    first, last = max(-low, 0), size - max(-high, 0)
+    if (first, last) != (0, x.shape[axis]):
+      x = lax.slice_in_dim(x, first, last, axis=axis)
+  return x, [(max(low, 0), max(high, 0)) for low, high in padding]
 
 
 def _dot(

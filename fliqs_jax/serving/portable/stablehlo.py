@@ -115,7 +115,14 @@ def _written(
 ) -> bytes:
   export = jax.export.export(jax.jit(function), platforms=platforms)
   with _without_places():
-    return bytes(export(*shapes).serialize())
+    exported = export(*shapes)
+  if exported.nr_devices > 1:
+    raise ValueError(
+      f'it would be for {exported.nr_devices} devices, because the model '
+      'asks for shardings; export it outside of `jax.set_mesh`, and without '
+      '`with_sharding_constraint` and `shard_map`'
+    )
+  return bytes(exported.serialize())
 
 
 @contextlib.contextmanager
