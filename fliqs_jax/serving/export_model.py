@@ -365,9 +365,8 @@ def verify(directory: str | os.PathLike[str]) -> dict[str, Any]:
   """
   manifest = export_files.read_manifest(directory)
   with export_files.refused(directory):
-    args, rngs, expected = loader.reference(directory, manifest)
+    (args, rngs), inputs, expected = loader.reference(directory, manifest)
     outputs = _outputs(loader.load(directory)(*args, rngs=rngs))
-    inputs = [served_program.raw(x) for x in jax.tree.leaves((args, rngs))]
     made = f'exported with {manifest["versions"]} on {manifest["machine"]}'
     found = differences.checked(
       f'{directory}, {made}: the outputs', inputs, outputs, expected

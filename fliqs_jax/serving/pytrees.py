@@ -45,6 +45,30 @@ def shape(description: Mapping[str, Any]) -> Any:
   return dict(zip(description['keys'], children))
 
 
+def order(given: Mapping[str, Any], expected: Mapping[str, Any]) -> list[int]:
+  """Returns the place among given leaves of each expected one, by name.
+
+  JAX sorts the leaves of a dict, but not those of a class.
+
+  Args:
+    given: description of a tree.
+    expected: that of a tree of the same `shape`.
+  """
+  places = {path: i for i, path in enumerate(_paths(given))}
+  return [places[path] for path in _paths(expected)]
+
+
+def _paths(node: Mapping[str, Any]) -> list[tuple[str, ...]]:
+  """Returns the names on the way to each leaf, in the order of the leaves."""
+  if node['kind'] == 'leaf':
+    return [()]
+  return [
+    (name, *path)
+    for name, child in zip(node['keys'], node['children'])
+    for path in _paths(child)
+  ]
+
+
 def _build(node: Mapping[str, Any], leaves: Any) -> Any:
   kind = node['kind']
   if kind == 'leaf':
