@@ -16,15 +16,25 @@ _PLAIN = {dict: 'dict', list: 'list', tuple: 'tuple', type(None): 'none'}
 
 
 def describe(tree: Any) -> dict[str, Any]:
-  """Returns the description of a tree: plain JSON values."""
+  """Returns the description of a tree: plain JSON values.
+
+  Raises:
+    ValueError: a dict has a key that is neither a str nor an int, or two parts
+      of a node have the same name.
+  """
   children = _children(tree)
   if children is None:
     return _LEAF
   node = {
     'kind': _PLAIN.get(type(tree), 'object'),
-    'keys': [name for name, _ in children],
+    'keys': [key for key, _ in children],
     'children': [describe(child) for _, child in children],
   }
+  if len(set(_names(node))) < len(children):
+    raise ValueError(
+      f'two parts of a {type(tree).__name__} have the same name: its parts are '
+      f'{", ".join(_names(node))}'
+    )
   if node['kind'] == 'object':
     node['class'] = f'{type(tree).__module__}:{type(tree).__qualname__}'
     if hasattr(tree, '_fields'):
@@ -42,7 +52,7 @@ def shape(description: Mapping[str, Any]) -> Any:
   if description['kind'] == 'leaf':
     return 'array'
   children = map(shape, description['children'])
-  return dict(zip(description['keys'], children))
+  return dict(zip(_names(description), children))
 
 
 def order(given: Mapping[str, Any], expected: Mapping[str, Any]) -> list[int]:
@@ -64,9 +74,13 @@ def _paths(node: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [()]
   return [
     (name, *path)
-    for name, child in zip(node['keys'], node['children'])
+    for name, child in zip(_names(node), node['children'])
     for path in _paths(child)
   ]
+
+
+def _names(node: Mapping[str, Any]) -> list[str]:
+  return [str(key) for key in node['keys']]
 
 
 def _build(node: Mapping[str, Any], leaves: Any) -> Any:
@@ -104,12 +118,23 @@ def _class(name: str) -> Any:
   return owner
 
 
-def _children(tree: Any) -> list[tuple[str, Any]] | None:
-  """Returns the names and parts of a node; None for a leaf."""
+def _children(tree: Any) -> list[tuple[Any, Any]] | None:
+  """Returns the keys and parts of a node; None for a leaf."""
   parts = jax.tree_util.tree_leaves_with_path(
     tree, is_leaf=lambda x: x is not tree
   )
   if len(parts) == 1 and parts[0][1] is tree and not parts[0][0]:
     return None
-  names = [jax.tree_util.keystr(path, simple=True) for path, _ in parts]
-  return list(zip(names, (part for _, part in parts)))
+  return [(_key(*path), part) for path, part in parts]
+
+
+def _key(entry: Any) -> str | int:
+  """Returns the key of a dict, or the name of another part."""
+  if not isinstance(entry, jax.tree_util.DictKey):
+    return jax.tree_util.keystr((entry,), simple=True)
+  if not isinstance(entry.key, str | int):
+    raise ValueError(
+      f'a dict has the key {entry.key!r}, a {type(entry.key).__name__}: keys '
+      'of inputs and outputs are str or int, which a manifest can hold'
+    )
+  return entry.key

@@ -1,6 +1,9 @@
 """Trees of inputs and outputs: served by name, and built again as they were."""
 
 import collections
+import json
+import re
+import shutil
 import sys
 from typing import Any, NamedTuple
 
@@ -11,6 +14,8 @@ import fliqs_jax as fliqs
 from fliqs_jax import export
 from fliqs_jax import serving
 from fliqs_jax.program import searchable as searchable_lib
+from fliqs_jax.serving import export_files
+from fliqs_jax.serving import pytrees
 from fliqs_jax.space import discovery
 from tests import helpers
 
@@ -23,6 +28,8 @@ class Batch(NamedTuple):
 
 
 QUERY, KEY = np.full((2, 4), 3, np.float32), np.ones((2, 4), np.float32)
+# As text, '10' is sorted before '2'.
+NUMBERED = {i: np.full((2, 1), 10 * i, np.float32) for i in range(12)}
 
 
 def written(out, function, *args):
@@ -40,11 +47,15 @@ def written(out, function, *args):
 
 @pytest.fixture(scope='module', name='exported')
 def _exported(tmp_path_factory):
-  def towers(params, batch):
-    return dict(scores=batch.query @ params['w'], apart=batch.query - batch.key)
+  def towers(params, batch, numbered):
+    return dict(
+      scores=batch.query @ params['w'],
+      apart=batch.query - batch.key,
+      numbered={i: x + i for i, x in numbered.items()},
+    )
 
   out = tmp_path_factory.mktemp('exports') / 'out'
-  return written(out, towers, Batch(QUERY, KEY))
+  return written(out, towers, Batch(QUERY, KEY), NUMBERED)
 
 
 @pytest.mark.parametrize(
@@ -58,14 +69,18 @@ def _exported(tmp_path_factory):
 )
 def test_inputs_are_those_of_their_names_in_any_class(exported, batch):
   served = serving.load(exported)
-  np.testing.assert_array_equal(served(batch)['apart'], np.full((2, 4), 2))
+  np.testing.assert_array_equal(
+    served(batch, NUMBERED)['apart'], np.full((2, 4), 2)
+  )
   # The second call of a structure is not checked again.
-  np.testing.assert_array_equal(served(batch)['apart'], np.full((2, 4), 2))
+  np.testing.assert_array_equal(
+    served(batch, NUMBERED)['apart'], np.full((2, 4), 2)
+  )
 
 
 def test_slices_are_of_inputs_in_the_order_of_the_export(exported):
   served = serving.load(exported, at_once=1)
-  apart = served(dict(query=QUERY, key=KEY))['apart']
+  apart = served(dict(query=QUERY, key=KEY), NUMBERED)['apart']
   np.testing.assert_array_equal(apart, np.full((2, 4), 2))
 
 
@@ -74,3 +89,59 @@ def test_an_export_is_verified_where_a_class_is_not_known(
 ):
   monkeypatch.delattr(sys.modules[__name__], 'Batch')
   assert export.verify(exported)['bit_equal']
+
+
+def numbered_by(served, numbered):
+  return served(Batch(QUERY, KEY), numbered)['numbered']
+
+
+@pytest.mark.parametrize('name', [int, str])
+def test_a_dict_keeps_its_numbers(exported, name):
+  found = numbered_by(
+    serving.load(exported), {name(i): x for i, x in NUMBERED.items()}
+  )
+  expected = {i: np.full((2, 1), 11 * i) for i in range(12)}
+  assert list(found) == list(expected)
+  for i in expected:
+    np.testing.assert_array_equal(found[i], expected[i])
+
+
+def test_an_export_whose_manifest_has_numbers_as_text_is_read(
+  exported, tmp_path
+):
+  out = shutil.copytree(exported, tmp_path / 'out')
+  manifest = export_files.read_manifest(out)
+  numbered = manifest['outputs']['children'][1]
+  given = manifest['inputs']['children'][0]['children'][1]
+  for node in numbered, given:
+    node['keys'] = [str(i) for i in node['keys']]
+  manifest['checksum'] = export_files.checksum(manifest)
+  (out / 'manifest.json').write_text(json.dumps(manifest))
+  assert export.verify(out)['bit_equal']
+  found = numbered_by(serving.load(out), NUMBERED)
+  assert sorted(found, key=int) == [str(i) for i in range(12)]
+  np.testing.assert_array_equal(found['10'], np.full((2, 1), 110))
+
+
+@pytest.mark.parametrize('key', [2.5, (0, 1), None, b'x'])
+def test_keys_that_a_manifest_cannot_hold_are_refused(key, tmp_path):
+  def outputs(params, x):
+    return {key: x @ params['w']}
+
+  def inputs(params, named):
+    return named[key] @ params['w']
+
+  for function, x in ((outputs, QUERY), (inputs, {key: QUERY})):
+    with pytest.raises(
+      ValueError, match=f'key {re.escape(repr(key))}, .* str or int'
+    ):
+      written(tmp_path / 'out', function, x)
+  assert not (tmp_path / 'out').exists()
+
+
+def test_parts_of_the_same_name_are_refused():
+  parts = collections.OrderedDict({'0': QUERY, 0: KEY})
+  with pytest.raises(
+    ValueError, match='of a OrderedDict .*: its parts are 0, 0'
+  ):
+    pytrees.describe(parts)
