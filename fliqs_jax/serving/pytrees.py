@@ -2,11 +2,13 @@
 
 A tree is described by its nodes: a leaf, a dict, list, tuple or None, a named
 tuple, or an object of another registered class. An object is built again as its
-own class if that can be imported, and else as a dict of its parts.
+own class if that can be imported and its parts are all that it has; with other
+static fields than the defaults, for one, it is a dict of its parts.
 """
 
 from collections.abc import Mapping, Sequence
 import importlib
+import operator
 from typing import Any
 
 import jax
@@ -26,7 +28,7 @@ def describe(tree: Any) -> dict[str, Any]:
   if children is None:
     return _LEAF
   node = {
-    'kind': _PLAIN.get(type(tree), 'object'),
+    'kind': _PLAIN.get(type(tree), 'dict'),
     'keys': [key for key, _ in children],
     'children': [describe(child) for _, child in children],
   }
@@ -35,11 +37,13 @@ def describe(tree: Any) -> dict[str, Any]:
       f'two parts of a {type(tree).__name__} have the same name: its parts are '
       f'{", ".join(_names(node))}'
     )
-  if node['kind'] == 'object':
-    node['class'] = f'{type(tree).__module__}:{type(tree).__qualname__}'
-    if hasattr(tree, '_fields'):
-      node['kind'] = 'named tuple'
-  return node
+  if type(tree) in _PLAIN:
+    return node
+  instance = node | {
+    'kind': 'named tuple' if hasattr(tree, '_fields') else 'object',
+    'class': f'{type(tree).__module__}:{type(tree).__qualname__}',
+  }
+  return instance if _is_built(instance, tree) else node
 
 
 def build(description: Mapping[str, Any], leaves: Sequence[Any]) -> Any:
@@ -84,12 +88,15 @@ def _names(node: Mapping[str, Any]) -> list[str]:
 
 
 def _build(node: Mapping[str, Any], leaves: Any) -> Any:
-  kind = node['kind']
-  if kind == 'leaf':
+  if node['kind'] == 'leaf':
     return next(leaves)
-  children = [_build(child, leaves) for child in node['children']]
+  return _node(node, [_build(child, leaves) for child in node['children']])
+
+
+def _node(node: Mapping[str, Any], children: list[Any]) -> Any:
+  """Returns a node from its description and its parts."""
   parts = dict(zip(node['keys'], children))
-  match kind:
+  match node['kind']:
     case 'none':
       return None
     case 'list':
@@ -102,9 +109,30 @@ def _build(node: Mapping[str, Any], leaves: Any) -> Any:
   if owner is None:
     return parts
   try:
-    return owner(*children) if kind == 'named tuple' else owner(**parts)
-  except TypeError:  # It has parts that are no leaves, or other arguments.
+    if node['kind'] == 'named tuple':
+      return owner(*children)
+    return owner(**parts)
+  except TypeError:  # It has other arguments.
     return parts
+
+
+def _is_built(node: Mapping[str, Any], tree: Any) -> bool:
+  """Returns whether a node's class makes it from its parts alone."""
+  children = [
+    build(child, jax.tree.leaves(part))
+    for child, (_, part) in zip(node['children'], _children(tree) or [])
+  ]
+  try:
+    parts, structure = _flat(_node(node, children))
+    same = structure == _flat(tree)[1]
+  except Exception:  # The class may raise any error.
+    return False
+  return same and all(map(operator.is_, parts, children))
+
+
+def _flat(tree: Any) -> tuple[list[Any], Any]:
+  """Returns the parts of a node, and its structure without theirs."""
+  return jax.tree.flatten(tree, is_leaf=lambda x: x is not tree)
 
 
 def _class(name: str) -> Any:

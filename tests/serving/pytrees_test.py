@@ -1,12 +1,15 @@
 """Trees of inputs and outputs: served by name, and built again as they were."""
 
 import collections
+import dataclasses
 import json
 import re
 import shutil
 import sys
 from typing import Any, NamedTuple
 
+from flax import struct
+import jax
 import numpy as np
 import pytest
 
@@ -25,6 +28,54 @@ class Batch(NamedTuple):
 
   query: Any
   key: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Scaled:
+  """A static field, as of the output of a quantized model."""
+
+  values: Any
+  scale: float = dataclasses.field(metadata=dict(static=True), default=1.0)
+
+
+@struct.dataclass
+class Named:
+  """The same with flax."""
+
+  values: Any
+  name: str = struct.field(pytree_node=False, default='none')
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass
+class Doubled:
+  """Parts that are not the arguments."""
+
+  values: Any
+
+  def __post_init__(self):
+    self.values = 2 * self.values
+
+  def tree_flatten_with_keys(self):
+    return [(jax.tree_util.GetAttrKey('values'), self.values)], None
+
+  @classmethod
+  def tree_unflatten(cls, _, children):
+    doubled = object.__new__(cls)
+    (doubled.values,) = children
+    return doubled
+
+
+@struct.dataclass
+class Strict:
+  """A class that needs another one inside."""
+
+  inner: Any
+
+  def __post_init__(self):
+    if isinstance(self.inner, dict):
+      raise ValueError('inner is a dict')
 
 
 QUERY, KEY = np.full((2, 4), 3, np.float32), np.ones((2, 4), np.float32)
@@ -51,6 +102,18 @@ def _exported(tmp_path_factory):
     return dict(
       scores=batch.query @ params['w'],
       apart=batch.query - batch.key,
+      all=[
+        Scaled(batch.query),
+        Scaled(batch.query, 255.0),
+        Named(batch.query, 'none'),
+        Named(batch.query, 'other'),
+        Doubled(batch.query),
+      ],
+      outer=[
+        Strict(Scaled(batch.query)),
+        Strict(Scaled(batch.query, 255.0)),
+        Batch(Scaled(batch.query, 255.0), None),
+      ],
       numbered={i: x + i for i, x in numbered.items()},
     )
 
@@ -111,7 +174,7 @@ def test_an_export_whose_manifest_has_numbers_as_text_is_read(
 ):
   out = shutil.copytree(exported, tmp_path / 'out')
   manifest = export_files.read_manifest(out)
-  numbered = manifest['outputs']['children'][1]
+  numbered = manifest['outputs']['children'][2]
   given = manifest['inputs']['children'][0]['children'][1]
   for node in numbered, given:
     node['keys'] = [str(i) for i in node['keys']]
@@ -145,3 +208,40 @@ def test_parts_of_the_same_name_are_refused():
     ValueError, match='of a OrderedDict .*: its parts are 0, 0'
   ):
     pytrees.describe(parts)
+
+
+def test_a_class_that_its_parts_alone_do_not_make_is_a_dict_of_them(exported):
+  outputs = serving.load(exported)(Batch(QUERY, KEY), NUMBERED)
+  helpers.same(
+    outputs['all'],
+    [
+      Scaled(QUERY),
+      dict(values=QUERY),  # The class has a scale of 1.
+      Named(QUERY),
+      dict(values=QUERY),
+      dict(values=2 * QUERY),  # The class would double it again.
+    ],
+  )
+
+
+def test_a_class_is_built_again_around_parts_that_are_dicts(exported):
+  outputs = serving.load(exported)(Batch(QUERY, KEY), NUMBERED)
+  helpers.same(
+    outputs['outer'],
+    [
+      Strict(Scaled(QUERY)),
+      dict(inner=dict(values=QUERY)),
+      Batch(dict(values=QUERY), None),
+    ],
+  )
+
+
+def test_static_fields_of_inputs_do_not_count(tmp_path):
+  def scaled(params, x):
+    return dict(y=x.values @ params['w'], values=x.values * x.scale)
+
+  out = written(tmp_path / 'out', scaled, Scaled(QUERY, 2.0))
+  assert export.verify(out)['bit_equal']
+  served = serving.load(out)
+  for x in (Scaled(QUERY, 2.0), Scaled(QUERY), dict(values=QUERY)):
+    np.testing.assert_array_equal(served(x)['values'], np.full((2, 4), 6))
