@@ -29,7 +29,9 @@ class Served:
 
   Attributes:
     manifest: the export's manifest.
-    operands: what its program reads beside the inputs, on the device.
+    operands: what its program reads beside the inputs, on JAX's default device;
+      JAX copies them in each call to where the inputs are committed, if that is
+      another one.
     at_once: number of examples that run together; None: all. Larger batches run
       in slices; then every input and output has the examples on its first axis.
       A program of one batch size needs slices of that size, of which the last
@@ -46,7 +48,9 @@ class Served:
     self.manifest = content.manifest
     self.at_once = at_once
     unpacked = jax.jit(stablehlo.deserialize(unpack).call)(content.tensors)
-    self.operands = jax.device_put(unpacked)
+    # An exported program commits its results to a device; from the host, they
+    # are free to follow the inputs.
+    self.operands = jax.device_put(jax.device_get(unpacked))
     program = stablehlo.deserialize(model)
     self._expected = program.in_avals[len(unpacked) :]
     batch = content.manifest['program']['batch']
@@ -72,7 +76,7 @@ class Served:
 
     Raises:
       ValueError: the inputs have another structure, type or shape than the
-        example inputs.
+        example inputs, or cannot be cut into slices.
     """
     leaves, structure = jax.tree.flatten((inputs, rngs))
     leaves = [served_program.raw(x) for x in leaves]
@@ -83,8 +87,7 @@ class Served:
       self._orders[kind] = order
     leaves = [leaves[i] for i in self._orders[kind]]
     step = self.at_once
-    examples = step if self._fixed else 1
-    if step is None or examples <= len(leaves[0]) <= step:
+    if step is None or self._is_slice(leaves[0], step):
       outputs = self._run(self.operands, *leaves)
     else:
       parts = [
@@ -93,6 +96,10 @@ class Served:
       ]
       outputs = [jnp.concatenate(same) for same in zip(*parts)]
     return pytrees.build(self.manifest['outputs'], outputs)
+
+  def _is_slice(self, x: Any, step: int) -> bool:
+    """Returns whether the program takes an input as it is."""
+    return (step if self._fixed else 1) <= len(x) <= step
 
   def _slice(self, leaves: list[Any]) -> list[Any]:
     """Returns the outputs for some examples, on the first axis of each leaf."""
@@ -134,6 +141,13 @@ class Served:
       if 0 in np.shape(x) and 0 not in expected.shape:
         raise ValueError(
           f'input {i} is {dtype}{list(np.shape(x))}: it has no example'
+        )
+      step, split = self.at_once, jax.typeof(x).sharding.spec
+      if step and not self._is_slice(x, step) and split[0] is not None:
+        raise ValueError(
+          f'input {i} is {jax.typeof(x).str_short()}: its examples are split '
+          f'over devices, so that slices of at_once={step} cannot be cut; put '
+          f'it on one device, or give {step} examples at a time'
         )
 
   def _hint(self) -> str:

@@ -13,14 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-import fliqs_jax as fliqs
 from fliqs_jax import export
 from fliqs_jax import serving
-from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.serving import export_files
 from fliqs_jax.serving import pytrees
-from fliqs_jax.space import discovery
 from tests import helpers
+from tests.serving import cases
 
 
 class Batch(NamedTuple):
@@ -83,19 +81,6 @@ QUERY, KEY = np.full((2, 4), 3, np.float32), np.ones((2, 4), np.float32)
 NUMBERED = {i: np.full((2, 1), 10 * i, np.float32) for i in range(12)}
 
 
-def written(out, function, *args):
-  """Exports a function of parameters and inputs."""
-  params = dict(w=helpers.random((4, 3)))
-  spec = fliqs.QuantSpec('int_s')
-  model = searchable_lib.searchable(function, spec, params=params)
-  space = discovery.find(model, *args)
-  choices = space.uniform('INT8')
-  at = {**model.init(None, *args), 'arch': space.expand(choices)}
-  _, changed = model.apply(at, *args, mutable=['quant_stats'])
-  fliqs.export_model(model, at | changed, choices, *args, out=out)
-  return out
-
-
 @pytest.fixture(scope='module', name='exported')
 def _exported(tmp_path_factory):
   def towers(params, batch, numbered):
@@ -118,7 +103,7 @@ def _exported(tmp_path_factory):
     )
 
   out = tmp_path_factory.mktemp('exports') / 'out'
-  return written(out, towers, Batch(QUERY, KEY), NUMBERED)
+  return cases.written(out, towers, Batch(QUERY, KEY), NUMBERED)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +183,7 @@ def test_keys_that_a_manifest_cannot_hold_are_refused(key, tmp_path):
     with pytest.raises(
       ValueError, match=f'key {re.escape(repr(key))}, .* str or int'
     ):
-      written(tmp_path / 'out', function, x)
+      cases.written(tmp_path / 'out', function, x)
   assert not (tmp_path / 'out').exists()
 
 
@@ -240,7 +225,7 @@ def test_static_fields_of_inputs_do_not_count(tmp_path):
   def scaled(params, x):
     return dict(y=x.values @ params['w'], values=x.values * x.scale)
 
-  out = written(tmp_path / 'out', scaled, Scaled(QUERY, 2.0))
+  out = cases.written(tmp_path / 'out', scaled, Scaled(QUERY, 2.0))
   assert export.verify(out)['bit_equal']
   served = serving.load(out)
   for x in (Scaled(QUERY, 2.0), Scaled(QUERY), dict(values=QUERY)):
