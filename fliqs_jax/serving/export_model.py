@@ -76,10 +76,10 @@ def export_model(
   Raises:
     ValueError: the directory is not empty; the model cannot be called with
       these arguments, or changes its variables in the call; an input is no
-      array; the choices are those of another model; activations were never
-      quantized in training; a product at BF16 differs from the model's by more
-      than rounding; or the served outputs differ from those of the search, in
-      ONNX Runtime, too, if `onnx`.
+      array, or a key of a dict neither a str nor an int; the choices are those
+      of another model; activations were never quantized in training; a product
+      at BF16 differs from the model's by more than rounding; or the served
+      outputs differ from those of the search, in ONNX Runtime, too, if `onnx`.
   """
   export_files.check_free(out)
   if not isinstance(model, searchable_lib.Searchable):
@@ -168,6 +168,9 @@ def write(
     return model.apply(variables, *args, **noting, **call)[1]
 
   outputs = jax.jit(evaluate)(variables, args, random)
+  trees = dict(
+    inputs=pytrees.describe((args, rngs)), outputs=pytrees.describe(outputs)
+  )
   noted = jax.device_get(jax.jit(operands_of)(variables, args, random))
   own = {k: v for k, v in variables.items() if k not in searchable_lib.OWN}
   parts = model.replaced(model.trace(own, args, call, rngs, []).parts)
@@ -205,8 +208,7 @@ def write(
     versions=versions.versions(),
     machine=f'{platform.machine()} {jax.default_backend()}',
     **manifest,
-    inputs=pytrees.describe((args, rngs)),
-    outputs=pytrees.describe(outputs),
+    **trees,
     keys=[
       str(jax.random.key_impl(x)) if served_program.is_key(x) else None
       for x in jax.tree.leaves((args, rngs))
@@ -309,8 +311,10 @@ def _arrays(args: tuple[Any, ...]) -> tuple[Any, ...]:
   """Returns the inputs as JAX's arrays.
 
   Raises:
-    ValueError: one is no array, which a served model could not be given.
+    ValueError: one is no array, which a served model could not be given, or has
+      a name that a manifest cannot hold.
   """
+  pytrees.describe(args)
   for path, leaf in jax.tree_util.tree_leaves_with_path(args):
     if not models.is_array(leaf):
       place = jax.tree_util.keystr(path)
@@ -365,9 +369,8 @@ def verify(directory: str | os.PathLike[str]) -> dict[str, Any]:
   """
   manifest = export_files.read_manifest(directory)
   with export_files.refused(directory):
-    args, rngs, expected = loader.reference(directory, manifest)
+    (args, rngs), inputs, expected = loader.reference(directory, manifest)
     outputs = _outputs(loader.load(directory)(*args, rngs=rngs))
-    inputs = [served_program.raw(x) for x in jax.tree.leaves((args, rngs))]
     made = f'exported with {manifest["versions"]} on {manifest["machine"]}'
     found = differences.checked(
       f'{directory}, {made}: the outputs', inputs, outputs, expected

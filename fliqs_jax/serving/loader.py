@@ -29,7 +29,9 @@ class Served:
 
   Attributes:
     manifest: the export's manifest.
-    operands: what its program reads beside the inputs, on the device.
+    operands: what its program reads beside the inputs, on JAX's default device;
+      JAX copies them in each call to where the inputs are committed, if that is
+      another one.
     at_once: number of examples that run together; None: all. Larger batches run
       in slices; then every input and output has the examples on its first axis.
       A program of one batch size needs slices of that size, of which the last
@@ -46,7 +48,9 @@ class Served:
     self.manifest = content.manifest
     self.at_once = at_once
     unpacked = jax.jit(stablehlo.deserialize(unpack).call)(content.tensors)
-    self.operands = jax.device_put(unpacked)
+    # An exported program commits its results to a device; from the host, they
+    # are free to follow the inputs.
+    self.operands = jax.device_put(jax.device_get(unpacked))
     program = stablehlo.deserialize(model)
     self._expected = program.in_avals[len(unpacked) :]
     batch = content.manifest['program']['batch']
@@ -60,29 +64,30 @@ class Served:
         f'because the model needs that as a number; use at_once={batch}'
       )
     self._run = jax.jit(program.call)
-    self._checked: set[Any] = set()
+    self._orders: dict[Any, list[int]] = {}
 
   def __call__(self, *inputs: Any, rngs: Any = None) -> Any:
     """Returns the model's outputs for its inputs; compiles once per shape.
 
     Args:
-      *inputs: arrays [N, ...] or pytrees of them, as in the model's call.
+      *inputs: arrays [N, ...] or pytrees of them, as in the model's call. Names
+        count, not classes: a dict of its parts stands for a named tuple.
       rngs: {name: typed PRNG key []} if the export got such.
 
     Raises:
       ValueError: the inputs have another structure, type or shape than the
-        example inputs.
+        example inputs, or cannot be cut into slices.
     """
     leaves, structure = jax.tree.flatten((inputs, rngs))
     leaves = [served_program.raw(x) for x in leaves]
     kind = structure, *((np.shape(x), jax.typeof(x)) for x in leaves)
-    if kind not in self._checked:  # The checks take as long as a small model.
-      self._check_structure(inputs, rngs)
-      self._check(leaves)
-      self._checked.add(kind)
+    if kind not in self._orders:  # The checks take as long as a small model.
+      order = self._order(inputs, rngs)
+      self._check([leaves[i] for i in order])
+      self._orders[kind] = order
+    leaves = [leaves[i] for i in self._orders[kind]]
     step = self.at_once
-    examples = step if self._fixed else 1
-    if step is None or examples <= len(leaves[0]) <= step:
+    if step is None or self._is_slice(leaves[0], step):
       outputs = self._run(self.operands, *leaves)
     else:
       parts = [
@@ -91,6 +96,10 @@ class Served:
       ]
       outputs = [jnp.concatenate(same) for same in zip(*parts)]
     return pytrees.build(self.manifest['outputs'], outputs)
+
+  def _is_slice(self, x: Any, step: int) -> bool:
+    """Returns whether the program takes an input as it is."""
+    return (step if self._fixed else 1) <= len(x) <= step
 
   def _slice(self, leaves: list[Any]) -> list[Any]:
     """Returns the outputs for some examples, on the first axis of each leaf."""
@@ -104,14 +113,15 @@ class Served:
     ]
     return [y[:examples] for y in self._run(self.operands, *filled)]
 
-  def _check_structure(self, inputs: Any, rngs: Any) -> None:
-    description = pytrees.describe((inputs, rngs))
-    if pytrees.shape(description) != pytrees.shape(self.manifest['inputs']):
+  def _order(self, inputs: Any, rngs: Any) -> list[int]:
+    """Returns the place of each input of the program among the leaves."""
+    given, expected = pytrees.describe((inputs, rngs)), self.manifest['inputs']
+    if pytrees.shape(given) != pytrees.shape(expected):
       raise ValueError(
         'the inputs have another structure than those of the export: got '
-        f'{pytrees.shape(description)}, expected '
-        f'{pytrees.shape(self.manifest["inputs"])}'
+        f'{pytrees.shape(given)}, expected {pytrees.shape(expected)}'
       )
+    return pytrees.order(given, expected)
 
   def _check(self, leaves: list[Any]) -> None:
     for i, (x, expected) in enumerate(zip(leaves, self._expected)):
@@ -131,6 +141,13 @@ class Served:
       if 0 in np.shape(x) and 0 not in expected.shape:
         raise ValueError(
           f'input {i} is {dtype}{list(np.shape(x))}: it has no example'
+        )
+      step, split = self.at_once, jax.typeof(x).sharding.spec
+      if step and not self._is_slice(x, step) and split[0] is not None:
+        raise ValueError(
+          f'input {i} is {jax.typeof(x).str_short()}: its examples are split '
+          f'over devices, so that slices of at_once={step} cannot be cut; put '
+          f'it on one device, or give {step} examples at a time'
         )
 
   def _hint(self) -> str:
@@ -208,8 +225,13 @@ def load(
 
 def reference(
   directory: str | os.PathLike[str], manifest: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], Any, dict[str, np.ndarray]]:
-  """Returns the example inputs, the keys, and {name: output} for them.
+) -> tuple[
+  tuple[tuple[Any, ...], Any], list[np.ndarray], dict[str, np.ndarray]
+]:
+  """Returns the example inputs, their leaves, and {name: output} for them.
+
+  The inputs are a tree (inputs, keys). The leaves are what the program takes,
+  in its order: of keys, their uint32 data.
 
   Raises:
     ValueError: a file is missing or damaged.
@@ -219,9 +241,8 @@ def reference(
   )
   outputs = {k: v for k, v in arrays.items() if k.startswith('outputs')}
   leaves = [arrays[f'inputs/{i}'] for i in range(len(manifest['keys']))]
-  leaves = [
+  typed = [
     x if impl is None else jax.random.wrap_key_data(jnp.asarray(x), impl=impl)
     for x, impl in zip(leaves, manifest['keys'])
   ]
-  args, rngs = pytrees.build(manifest['inputs'], leaves)
-  return args, rngs, outputs
+  return pytrees.build(manifest['inputs'], typed), leaves, outputs

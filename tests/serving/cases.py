@@ -70,6 +70,19 @@ class Run:
     return manifest
 
 
+def written(out, function, *args):
+  """Exports a function of parameters {w: [4, 3]} and inputs, at INT8."""
+  params = dict(w=helpers.random((4, 3)))
+  spec = fliqs.QuantSpec('int_s')
+  model = fliqs.searchable(function, spec, params=params)
+  space = fliqs.find_decisions(model, *args)
+  choices = space.uniform('INT8')
+  at = {**model.init(None, *args), 'arch': space.expand(choices)}
+  _, changed = model.apply(at, *args, mutable=['quant_stats'])
+  fliqs.export_model(model, at | changed, choices, *args, out=out)
+  return out
+
+
 class Body(nn.Module):
   """One iteration of a stack."""
 
