@@ -47,7 +47,8 @@ def weights(
     contracted: axes of `w` that the product sums over; the others are channels,
       each of which has a scale.
     active: bool, broadcasts to `w`: which weights are active; None: all.
-    ratios: [K, channels], by which thresholds are multiplied; None: 1.
+    ratios: [K, channels], by which thresholds are multiplied; 0, not found
+      yet, counts as 1. None: 1.
   """
   seen = lax.stop_gradient(w)  # A threshold has no gradient.
   peak = jnp.max(jnp.abs(seen), axis=contracted, keepdims=True)
@@ -65,7 +66,7 @@ def weights(
       mean, std = jnp.mean(seen, **over), jnp.std(seen, **over)
       threshold = _threshold(multiple, mean, std, peak)
     if ratios is not None:
-      threshold *= one_hot_lib.pick(one_hot, ratios).reshape(peak.shape)
+      threshold *= _ratio(one_hot, ratios).reshape(peak.shape)
     return quantize.quantize(w, grid, threshold)
 
   return on_grid
@@ -83,9 +84,10 @@ def first_statistics(menu: Menu, clip: str | float) -> dict[str, np.ndarray]:
     mean, of the variance about it, and of the largest magnitude; `count` []
     int32, batches seen; `active` [] bool, whether activations are quantized
     yet; `clip` [K] float32, the multiple of each format; and, if a format has a
-    strategy, `ratio` [K] float32, by which thresholds are multiplied.
+    strategy, `ratio` [K] float32, by which thresholds are multiplied; 0: not
+    found yet, which counts as 1.
   """
-  ratio = np.ones(len(menu), np.float32)
+  ratio = np.zeros(len(menu), np.float32)
   return dict(
     mean=np.zeros((), np.float32),
     variance=np.zeros((), np.float32),
@@ -168,7 +170,7 @@ def activations(
     else:
       threshold = jnp.where(jnp.isfinite(multiple), multiple * std, largest)
     if 'ratio' in statistics:
-      threshold *= one_hot_lib.pick(one_hot, statistics['ratio'])
+      threshold *= _ratio(one_hot, statistics['ratio'])
     # Several readers would each compute it anew from the statistics.
     threshold = float_ops.written_once(threshold)
     quantized = quantize.quantize(x, grid, threshold)
@@ -178,6 +180,11 @@ def activations(
     )
 
   return on_grid
+
+
+def _ratio(one_hot: jax.Array, ratios: jax.Array) -> jax.Array:
+  """Returns the ratio of the picked format; 1 until its strategy found one."""
+  return one_hot_lib.pick(one_hot, jnp.where(ratios > 0, ratios, 1.0))
 
 
 def _threshold(multiple: Any, mean: Any, std: Any, largest: Any) -> jax.Array:

@@ -353,7 +353,7 @@ class Operands:
 
   def _weight_ratios(self, options: int, channels: int) -> nn.Variable:
     """Returns the variable [K, channels] of the weights' ratios."""
-    first = np.ones((options, channels), np.float32)
+    first = np.zeros((options, channels), np.float32)
     return self._variable('weight_ratio', first)
 
   @property

@@ -71,8 +71,8 @@ class Quantized:
       if product.kind != 'embed' and formats.has_strategies(
         weights := menus['weights'] or ()
       ):
-        ones = np.ones((len(weights), product.channels), np.float32)
-        first = {**first, 'weight_ratio': ones}
+        unknown = np.zeros((len(weights), product.channels), np.float32)
+        first = {**first, 'weight_ratio': unknown}
     return jax.tree.map(
       lambda x: np.broadcast_to(x, product.stack + x.shape), first
     )

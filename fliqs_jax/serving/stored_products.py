@@ -26,6 +26,8 @@ Pair = tuple[formats.NumericFormat | None, formats.NumericFormat | None]
 
 # Sums of int8 products in an int32 accumulator wrap around beyond this bound.
 _LARGEST_SUM = 2**31 - 1
+# Strategies whose thresholds need no search: none, and the largest magnitude.
+_GIVEN = ('', 'max_abs')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +155,8 @@ def stored(
 
   Raises:
     ValueError: activations have a format but were never quantized in training,
-      or weights that have a format cannot be stored.
+      strategies have found no threshold, or weights that have a format cannot
+      be stored.
   """
   flat = products_lib.flattened(noted)
   stats = products_lib.flattened(variables.get('quant_stats', {}))
@@ -170,6 +173,8 @@ def stored(
       if (key := products_lib.join(product.path, name)) in flat
     }
     reading, rows = _reading(product, pairs, own)
+    if any(f and f.strategy not in _GIVEN for pair in pairs for f in pair):
+      _check_found(product.path, stats)
     if any(pair[1] for pair in pairs):
       scales = _scales(product.path, rows['activations'], stats)
       rows = {**rows, 'activations': scales}
@@ -330,6 +335,26 @@ def _name(collection: str, path: str, name: str) -> str:
   return products_lib.join(collection, path, name)
 
 
+def _statistics(path: str, stats: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the statistics of a product, by their whole paths."""
+  own = products_lib.join(path, '')
+  return {
+    name: value
+    for name, value in stats.items()
+    if not own or name.startswith(f'{own}/')
+  }
+
+
+def _check_found(path: str, stats: Mapping[str, Any]) -> None:
+  for name, ratios in _statistics(path, stats).items():
+    if name.endswith('ratio') and not np.any(ratios):
+      raise ValueError(
+        f'the strategies of {path or "the model"} have found no thresholds: in '
+        'a loop of your own, call `search.calibration.strategy_step`, and once '
+        'more for the found network'
+      )
+
+
 def _scales(
   path: str, scales: np.ndarray, stats: Mapping[str, Any]
 ) -> np.ndarray:
@@ -341,11 +366,9 @@ def _scales(
   Raises:
     ValueError: no iteration has a scale yet.
   """
-  own = products_lib.join(path, '')
   marks = [
     np.asarray(value, bool)
-    for name, value in stats.items()
-    if not own or name.startswith(f'{own}/')
+    for name, value in _statistics(path, stats).items()
     if name.endswith(('active', 'count'))
   ]
   seen = np.logical_and.reduce(marks)

@@ -572,6 +572,18 @@ def test_activations_that_never_were_quantized_are_refused(module, tmp_path):
   assert not (tmp_path / 'out').exists()
 
 
+def test_strategies_that_found_no_threshold_are_refused(tmp_path):
+  def untrained(name):
+    spec = fliqs.QuantSpec(name)
+    return cases.Run(nn.Dense(3), cases.X, names=[name], spec=spec)
+
+  run = untrained('INT4:kl')
+  with pytest.raises(ValueError, match='strategies of .* found no thresholds'):
+    run.export(tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()
+  untrained('INT4:max_abs').export(tmp_path / 'out')  # It needs no search.
+
+
 def test_a_branch_that_an_iteration_never_takes_needs_no_scale(tmp_path):
   x = np.float32([[0.5, -1.0], [2.0, 0.25]])
   params = dict(stack=np.float32([[[1, 2], [3, 4]], [[-1, 0], [2, 1]]]))
