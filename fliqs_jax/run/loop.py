@@ -29,25 +29,44 @@ class PreemptedError(RuntimeError):
   """The run was asked to stop, and saved its state."""
 
 
-@dataclasses.dataclass
-class Run:
-  """State of a run, and the time that it took.
+@dataclasses.dataclass(frozen=True)
+class Effort:
+  """What a run took, in all its starts; a checkpoint keeps it.
 
   Attributes:
-    state: training state after the last step taken.
-    seconds_before: wall time in seconds of earlier starts of the run, up to the
-      checkpoint.
-    compilations: number of compilations of the step in this process.
+    seconds: wall time in seconds of earlier starts, up to the checkpoint.
+    compilations: number of compilations of the step: one for each start that
+      took steps.
     compile_seconds: wall time of these compilations in seconds.
-    step_bytes: memory that the step needs beside its arguments, on one device;
-      None if nothing was compiled or the compiler does not know.
+    step_bytes: memory that the step needs beside its arguments, on one device,
+      as compiled last; None if the compiler does not know.
   """
 
-  state: train_state.TrainState
-  seconds_before: float = 0.0
+  seconds: float = 0.0
   compilations: int = 0
   compile_seconds: float = 0.0
   step_bytes: int | None = None
+
+  def since(self, began: float) -> float:
+    """Returns the wall time in seconds of all starts.
+
+    Args:
+      began: `time.monotonic()` when this start of the run began.
+    """
+    return self.seconds + time.monotonic() - began
+
+
+@dataclasses.dataclass
+class Run:
+  """State of a run, and what it took.
+
+  Attributes:
+    state: training state after the last step taken.
+    effort: what the run took until then; its `seconds` without this start.
+  """
+
+  state: train_state.TrainState
+  effort: Effort = Effort()
 
 
 def run(
@@ -97,9 +116,11 @@ def run(
           or ends
           or stopping
         ):
-          seconds = result.seconds_before + time.monotonic() - began
+          effort = dataclasses.replace(
+            result.effort, seconds=result.effort.since(began)
+          )
           unwritten = log.unwritten(done)
-          save(checkpoints, experiment, result.state, seconds, unwritten)
+          save(checkpoints, experiment, result.state, effort, unwritten)
         if stopping:
           checkpoints.wait()
           raise PreemptedError(
@@ -114,7 +135,7 @@ def save(
   checkpoints: checkpoint.Checkpoints,
   experiment: experiment_lib.Experiment,
   state: train_state.TrainState,
-  seconds: float = 0.0,
+  effort: Effort = Effort(),
   unwritten: Mapping[str, Any] | None = None,
 ) -> None:
   """Saves a checkpoint from which `run` can continue.
@@ -123,12 +144,14 @@ def save(
     checkpoints: checkpoints of the run.
     experiment: parts of the run, to which the checkpoint is bound.
     state: training state, whose `step` names the checkpoint.
-    seconds: wall time of the run until now, in seconds.
+    effort: what the run took until now.
     unwritten: metrics that no row of the history has yet, from
       `RunLog.unwritten`; None: no metrics.
   """
   extra = dict(
-    seconds=seconds, metrics=unwritten or {}, binding=experiment.binding
+    **dataclasses.asdict(effort),
+    metrics=unwritten or {},
+    binding=experiment.binding,
   )
   checkpoints.save(int(state.step), state, extra)
 
@@ -152,7 +175,19 @@ def _start(experiment, devices, checkpoints):
     return 0, Run(state), {}
   step, state, extra = restored
   _LOG.info('resumed at step %d', step)
-  return step, Run(state, extra['seconds']), extra['metrics']
+  return step, Run(state, _saved_effort(extra)), extra['metrics']
+
+
+def _saved_effort(extra: Mapping[str, Any]) -> Effort:
+  """Returns what was saved; earlier versions saved the seconds alone."""
+  names = [field.name for field in dataclasses.fields(Effort)]
+  if missing := [name for name in names if name not in extra]:
+    _LOG.warning(
+      'an earlier version saved the checkpoint: %s of result.json will lack '
+      'what was before it',
+      ', '.join(missing),
+    )
+  return Effort(**{name: extra[name] for name in names if name in extra})
 
 
 def _compiled(first, result, experiment, devices):
@@ -166,10 +201,14 @@ def _compiled(first, result, experiment, devices):
   began = time.monotonic()
   _LOG.info('compiling the step for %d devices ...', devices.mesh.size)
   compiled = devices.compile(step, result.state, *batch)
-  result.compilations += 1
-  result.compile_seconds = time.monotonic() - began
-  result.step_bytes = devices_lib.step_bytes(compiled)
-  _LOG.info('compiled in %.1f s', result.compile_seconds)
+  seconds, before = time.monotonic() - began, result.effort
+  result.effort = dataclasses.replace(
+    before,
+    compilations=before.compilations + 1,
+    compile_seconds=before.compile_seconds + seconds,
+    step_bytes=devices_lib.step_bytes(compiled),
+  )
+  _LOG.info('compiled in %.1f s', seconds)
   return compiled, itertools.chain([batch], batches)
 
 

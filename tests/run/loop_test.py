@@ -66,4 +66,53 @@ def test_a_step_gets_the_batches_of_its_number(
   assert taken == [(s, s % 100, -(s % 100)) for s in states]
   assert profiled == profiled_at
   assert metrics == ['metrics'] * (5 - first)
-  assert (result.compilations, result.step_bytes) == (1, 7)
+  assert (result.effort.compilations, result.effort.step_bytes) == (1, 7)
+
+
+class _Checkpoints:
+  """Checkpoints of which the last one is kept as it was saved."""
+
+  def __init__(self, extra=None):
+    self.extra = extra
+
+  def save(self, step, state, extra):
+    self.extra = extra
+
+  def restore_latest(self, abstract):
+    return 3, types.SimpleNamespace(step=3), self.extra
+
+
+def _resumed(checkpoints):
+  ns = types.SimpleNamespace
+  experiment = ns(initial_state=lambda: None)
+  return loop._start(experiment, ns(of_state=lambda shapes: None), checkpoints)
+
+
+def test_what_a_run_took_is_that_of_all_its_starts(monkeypatch):
+  ns = types.SimpleNamespace
+  effort = loop.Effort(
+    seconds=50.0, compilations=1, compile_seconds=4.0, step_bytes=9
+  )
+  checkpoints, experiment = _Checkpoints(), ns(binding={})
+  loop.save(checkpoints, experiment, ns(step=3), effort, {'loss': ['1']})
+  first, run, unwritten = _resumed(checkpoints)
+  assert (first, run.effort, unwritten) == (3, effort, {'loss': ['1']})
+  # The second start compiles for 2.5 s what needs 7 bytes.
+  clock = itertools.count(100.0, 2.5)
+  monkeypatch.setattr(loop, 'time', ns(monotonic=lambda: next(clock)))
+  step = ns(memory_analysis=lambda: ns(temp_size_in_bytes=7))
+  experiment = ns(
+    streams=ns(train=itertools.count, valid=itertools.count),
+    search_step=lambda: None,
+  )
+  devices = ns(feed=iter, mesh=ns(size=1), compile=lambda *args: step)
+  loop._compiled(first, run, experiment, devices)
+  assert run.effort == loop.Effort(50.0, 2, 6.5, 7)
+  # It began at 90 on the clock, which shows 105 now.
+  assert run.effort.since(90.0) == 50 + 15
+
+
+def test_a_checkpoint_of_an_earlier_version_says_the_seconds(caplog):
+  _, run, _ = _resumed(_Checkpoints(dict(seconds=50.0, metrics={})))
+  assert run.effort == loop.Effort(seconds=50.0)
+  assert 'compile_seconds, step_bytes of result.json will lack' in caplog.text
