@@ -1,6 +1,7 @@
 """Training loop of a run: from the last checkpoint to the last step."""
 
 from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -35,6 +36,8 @@ class Effort:
 
   Attributes:
     seconds: wall time in seconds of earlier starts, up to the checkpoint.
+    step_seconds: wall time in seconds of the steps with their batches; without
+      what is compiled, scored, calibrated, logged and saved between them.
     compilations: number of compilations of the step: one for each start that
       took steps.
     compile_seconds: wall time of these compilations in seconds.
@@ -43,6 +46,7 @@ class Effort:
   """
 
   seconds: float = 0.0
+  step_seconds: float = 0.0
   compilations: int = 0
   compile_seconds: float = 0.0
   step_bytes: int | None = None
@@ -63,10 +67,22 @@ class Run:
   Attributes:
     state: training state after the last step taken.
     effort: what the run took until then; its `seconds` without this start.
+    resumed: `time.monotonic()` when the steps began, or after the last pause.
   """
 
   state: train_state.TrainState
   effort: Effort = Effort()
+  resumed: float = 0.0
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Keeps what is done between two steps out of the time of the steps."""
+    jax.block_until_ready(self.state)  # A step returns before it is computed.
+    seconds = self.effort.step_seconds + time.monotonic() - self.resumed
+    self.effort = dataclasses.replace(self.effort, step_seconds=seconds)
+    yield
+    jax.block_until_ready(self.state)
+    self.resumed = time.monotonic()
 
 
 def run(
@@ -109,18 +125,18 @@ def run(
       ):
         stopping = stop()
         ends = done == experiment.phases.steps
-        if done % experiment.config.train.log_every == 0 or ends:
-          log.write(done, result.state)
-        if (
-          done % experiment.config.train.checkpoint_every == 0
-          or ends
-          or stopping
-        ):
-          effort = dataclasses.replace(
-            result.effort, seconds=result.effort.since(began)
-          )
-          unwritten = log.unwritten(done)
-          save(checkpoints, experiment, result.state, effort, unwritten)
+        logs = done % experiment.config.train.log_every == 0 or ends
+        saves = done % experiment.config.train.checkpoint_every == 0 or ends
+        if logs or saves or stopping:
+          with result.paused():
+            if logs:
+              log.write(done, result.state)
+            if saves or stopping:
+              effort = dataclasses.replace(
+                result.effort, seconds=result.effort.since(began)
+              )
+              unwritten = log.unwritten(done)
+              save(checkpoints, experiment, result.state, effort, unwritten)
         if stopping:
           checkpoints.wait()
           raise PreemptedError(
@@ -222,18 +238,23 @@ def _steps(
   if experiment.calibrations:
     calibrate.warn(result.state)
   with trace:
+    result.resumed = time.monotonic()
     for step, batch in zip(range(first, phases.steps), batches):
       if step == phases.act_start and config.quant.act_clip == 'profiled':
-        result.state = statistics.profiled(experiment, result.state, devices)
+        with result.paused():
+          result.state = statistics.profiled(experiment, result.state, devices)
       if step == 0 and config.train.frozen:
-        result.state = statistics.observed(experiment, result.state, devices)
+        with result.paused():
+          result.state = statistics.observed(experiment, result.state, devices)
       if step in experiment.calibrations:
-        result.state = calibrate(result.state, step)
-      if step in experiment.allocations:
-        result.state = allocate(result.state, step)
-        # Again, with the formats that were chosen in the layers before.
-        if experiment.spec.has_strategies:
+        with result.paused():
           result.state = calibrate(result.state, step)
+      if step in experiment.allocations:
+        with result.paused():
+          result.state = allocate(result.state, step)
+          # Again, with the formats that were chosen in the layers before.
+          if experiment.spec.has_strategies:
+            result.state = calibrate(result.state, step)
       trace.before(step)
       with jax.transfer_guard_device_to_host('disallow'):
         result.state, metrics = step_fn(result.state, *batch)

@@ -116,6 +116,7 @@ def train_and_evaluate(
       warnings=results.warnings(experiment, policy),
       steps=config.train.steps,
       seed=config.seed,
+      step_seconds=run.effort.step_seconds,
       compilations=run.effort.compilations,
       compile_seconds=run.effort.compile_seconds,
       step_bytes=run.effort.step_bytes,

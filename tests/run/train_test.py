@@ -84,8 +84,8 @@ def test_starting_a_finished_run_again_changes_nothing(finished, capsys):
   before = helpers.facts(workdir)
   result = train.train_and_evaluate(tiny.get_config(), workdir)
   assert helpers.facts(workdir) == before
-  for name in ('compilations', 'compile_seconds', 'step_bytes'):
-    assert result[name] == finished[1][name]  # It compiled no step.
+  for name in ('step_seconds', 'compilations', 'compile_seconds'):
+    assert result[name] == finished[1][name]  # It took no step.
 
 
 def test_a_workdir_of_another_config_is_refused_by_name(finished):
