@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from typing import Any
 
 from fliqs_jax.numerics import formats
@@ -252,7 +253,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 def _number(value: Any) -> float:
   """Returns a finite number, or NaN for any other value."""
-  known = isinstance(value, (int, float)) and math.isfinite(value)
+  known = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
   return float(value) if known else math.nan
 
 

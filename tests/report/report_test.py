@@ -127,7 +127,7 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path):
   files = finished.files()
   rows = files['history.jsonl']
   rows[0] |= {'reward': None, 'loss': math.nan, 'policy': None}
-  rows[1] |= {'cost': math.inf, 'entropy': None}
+  rows[1] |= {'cost': math.inf, 'entropy': 10**400}
   del rows[2]['quality']
   found, references = (
     files['result.json'][key] for key in ('found', 'references')

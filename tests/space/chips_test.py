@@ -365,6 +365,11 @@ def test_stored_bits_casts_and_batches_change_traffic(tmp_path):
     ('teraops: 2}', 'ops: 2}', r'rates\[0\]\.(ops|teraops)'),
     ('teraops: 2}', 'teraops: -2}', 'must be a finite number above 0'),
     ('teraops: 2}', 'teraops: fast}', 'must be a finite number above 0'),
+    (
+      'teraops: 2}',
+      f'teraops: 1{"0" * 400}}}',
+      'must be a finite number above',
+    ),
     ('terabytes_per_second: 1', 'batch: 1', 'terabytes_per_second is missing'),
     ('confidence: assumed', 'confidence: sure', 'must be one of datasheet'),
     ('date: 2026-11', 'day: 2026-11', 'date is missing'),
@@ -377,6 +382,12 @@ def test_stored_bits_casts_and_batches_change_traffic(tmp_path):
     (_FILE, '- 1', 'a target must be a mapping'),
     ('{formats: BF16, teraops: 1}', '{teraops: 1}', 'weights is missing'),
     ('teraops: 1}', 'teraops: 1, ops: [gemm]}', 'list of some of pointwise'),
+    (
+      'teraops: 1}',
+      'teraops: 1, ops: [conv, []]}',
+      r"ops=\['conv', \[\]\] must",
+    ),
+    ('teraops: 1}', 'teraops: 1, ops: [conv, {}]}', r"ops=\['conv', {}\] must"),
     ('  rates:', '  macs_per_lane: 2\n  rates:', 'unknown key .*macs_per_lane'),
     (
       '  rates:',

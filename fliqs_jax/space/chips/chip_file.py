@@ -107,7 +107,7 @@ class _Content:
     # YAML 1.1 reads 1e12 as text.
     try:
       number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
       number = math.nan
     if not 0 <= number < math.inf or (positive and not number):
       bound = 'above 0' if positive else 'of at least 0'
@@ -266,7 +266,7 @@ def _rates(
     else:
       weights, activations = item.format('weights'), item.format('activations')
     ops = item.get('ops', [])
-    if not isinstance(ops, list) or not set(ops) <= set(_OPS):
+    if not isinstance(ops, list) or any(op not in _OPS for op in ops):
       raise item.error('ops', f'must be a list of some of {", ".join(_OPS)}')
     per_layer = per_mac = 0.0
     if rules.layer in item:
