@@ -81,6 +81,18 @@ def published(name: str) -> dict[str, Any]:
   return dict(name=name) | {k: v for k, v in keys.items() if k not in decided}
 
 
+def has_classes(name: str) -> bool:
+  """Returns whether a network has an output for each of several classes.
+
+  Args:
+    name: name of the network, a key of `MODELS`.
+
+  Raises:
+    ValueError: the name is unknown.
+  """
+  return 'num_classes' in _network(name).module.__dataclass_fields__
+
+
 def unquantized(name: str) -> tuple[str, ...]:
   """Returns patterns of layers that the paper leaves at 16 bits.
 

@@ -370,7 +370,15 @@ def test_the_cost_command_prints_a_table_and_a_last_line_of_json(capsys):
     (['--model=alexnet'], "'alexnet' is unknown; allowed: .*mobilenetv2"),
     (['--model=mobilenetv2', '--format=INT9'], "unknown format 'INT9'"),
     (['--model=mobilenetv2', '--width=-1'], 'must be positive'),
+    (
+      ['--model=mlp', '--format=int_s'],
+      '--format=int_s names 3 formats, .* choose one of INT4, INT8, BF16',
+    ),
     (['--model=mlp', '--width=2'], 'mlp has no width'),
+    (['--model=resnet_cifar', '--classes=0'], '--classes=0 must be at least 1'),
+    (['--model=mlp', '--classes=-3'], '--classes=-3 must be at least 1'),
+    (['--model=edsr', '--classes=2'], 'edsr tells no classes apart; omit'),
+    (['--model=recommender', '--classes=2'], 'recommender tells no classes'),
   ],
 )
 def test_the_cost_command_refuses_in_one_line(argv, message, capsys):
