@@ -8,7 +8,6 @@ hashes in the file refuse those of another run.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import itertools
-import json
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run.records import results
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import digests
+from fliqs_jax.runtime import files
 from fliqs_jax.runtime import versions
 from fliqs_jax.search import local_scores
 from fliqs_jax.search import sensitivity
@@ -212,7 +212,7 @@ def read(
       or with other weights.
   """
   try:
-    content = json.loads(pathlib.Path(path).read_text('utf-8'))
+    content = files.read_json(path)
     stored = {name: content['hashes'][name] for name in _HASHED}
     raw = raw_scores(content)
   except OSError as error:

@@ -118,7 +118,8 @@ def test_files_that_are_no_table_are_refused(trained, tmp_path):
   with pytest.raises(ValueError, match='lacking.json cannot be read: No such'):
     sensitivity_table.read(tmp_path / 'lacking.json', run)
   bad = tmp_path / 'bad.json'
-  for text in ('[', '[]', '{"hashes": {}}', json.dumps(table | {'hashes': 1})):
+  unhashed = json.dumps(table | {'hashes': 1})
+  for text in ('[', '[' * 10**5, '[]', '{"hashes": {}}', unhashed):
     bad.write_text(text)
     with pytest.raises(ValueError, match='bad.json is no sensitivity.json'):
       sensitivity_table.read(bad, run)
