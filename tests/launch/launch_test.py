@@ -119,6 +119,15 @@ def test_buckets_are_mounted_wherever_they_stand(capsys):
   assert 'gs://' not in script
 
 
+def test_a_slash_at_the_end_of_a_directory_changes_nothing(capsys):
+  for run in (_RUN, _SWEEP):
+    *rest, directory = run
+    slashed = [*rest, f'{directory}//']
+    assert _dry(capsys, 'tpu_vm', *slashed, *_TPU) == _dry(
+      capsys, 'tpu_vm', *run, *_TPU
+    )
+
+
 def test_a_slice_is_queued_installed_and_run_in_this_order(capsys):
   script = _dry(capsys, 'tpu_vm', 'resume', *_RUN, *_TPU, '--spot')
   calls = re.findall('gcloud compute tpus ([a-z-]+ [a-z]+)', script)
