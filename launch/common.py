@@ -81,9 +81,7 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """Adds the flags of every platform."""
   parser.add_argument('--config', help='file[:arguments] of one run')
-  parser.add_argument(
-    '--workdir', type=_directory, help='workdir of that run'
-  )
+  parser.add_argument('--workdir', type=_directory, help='workdir of that run')
   parser.add_argument('--sweep', help='a sweep file: many runs')
   parser.add_argument(
     '--out', type=_directory, help='a directory for the workdirs of a sweep'

@@ -20,6 +20,24 @@ def user_cache() -> pathlib.Path:
   return pathlib.Path(cache) / 'fliqs_jax'
 
 
+def at_home(
+  path: str | os.PathLike[str], remedy: str = 'Write the whole path'
+) -> pathlib.Path:
+  """Returns a path of which a `~` at the beginning is the user's home.
+
+  Args:
+    path: the path.
+    remedy: what a user without a home can do, for the message.
+
+  Raises:
+    ValueError: the user has no home directory, or there is no such user.
+  """
+  try:
+    return pathlib.Path(path).expanduser()
+  except RuntimeError as error:
+    raise ValueError(f'{os.fspath(path)!r}: {error} {remedy}') from None
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
   """Replaces the file at `path`; its directory must exist."""
   final = pathlib.Path(path)

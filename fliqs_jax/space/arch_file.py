@@ -17,7 +17,7 @@ def read(path: str | pathlib.Path) -> dict[str, Any]:
     ValueError: the file cannot be read, or is no arch.json.
   """
   try:
-    content = files.read_json(path)
+    content = files.read_json(files.at_home(path))
     layers, _ = content['layers'], content['mode']
     for sides in layers.values():
       sides['weights'], sides['activations']

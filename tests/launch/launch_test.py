@@ -128,6 +128,15 @@ def test_a_slash_at_the_end_of_a_directory_changes_nothing(capsys):
     )
 
 
+def test_a_workdir_may_be_at_home(capsys, monkeypatch):
+  monkeypatch.setenv('HOME', '/h')
+  config = '--config=configs/digits.py'
+  data = '--config.data.data_dir=~/d'
+  script = _dry(capsys, 'local', config, '--workdir=~/a/', data)
+  assert '--workdir=/h/a ' in script
+  assert "'--config.data.data_dir=~/d'" in script  # That of who reads it.
+
+
 def test_a_slice_is_queued_installed_and_run_in_this_order(capsys):
   script = _dry(capsys, 'tpu_vm', 'resume', *_RUN, *_TPU, '--spot')
   calls = re.findall('gcloud compute tpus ([a-z-]+ [a-z]+)', script)
@@ -372,6 +381,7 @@ def test_a_run_of_a_sweep_that_cannot_work_is_named(capsys, tmp_path):
     (['--config.data.data_dir=/nowhere', '--config.cost.target=99'], 2),
     (['--config.quant.arch=gs://bucket/arch.json'], 0),
     (['--config.quant.arch=nowhere/arch.json'], 2),
+    (['--config.quant.arch=~/nowhere/arch.json'], 0),
     (['--config.cost.kind=latency:/nowhere/mine.yaml'], 0),
     (['--config.cost.kind=latency:mine.yaml'], 2),
     (["--config.cost.caps=('latency:/nowhere/mine.yaml=1',)"], 0),

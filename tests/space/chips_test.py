@@ -331,8 +331,10 @@ def _written(tmp_path, text):
   return f'latency:{path}'
 
 
-def test_a_new_chip_is_a_file(tmp_path):
+def test_a_new_chip_is_a_file(tmp_path, monkeypatch):
   kind = _written(tmp_path, _FILE)
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert chip_file.read('latency:~/mine.yaml').name == 'My chip'
   layer = quant_layers.QuantDense(8)
   space = fliqs.find_decisions(
     layer, jax.ShapeDtypeStruct((1, 1000, 16), jnp.float32)

@@ -57,7 +57,7 @@ def read(kind: str) -> chip_lib.Chip:
       f'{", ".join(chip_lib.SECTIONS)}, as in latency:t4'
     )
   shipped = _DIRECTORY / f'{name}.yaml'
-  path = shipped if name in names() else pathlib.Path(name)
+  path = shipped if name in names() else files.at_home(name)
   if not path.is_file():
     raise ValueError(
       f'{kind!r}: there is no file {name}; allowed: the path of a file, or '
