@@ -232,7 +232,7 @@ _ADDED = {
 }
 
 # Keys on which the training of the network does not depend.
-_FREE = {
+FREE = {
   'cost.reported',
   'data.data_dir',
   'references',
@@ -354,7 +354,7 @@ def differences(old: Mapping, new: Mapping, prefix: str = '') -> list[str]:
 def differences_in_training(old: Mapping, new: Mapping) -> list[str]:
   """Returns the `differences` of which a trained network depends on the key."""
   return [
-    line for line in differences(old, new) if line.split(':')[0] not in _FREE
+    line for line in differences(old, new) if line.split(':')[0] not in FREE
   ]
 
 

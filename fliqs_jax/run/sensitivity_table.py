@@ -17,6 +17,7 @@ import numpy as np
 
 from fliqs_jax import models
 from fliqs_jax.run import checks
+from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run.records import results
@@ -185,13 +186,18 @@ def hashes(run: evaluation.RestoredRun) -> dict[str, str]:
   """
   experiment, state, _ = run
   space, config = experiment.space, experiment.config.to_dict()
+  data = {
+    # As if empty, its default, so that tables made there fit everywhere.
+    key: '' if f'data.{key}' in config_lib.FREE else value
+    for key, value in config['data'].items()
+  }
   parts = dict(
     space=dict(
       options={d.name: d.labels for d in space.decisions},
       leaves={d.name: d.leaves for d in space.decisions},
       ops=[(op.path, op.shape.macs, op.shape.weights) for op in space.ops],
     ),
-    data=dict(config['data'], seed=config['seed']),
+    data=dict(data, seed=config['seed']),
     weights=digests.digests(digests.named_leaves(state.served_params)),
   )
   return {name: results.config_hash(part) for name, part in parts.items()}

@@ -51,8 +51,8 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     temporary.replace(final)
     sync(final.parent)
   except OSError as error:
-    error.filename = str(final)  # Not that of the temporary one, or none.
-    raise
+    # Not the name of the temporary file, or none.
+    raise OSError(error.errno, error.strerror, str(final)) from error
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

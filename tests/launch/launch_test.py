@@ -315,6 +315,8 @@ def test_a_workdir_of_another_run_is_refused(capsys, tmp_path, is_sweep):
     (['local', *_DISK, '--processes=0'], '--processes=0 must be at least 1'),
     (['local', *_DISK, '--processes=x'], "--processes: invalid int value: 'x'"),
     (['local', *_DISK, '--restarts=-1'], '--restarts=-1 must be at least 0'),
+    (['local', *_DISK, '--grace=nan'], '--grace=nan must be a finite number'),
+    (['local', *_DISK, '--grace=-1'], '--grace=-1.0 must be a finite number'),
     (['local', *_RUN], 'gs://bucket/a is in a bucket'),
     (['local', *_DISK, '--config=configs/digits.py:space=INT9'], "'INT9'"),
     (

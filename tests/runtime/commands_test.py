@@ -52,6 +52,15 @@ def test_an_error_is_a_line_with_its_remedy_and_a_status(error, line, status):
   assert commands.status(error) == status
 
 
+def test_a_file_that_is_a_directory_is_named_once(tmp_path):
+  (tmp_path / 'a').mkdir()
+  with pytest.raises(IsADirectoryError) as caught:
+    files.write_bytes(tmp_path / 'a', b'')
+  assert commands.line(caught.value) == (
+    f"[Errno 21] Is a directory: '{tmp_path / 'a'}'; check the path"
+  )
+
+
 def test_a_command_ends_with_the_line_and_the_status(capsys):
   @commands.reported
   def full(argv):
