@@ -31,7 +31,7 @@ def space_of(
   numeric_format: str,
   width: float | None = None,
   image_size: int | None = None,
-  classes: int = 1000,
+  classes: int | None = None,
 ) -> search_space.SearchSpace:
   """Returns the search space of a network whose layers all have one format.
 
@@ -40,13 +40,18 @@ def space_of(
     numeric_format: name of the format of every layer.
     width: multiplier of the channels; None: as published.
     image_size: height and width of the input in pixels; None: as published.
-    classes: number of outputs.
+    classes: number of outputs; None: 1000, as of ImageNet.
 
   Raises:
     ValueError: the network or the format is unknown, a number is too small, or
-      the network has no width or sees no images.
+      the network has no width, tells no classes apart or sees no images.
   """
   spec = quant_spec.QuantSpec(numeric_format, exclude=models.unquantized(name))
+  if len(spec.formats) > 1:
+    raise ValueError(
+      f'--format={numeric_format} names {len(spec.formats)} formats, but the '
+      f'cost is that of one: choose one of {", ".join(map(str, spec.formats))}'
+    )
   config = models.published(name)
   if width is not None:
     if 'width' not in config:
@@ -54,9 +59,16 @@ def space_of(
     if width <= 0:
       raise ValueError(f'--width={width} must be positive')
     config |= dict(width=width)
+  if classes is not None:
+    if not models.has_classes(name):
+      raise ValueError(
+        f'--classes={classes}: {name} tells no classes apart; omit the flag'
+      )
+    if classes < 1:
+      raise ValueError(f'--classes={classes} must be at least 1')
   if image_size is not None and image_size < 1:
     raise ValueError(f'--image_size={image_size} must be at least 1')
-  model = models.build(config, classes, spec)
+  model = models.build(config, classes or 1000, spec)
   inputs = model.input_shape
   if isinstance(inputs, tuple):
     shape = (image_size, image_size, inputs[2]) if image_size else inputs
@@ -156,7 +168,7 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument('--width', type=float)
   parser.add_argument('--format', default='BF16')
   parser.add_argument('--image_size', type=int)
-  parser.add_argument('--classes', type=int, default=1000)
+  parser.add_argument('--classes', type=int)
   parser.add_argument('--kind', default='bops')
   parser.add_argument('--json', action='store_true')
   args = parser.parse_args(argv)

@@ -142,6 +142,11 @@ def parsed(argv: Sequence[str]) -> list[str]:
   absl ends with status 1, for which launchers start the command again.
   """
   try:
+    argv = commands.at_home(argv)
+  except ValueError as error:
+    print(commands.line(error), file=sys.stderr)
+    sys.exit(commands.MISTAKE)
+  try:
     others = flags.FLAGS(argv)
     _CONFIG.value.to_dict()  # Raises if the file could not be loaded.
     return others

@@ -10,6 +10,7 @@ script and does nothing.
 from collections.abc import Sequence
 import sys
 
+from fliqs_jax.runtime import commands
 from launch import common
 from launch import gke
 from launch import local
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     )
     common.add_flags(parser)
     platform.add_flags(parser)
-    args, overrides = common.parse(parser, argv[1:])
+    args, overrides = common.parse(parser, commands.at_home(argv[1:]))
     plan = common.plan(args, overrides)
     script = platform.script(args, plan)
     common.check(args, plan)

@@ -81,9 +81,11 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """Adds the flags of every platform."""
   parser.add_argument('--config', help='file[:arguments] of one run')
-  parser.add_argument('--workdir', help='workdir of that run')
+  parser.add_argument('--workdir', type=_directory, help='workdir of that run')
   parser.add_argument('--sweep', help='a sweep file: many runs')
-  parser.add_argument('--out', help='a directory for the workdirs of a sweep')
+  parser.add_argument(
+    '--out', type=_directory, help='a directory for the workdirs of a sweep'
+  )
   parser.add_argument('--name', help='name of the launch')
   parser.add_argument(
     '--restarts', type=int, default=3, help='number of crashes to restart after'
@@ -91,6 +93,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--dry_run', action='store_true', help='print the script, do nothing'
   )
+
+
+def _directory(text: str) -> str:
+  """Returns the path of a directory without slashes at its end."""
+  return text.rstrip('/') or text
 
 
 def parse(
@@ -139,7 +146,7 @@ def plan(args: argparse.Namespace, overrides: Sequence[str]) -> Plan:
         'a sweep has --out instead of --workdir, and its overrides in its file'
       )
     sweep = sweep_file.read(args.sweep)
-    out = (args.out or sweep.out).rstrip('/')
+    out = args.out or sweep.out
     jobs = [Job(r.name, f'{out}/{r.name}', r.flags) for r in sweep.runs]
     name = _checked_name(args.name or _slug(sweep.name))
     return Plan(name, jobs, sweep, out)

@@ -11,6 +11,7 @@ skipped.
 import argparse
 from collections.abc import Sequence
 import contextlib
+import math
 import os
 import selectors
 import signal
@@ -98,8 +99,10 @@ def _check(args: argparse.Namespace, plan: common.Plan) -> None:
   common.positive(processes=args.processes)
   if args.cpu_devices is not None:
     common.positive(cpu_devices=args.cpu_devices)
-  if args.grace < 0:
-    raise ValueError(f'--grace={args.grace} must be at least 0 seconds')
+  if not 0 <= args.grace < math.inf:
+    raise ValueError(
+      f'--grace={args.grace} must be a finite number of at least 0 seconds'
+    )
   common.on_disk(plan)
 
 

@@ -23,9 +23,10 @@ _EFFORTS = (
   '“From scratch” is the same network trained from the beginning with the same '
   'seed, and the gap what the served one has more; methods without such '
   'numbers train so anyway. “Forward” and “backward” are passes of a training '
-  'batch, and times are without compiling; those of greedy and ilp hold the '
-  'network whose sensitivities they use. “Memory” is what a step of training '
-  'needs beside weights and batch, by the compiler’s accounting.'
+  'batch, and times are those of the steps alone, without what is compiled, '
+  'scored or evaluated; those of greedy and ilp hold the network whose '
+  'sensitivities they use. “Memory” is what a step of training needs beside '
+  'weights and batch, by the compiler’s accounting.'
 )
 
 

@@ -63,7 +63,8 @@ class Row:
       if they were not.
     gap: quality minus `scratch`, seed by seed.
     loss_gap: the same of the loss.
-    seconds: wall time of training in seconds, without compiling.
+    seconds: wall time of the steps in seconds (`loop.Effort`); None if a run of
+      an earlier version did not measure it.
     forward: forward passes, in training batches.
     backward: backward passes, in training batches.
     memory: bytes that a step of training needs beside its arguments, by the
@@ -83,7 +84,7 @@ class Row:
   scratch: Mean | None
   gap: Mean | None
   loss_gap: Mean | None
-  seconds: Mean
+  seconds: Mean | None
   forward: float
   backward: float
   memory: int | None
@@ -122,7 +123,7 @@ class _Run:
   seed: str
   result: Mapping[str, Any]
   value: float
-  seconds: float
+  seconds: float | None
   passes: passes.Passes
 
   @property
@@ -160,7 +161,7 @@ def _read(plan: plan_lib.Plan, run: Mapping[str, Any]) -> _Run:
     base = plan.workdir(plan.dearest(int(swept['seed'])))
     if (base / workdir_lib.RESULT).exists():
       _, more, before = _compute(base)
-      seconds += more
+      seconds = seconds + more if seconds and more else None
       counted = passes.Passes(
         counted.forward + before.forward, counted.backward + before.backward
       )
@@ -169,18 +170,13 @@ def _read(plan: plan_lib.Plan, run: Mapping[str, Any]) -> _Run:
 
 def _compute(
   workdir: pathlib.Path,
-) -> tuple[dict[str, Any], float, passes.Passes]:
-  """Returns result.json, the seconds of training, and the passes of a run."""
+) -> tuple[dict[str, Any], float | None, passes.Passes]:
+  """Returns result.json, the seconds of the steps, and the passes of a run."""
   config = config_lib.read(workdir / workdir_lib.CONFIG)
   result = files.read_json(workdir / workdir_lib.RESULT)
-  seconds = result['wall_seconds'] - result['compile_seconds']
-  beside = [*result.get('references', {})]
-  if result.get('retrained'):
-    beside.append(workdir_lib.RETRAINED)
-  for name in beside:
-    path = workdir / workdir_lib.reference(name) / workdir_lib.RESULT
-    seconds -= files.read_json(path)['wall_seconds']
-  return result, max(seconds, 0.0), passes.of_run(config, result)
+  # Results of earlier versions lack the key.
+  seconds = result.get('step_seconds') or None
+  return result, seconds, passes.of_run(config, result)
 
 
 def _row(
@@ -195,6 +191,7 @@ def _row(
     target = plan.experiment(point).target
     relative = [run.found['cost'] / target for run in runs]
   metric = runs[0].result['metric']
+  times = [run.seconds for run in runs if run.seconds is not None]
 
   def found(name: str) -> Mean:
     return mean([run.found[name] for run in runs])
@@ -213,7 +210,7 @@ def _row(
     loss=found('loss'),
     ahead=ahead,
     **_from_scratch(runs, metric),
-    seconds=mean([run.seconds for run in runs]),
+    seconds=mean(times) if len(times) == len(runs) else None,
     forward=statistics.fmean(run.passes.forward for run in runs),
     backward=statistics.fmean(run.passes.backward for run in runs),
     memory=max(

@@ -94,7 +94,7 @@ class Summary:
     metric = self.sweep.metric
     unit, scale = number_text.unit(metric), number_text.scale(metric)
     head = ['method', 'target', f'{metric} from scratch, {unit}']
-    head += [f'gap, {number_text.points(metric)}', 'gap, loss', 'training, s']
+    head += [f'gap, {number_text.points(metric)}', 'gap, loss', 'steps, s']
     head += ['forward', 'backward', 'memory']
     return [
       head,
@@ -105,7 +105,7 @@ class Summary:
           _text(row.scratch, '.2f', scale),
           _text(row.gap, '+.2f', scale),
           _text(row.loss_gap, '+.3f'),
-          f'{row.seconds.value:,.0f}',
+          '' if row.seconds is None else f'{row.seconds.value:,.0f}',
           f'{row.forward:,.0f}',
           f'{row.backward:,.0f}',
           '' if row.memory is None else number_text.memory(8 * row.memory),

@@ -11,7 +11,6 @@ when it is complete.
 
 import argparse
 from collections.abc import Iterator, Sequence
-import json
 import logging
 import pathlib
 import shutil
@@ -69,7 +68,7 @@ def convert(source: pathlib.Path, target: pathlib.Path) -> None:
 def _read_info(source: pathlib.Path) -> dict:
   path = source / tfds_records.INFO
   try:
-    info = json.loads(path.read_text('utf-8'))
+    info = files.read_json(path)
   except OSError as error:
     raise ValueError(
       f'{source} is no prepared TFDS data set: {path.name} cannot be read '

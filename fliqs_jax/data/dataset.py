@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fliqs_jax.runtime import files
+
 Columns = Mapping[str, np.ndarray]
 
 
@@ -16,13 +18,9 @@ def local_path(data_dir: str) -> pathlib.Path:
   Raises:
     ValueError: the user has no home directory.
   """
-  try:
-    return pathlib.Path(data_dir).expanduser()
-  except RuntimeError as error:
-    raise ValueError(
-      f'{data_dir!r}: {error} Set config.data.data_dir to the whole path of a '
-      'directory'
-    ) from None
+  return files.at_home(
+    data_dir, 'Set config.data.data_dir to the whole path of a directory'
+  )
 
 
 class Examples(Protocol):

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 import dataclasses
-import math
 import numbers
+import sys
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -79,6 +79,18 @@ def published(name: str) -> dict[str, Any]:
   keys = {f.name: f.default for f in dataclasses.fields(network.module)}
   decided = (*_GIVEN, *network.fixed)
   return dict(name=name) | {k: v for k, v in keys.items() if k not in decided}
+
+
+def has_classes(name: str) -> bool:
+  """Returns whether a network has an output for each of several classes.
+
+  Args:
+    name: name of the network, a key of `MODELS`.
+
+  Raises:
+    ValueError: the name is unknown.
+  """
+  return 'num_classes' in _network(name).module.__dataclass_fields__
 
 
 def unquantized(name: str) -> tuple[str, ...]:
@@ -181,7 +193,8 @@ def _problem(value: Any, kind: Any) -> str:
     return '' if is_whole and value > 0 else 'must be a whole number above 0'
   if kind is float:
     if is_whole or isinstance(value, float):
-      return '' if 0 <= value < math.inf else 'must be finite and not negative'
+      is_possible = 0 <= value <= sys.float_info.max
+      return '' if is_possible else 'must be finite and not negative'
     return 'must be a number'
   items = value if isinstance(value, (tuple, list)) else [None]
   wrong = any(_problem(item, int) for item in items)

@@ -1,10 +1,11 @@
 """Finished run: the files of its workdir, read, checked and joined."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import json
 import math
 import os
+import sys
 from typing import Any
 
 from fliqs_jax.numerics import formats
@@ -205,6 +206,21 @@ def read(
         f'the decision {name!r}: another version of fliqs_jax has written it; '
         'make the report with that version'
       )
+  _check_formats(
+    os.path.join(workdir, workdir_lib.ARCH), _formats_of(arch['layers'].items())
+  )
+  _check_formats(
+    os.path.join(workdir, workdir_lib.RESULT),
+    [
+      *_formats_of((row['path'], row) for row in result['layers']),
+      *(
+        (f'decision {name!r}', option)
+        for name, decision in result['decisions'].items()
+        for option in decision['options']
+        if decision['kind'] == 'format'
+      ),
+    ],
+  )
   layers, reference = _layers(arch, result)
   models = dict(result['references'])
   # Results of 0.2.0 lack the key.
@@ -234,6 +250,8 @@ def _text(workdir: str | os.PathLike[str], name: str) -> str:
       f'{path} is missing: a report needs the workdir of a finished run, which '
       f'has {", ".join(_FILES)}'
     ) from None
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{path} is damaged: {error}') from None
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
@@ -250,9 +268,30 @@ def _parse(text: str, where: str) -> dict[str, Any]:
   return value
 
 
+def _formats_of(
+  layers: Iterable[tuple[str, Mapping[str, Any]]],
+) -> list[tuple[str, Any]]:
+  """Returns (place, name) of the formats of layers, (path, layer)."""
+  return [
+    (f'layer {path!r}', layer[side])
+    for path, layer in layers
+    for side in SIDES
+    if layer.get(side) is not None
+  ]
+
+
+def _check_formats(where: str, named: Iterable[tuple[str, Any]]) -> None:
+  """Raises a ValueError if one of (place, name) in a file is no format."""
+  for place, name in named:
+    try:
+      formats.parse(name)
+    except ValueError as error:
+      raise ValueError(f'{where} is damaged, {place}: {error}') from None
+
+
 def _number(value: Any) -> float:
   """Returns a finite number, or NaN for any other value."""
-  known = isinstance(value, (int, float)) and math.isfinite(value)
+  known = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
   return float(value) if known else math.nan
 
 

@@ -6,6 +6,7 @@ import math
 import numbers
 import os
 import pathlib
+import sys
 import types
 from typing import Any
 
@@ -75,15 +76,16 @@ def _number(
   def problem(value):
     if isinstance(value, bool) or not isinstance(value, kind):
       return f'must be {noun} {ends}'
-    # Neither NaN nor infinity.
-    if least <= value <= most and abs(value) < math.inf:
+    # Neither NaN nor infinity, nor a whole number that no float holds.
+    if least <= value <= most and abs(value) <= sys.float_info.max:
       return None
     return f'must be {noun} {ends}'
 
   return problem
 
 
-def _count(least: int, most: float = math.inf) -> Callable:
+def _count(least: int, most: int = 2**31 - 1) -> Callable:
+  # Devices count in 32 bits.
   return _number(least, most, kind=numbers.Integral)
 
 
@@ -230,7 +232,7 @@ _ADDED = {
 }
 
 # Keys on which the training of the network does not depend.
-_FREE = {
+FREE = {
   'cost.reported',
   'data.data_dir',
   'references',
@@ -352,7 +354,7 @@ def differences(old: Mapping, new: Mapping, prefix: str = '') -> list[str]:
 def differences_in_training(old: Mapping, new: Mapping) -> list[str]:
   """Returns the `differences` of which a trained network depends on the key."""
   return [
-    line for line in differences(old, new) if line.split(':')[0] not in _FREE
+    line for line in differences(old, new) if line.split(':')[0] not in FREE
   ]
 
 

@@ -1,6 +1,7 @@
 """Training loop of a run: from the last checkpoint to the last step."""
 
 from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -29,25 +30,59 @@ class PreemptedError(RuntimeError):
   """The run was asked to stop, and saved its state."""
 
 
-@dataclasses.dataclass
-class Run:
-  """State of a run, and the time that it took.
+@dataclasses.dataclass(frozen=True)
+class Effort:
+  """What a run took, in all its starts; a checkpoint keeps it.
 
   Attributes:
-    state: training state after the last step taken.
-    seconds_before: wall time in seconds of earlier starts of the run, up to the
-      checkpoint.
-    compilations: number of compilations of the step in this process.
+    seconds: wall time in seconds of earlier starts, up to the checkpoint.
+    step_seconds: wall time in seconds of the steps with their batches; without
+      what is compiled, scored, calibrated, logged and saved between them.
+    compilations: number of compilations of the step: one for each start that
+      took steps.
     compile_seconds: wall time of these compilations in seconds.
-    step_bytes: memory that the step needs beside its arguments, on one device;
-      None if nothing was compiled or the compiler does not know.
+    step_bytes: memory that the step needs beside its arguments, on one device,
+      as compiled last; None if the compiler does not know.
   """
 
-  state: train_state.TrainState
-  seconds_before: float = 0.0
+  seconds: float = 0.0
+  step_seconds: float = 0.0
   compilations: int = 0
   compile_seconds: float = 0.0
   step_bytes: int | None = None
+
+  def since(self, began: float) -> float:
+    """Returns the wall time in seconds of all starts.
+
+    Args:
+      began: `time.monotonic()` when this start of the run began.
+    """
+    return self.seconds + time.monotonic() - began
+
+
+@dataclasses.dataclass
+class Run:
+  """State of a run, and what it took.
+
+  Attributes:
+    state: training state after the last step taken.
+    effort: what the run took until then; its `seconds` without this start.
+    resumed: `time.monotonic()` when the steps began, or after the last pause.
+  """
+
+  state: train_state.TrainState
+  effort: Effort = Effort()
+  resumed: float = 0.0
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Keeps what is done between two steps out of the time of the steps."""
+    jax.block_until_ready(self.state)  # A step returns before it is computed.
+    seconds = self.effort.step_seconds + time.monotonic() - self.resumed
+    self.effort = dataclasses.replace(self.effort, step_seconds=seconds)
+    yield
+    jax.block_until_ready(self.state)
+    self.resumed = time.monotonic()
 
 
 def run(
@@ -90,16 +125,18 @@ def run(
       ):
         stopping = stop()
         ends = done == experiment.phases.steps
-        if done % experiment.config.train.log_every == 0 or ends:
-          log.write(done, result.state)
-        if (
-          done % experiment.config.train.checkpoint_every == 0
-          or ends
-          or stopping
-        ):
-          seconds = result.seconds_before + time.monotonic() - began
-          unwritten = log.unwritten(done)
-          save(checkpoints, experiment, result.state, seconds, unwritten)
+        logs = done % experiment.config.train.log_every == 0 or ends
+        saves = done % experiment.config.train.checkpoint_every == 0 or ends
+        if logs or saves or stopping:
+          with result.paused():
+            if logs:
+              log.write(done, result.state)
+            if saves or stopping:
+              effort = dataclasses.replace(
+                result.effort, seconds=result.effort.since(began)
+              )
+              unwritten = log.unwritten(done)
+              save(checkpoints, experiment, result.state, effort, unwritten)
         if stopping:
           checkpoints.wait()
           raise PreemptedError(
@@ -114,7 +151,7 @@ def save(
   checkpoints: checkpoint.Checkpoints,
   experiment: experiment_lib.Experiment,
   state: train_state.TrainState,
-  seconds: float = 0.0,
+  effort: Effort = Effort(),
   unwritten: Mapping[str, Any] | None = None,
 ) -> None:
   """Saves a checkpoint from which `run` can continue.
@@ -123,12 +160,14 @@ def save(
     checkpoints: checkpoints of the run.
     experiment: parts of the run, to which the checkpoint is bound.
     state: training state, whose `step` names the checkpoint.
-    seconds: wall time of the run until now, in seconds.
+    effort: what the run took until now.
     unwritten: metrics that no row of the history has yet, from
       `RunLog.unwritten`; None: no metrics.
   """
   extra = dict(
-    seconds=seconds, metrics=unwritten or {}, binding=experiment.binding
+    **dataclasses.asdict(effort),
+    metrics=unwritten or {},
+    binding=experiment.binding,
   )
   checkpoints.save(int(state.step), state, extra)
 
@@ -152,7 +191,19 @@ def _start(experiment, devices, checkpoints):
     return 0, Run(state), {}
   step, state, extra = restored
   _LOG.info('resumed at step %d', step)
-  return step, Run(state, extra['seconds']), extra['metrics']
+  return step, Run(state, _saved_effort(extra)), extra['metrics']
+
+
+def _saved_effort(extra: Mapping[str, Any]) -> Effort:
+  """Returns what was saved; earlier versions saved the seconds alone."""
+  names = [field.name for field in dataclasses.fields(Effort)]
+  if missing := [name for name in names if name not in extra]:
+    _LOG.warning(
+      'an earlier version saved the checkpoint: %s of result.json will lack '
+      'what was before it',
+      ', '.join(missing),
+    )
+  return Effort(**{name: extra[name] for name in names if name in extra})
 
 
 def _compiled(first, result, experiment, devices):
@@ -166,10 +217,14 @@ def _compiled(first, result, experiment, devices):
   began = time.monotonic()
   _LOG.info('compiling the step for %d devices ...', devices.mesh.size)
   compiled = devices.compile(step, result.state, *batch)
-  result.compilations += 1
-  result.compile_seconds = time.monotonic() - began
-  result.step_bytes = devices_lib.step_bytes(compiled)
-  _LOG.info('compiled in %.1f s', result.compile_seconds)
+  seconds, before = time.monotonic() - began, result.effort
+  result.effort = dataclasses.replace(
+    before,
+    compilations=before.compilations + 1,
+    compile_seconds=before.compile_seconds + seconds,
+    step_bytes=devices_lib.step_bytes(compiled),
+  )
+  _LOG.info('compiled in %.1f s', seconds)
   return compiled, itertools.chain([batch], batches)
 
 
@@ -183,18 +238,23 @@ def _steps(
   if experiment.calibrations:
     calibrate.warn(result.state)
   with trace:
+    result.resumed = time.monotonic()
     for step, batch in zip(range(first, phases.steps), batches):
       if step == phases.act_start and config.quant.act_clip == 'profiled':
-        result.state = statistics.profiled(experiment, result.state, devices)
+        with result.paused():
+          result.state = statistics.profiled(experiment, result.state, devices)
       if step == 0 and config.train.frozen:
-        result.state = statistics.observed(experiment, result.state, devices)
+        with result.paused():
+          result.state = statistics.observed(experiment, result.state, devices)
       if step in experiment.calibrations:
-        result.state = calibrate(result.state, step)
-      if step in experiment.allocations:
-        result.state = allocate(result.state, step)
-        # Again, with the formats that were chosen in the layers before.
-        if experiment.spec.has_strategies:
+        with result.paused():
           result.state = calibrate(result.state, step)
+      if step in experiment.allocations:
+        with result.paused():
+          result.state = allocate(result.state, step)
+          # Again, with the formats that were chosen in the layers before.
+          if experiment.spec.has_strategies:
+            result.state = calibrate(result.state, step)
       trace.before(step)
       with jax.transfer_guard_device_to_host('disallow'):
         result.state, metrics = step_fn(result.state, *batch)

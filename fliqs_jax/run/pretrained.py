@@ -8,7 +8,6 @@ slashes or dots.
 """
 
 import dataclasses
-import pathlib
 from typing import Any
 
 from flax import traverse_util
@@ -17,6 +16,7 @@ import jax
 from fliqs_jax.models import rdn
 from fliqs_jax.run import evaluation
 from fliqs_jax.runtime import array_files
+from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import train_state
 from fliqs_jax.serving import export_files
@@ -31,14 +31,14 @@ def load(path: str) -> dict[str, Any]:
   Raises:
     ValueError: it is none of the four kinds, or cannot be read.
   """
-  place = pathlib.Path(path)
+  place = files.at_home(path)
   if not place.exists():
     raise ValueError(
       f'--init_from={path} does not exist; name the workdir of a finished run, '
       'a .safetensors file, a directory that Orbax wrote or a model.json'
     )
   if (place / workdir_lib.CONFIG).exists():
-    state = evaluation.restore(path).state
+    state = evaluation.restore(str(place)).state
     others = {k: v for k, v in state.model_state.items() if k != 'quant_stats'}
     return dict(params=state.served_params, **others)
   if place.suffix == '.json':

@@ -8,7 +8,6 @@ hashes in the file refuse those of another run.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import itertools
-import json
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -18,11 +17,13 @@ import numpy as np
 
 from fliqs_jax import models
 from fliqs_jax.run import checks
+from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run.records import results
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import digests
+from fliqs_jax.runtime import files
 from fliqs_jax.runtime import versions
 from fliqs_jax.search import local_scores
 from fliqs_jax.search import sensitivity
@@ -185,13 +186,18 @@ def hashes(run: evaluation.RestoredRun) -> dict[str, str]:
   """
   experiment, state, _ = run
   space, config = experiment.space, experiment.config.to_dict()
+  data = {
+    # As if empty, its default, so that tables made there fit everywhere.
+    key: '' if f'data.{key}' in config_lib.FREE else value
+    for key, value in config['data'].items()
+  }
   parts = dict(
     space=dict(
       options={d.name: d.labels for d in space.decisions},
       leaves={d.name: d.leaves for d in space.decisions},
       ops=[(op.path, op.shape.macs, op.shape.weights) for op in space.ops],
     ),
-    data=dict(config['data'], seed=config['seed']),
+    data=dict(data, seed=config['seed']),
     weights=digests.digests(digests.named_leaves(state.served_params)),
   )
   return {name: results.config_hash(part) for name, part in parts.items()}
@@ -212,7 +218,7 @@ def read(
       or with other weights.
   """
   try:
-    content = json.loads(pathlib.Path(path).read_text('utf-8'))
+    content = files.read_json(path)
     stored = {name: content['hashes'][name] for name in _HASHED}
     raw = raw_scores(content)
   except OSError as error:

@@ -6,15 +6,20 @@ import functools
 import io
 import logging
 import os
+import re
 import signal
 import sys
 
 from absl import logging as absl_logging
 
+from fliqs_jax.runtime import files
+
 # To start the same command again would change nothing; what a signal stopped
 # goes on; what crashed may work the next time.
 MISTAKE, STOPPED, CRASHED = 2, 75, 1
 
+# A path at home, behind a flag that is no key of the config, or alone.
+_AT_HOME = re.compile(r'\A((?:--\w+=)?)(~.*)', re.DOTALL)
 _PERMISSION = 'choose a place that can be read and written'
 # What the same command cannot mend by itself, and what a user does about it.
 _REMEDIES = {
@@ -55,6 +60,22 @@ def _remedy(error: BaseException) -> str:
   return next(found, '')
 
 
+def at_home(arguments: Sequence[str]) -> list[str]:
+  """Returns the arguments of a command with the user's home for `~`.
+
+  A shell leaves it behind an equals sign, `--out=~/runs`. Keys of the config
+  stay as they are: who reads a file may have another home.
+
+  Raises:
+    ValueError: the user has no home directory, or there is no such user.
+  """
+
+  def whole(match: re.Match[str]) -> str:
+    return f'{match[1]}{files.at_home(match[2])}'
+
+  return [_AT_HOME.sub(whole, argument) for argument in arguments]
+
+
 def reported(
   main: Callable[[Sequence[str]], int],
 ) -> Callable[[Sequence[str]], int]:
@@ -67,7 +88,7 @@ def reported(
   @functools.wraps(main)
   def wrapped(argv: Sequence[str]) -> int:
     try:
-      return main(argv)
+      return main(at_home(argv))
     except (ValueError, OSError) as error:
       print(line(error), file=sys.stderr)
       return status(error)

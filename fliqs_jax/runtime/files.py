@@ -20,6 +20,24 @@ def user_cache() -> pathlib.Path:
   return pathlib.Path(cache) / 'fliqs_jax'
 
 
+def at_home(
+  path: str | os.PathLike[str], remedy: str = 'Write the whole path'
+) -> pathlib.Path:
+  """Returns a path of which a `~` at the beginning is the user's home.
+
+  Args:
+    path: the path.
+    remedy: what a user without a home can do, for the message.
+
+  Raises:
+    ValueError: the user has no home directory, or there is no such user.
+  """
+  try:
+    return pathlib.Path(path).expanduser()
+  except RuntimeError as error:
+    raise ValueError(f'{os.fspath(path)!r}: {error} {remedy}') from None
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
   """Replaces the file at `path`; its directory must exist."""
   final = pathlib.Path(path)
@@ -33,8 +51,8 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     temporary.replace(final)
     sync(final.parent)
   except OSError as error:
-    error.filename = str(final)  # Not that of the temporary one, or none.
-    raise
+    # Not the name of the temporary file, or none.
+    raise OSError(error.errno, error.strerror, str(final)) from error
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

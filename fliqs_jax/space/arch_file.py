@@ -1,9 +1,10 @@
 """Content of arch.json, the architecture that a run selected."""
 
 from collections.abc import Mapping
-import json
 import pathlib
 from typing import Any
+
+from fliqs_jax.runtime import files
 
 
 def read(path: str | pathlib.Path) -> dict[str, Any]:
@@ -16,7 +17,7 @@ def read(path: str | pathlib.Path) -> dict[str, Any]:
     ValueError: the file cannot be read, or is no arch.json.
   """
   try:
-    content = json.loads(pathlib.Path(path).read_text('utf-8'))
+    content = files.read_json(files.at_home(path))
     layers, _ = content['layers'], content['mode']
     for sides in layers.values():
       sides['weights'], sides['activations']

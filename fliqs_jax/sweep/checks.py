@@ -49,7 +49,7 @@ def _names_absent(config: ml_collections.ConfigDict) -> bool:
   paths = [config.quant.arch, *(cost.partition(':')[2] for cost in costs)]
   return any(
     (os.path.isabs(path) or '://' in path) and not os.path.exists(path)
-    for path in paths
+    for path in map(os.path.expanduser, paths)
   )
 
 

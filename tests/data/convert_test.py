@@ -210,6 +210,9 @@ def test_what_cannot_be_converted_is_refused_in_a_line(
   (source / 'dataset_info.json').write_text(json.dumps(info))
   assert convert.main([str(source), target]) == 2
   assert "'{SPLIT}.{FILEFORMAT}'; only" in capsys.readouterr().err
+  (source / 'dataset_info.json').write_bytes(b'{"name": "\xff"}')
+  assert convert.main([str(source), target]) == 2
+  assert 'dataset_info.json is damaged: ' in capsys.readouterr().err
 
 
 def test_an_existing_target_is_left_alone(tensorflow, source, tmp_path):

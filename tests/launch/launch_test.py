@@ -119,6 +119,24 @@ def test_buckets_are_mounted_wherever_they_stand(capsys):
   assert 'gs://' not in script
 
 
+def test_a_slash_at_the_end_of_a_directory_changes_nothing(capsys):
+  for run in (_RUN, _SWEEP):
+    *rest, directory = run
+    slashed = [*rest, f'{directory}//']
+    assert _dry(capsys, 'tpu_vm', *slashed, *_TPU) == _dry(
+      capsys, 'tpu_vm', *run, *_TPU
+    )
+
+
+def test_a_workdir_may_be_at_home(capsys, monkeypatch):
+  monkeypatch.setenv('HOME', '/h')
+  config = '--config=configs/digits.py'
+  data = '--config.data.data_dir=~/d'
+  script = _dry(capsys, 'local', config, '--workdir=~/a/', data)
+  assert '--workdir=/h/a ' in script
+  assert "'--config.data.data_dir=~/d'" in script  # That of who reads it.
+
+
 def test_a_slice_is_queued_installed_and_run_in_this_order(capsys):
   script = _dry(capsys, 'tpu_vm', 'resume', *_RUN, *_TPU, '--spot')
   calls = re.findall('gcloud compute tpus ([a-z-]+ [a-z]+)', script)
@@ -297,6 +315,8 @@ def test_a_workdir_of_another_run_is_refused(capsys, tmp_path, is_sweep):
     (['local', *_DISK, '--processes=0'], '--processes=0 must be at least 1'),
     (['local', *_DISK, '--processes=x'], "--processes: invalid int value: 'x'"),
     (['local', *_DISK, '--restarts=-1'], '--restarts=-1 must be at least 0'),
+    (['local', *_DISK, '--grace=nan'], '--grace=nan must be a finite number'),
+    (['local', *_DISK, '--grace=-1'], '--grace=-1.0 must be a finite number'),
     (['local', *_RUN], 'gs://bucket/a is in a bucket'),
     (['local', *_DISK, '--config=configs/digits.py:space=INT9'], "'INT9'"),
     (
@@ -363,6 +383,7 @@ def test_a_run_of_a_sweep_that_cannot_work_is_named(capsys, tmp_path):
     (['--config.data.data_dir=/nowhere', '--config.cost.target=99'], 2),
     (['--config.quant.arch=gs://bucket/arch.json'], 0),
     (['--config.quant.arch=nowhere/arch.json'], 2),
+    (['--config.quant.arch=~/nowhere/arch.json'], 0),
     (['--config.cost.kind=latency:/nowhere/mine.yaml'], 0),
     (['--config.cost.kind=latency:mine.yaml'], 2),
     (["--config.cost.caps=('latency:/nowhere/mine.yaml=1',)"], 0),

@@ -97,6 +97,40 @@ def test_a_damaged_line_of_the_history_is_named(tmp_path):
     report.write_report(workdir)
 
 
+@pytest.mark.parametrize('name', _FILES)
+def test_a_file_that_is_no_text_is_named(tmp_path, name):
+  workdir = finished.write(tmp_path, finished.files())
+  path = tmp_path / name
+  path.write_bytes(path.read_bytes().replace(b'"', b'"\xff', 1))
+  with pytest.raises(ValueError, match=f'{re.escape(str(path))} is damaged: '):
+    report.write_report(workdir)
+
+
+def test_a_damaged_format_is_named_with_file_and_place(tmp_path):
+  for name, change, where in (
+    (
+      'arch.json',
+      lambda c: c['layers']['stem'].update(weights='BF1v'),
+      "arch.json is damaged, layer 'stem'",
+    ),
+    (
+      'result.json',
+      lambda c: c['layers'][0].update(activations='BF1v'),
+      "result.json is damaged, layer 'stem'",
+    ),
+    (
+      'result.json',
+      lambda c: c['decisions']['stem'].update(options=['INT4', 'BF1v', 'BF16']),
+      "result.json is damaged, decision 'stem'",
+    ),
+  ):
+    files = finished.files()
+    change(files[name])
+    workdir = finished.write(tmp_path, files)
+    with pytest.raises(ValueError, match=f"{where}: unknown format 'BF1v'"):
+      report.write_report(workdir)
+
+
 def test_a_config_without_a_phase_is_refused(tmp_path):
   files = finished.files()
   del files['config.json']['search']['freeze']
@@ -127,7 +161,7 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path):
   files = finished.files()
   rows = files['history.jsonl']
   rows[0] |= {'reward': None, 'loss': math.nan, 'policy': None}
-  rows[1] |= {'cost': math.inf, 'entropy': None}
+  rows[1] |= {'cost': math.inf, 'entropy': 10**400}
   del rows[2]['quality']
   found, references = (
     files['result.json'][key] for key in ('found', 'references')

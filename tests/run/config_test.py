@@ -154,6 +154,8 @@ def test_an_unknown_and_a_missing_key_are_both_named():
     ('train', dict(mixup=-0.1), 'train.mixup=-0.1 must be'),
     ('train', dict(checkpoint_every=7), 'multiple of train.log_every'),
     ('train', dict(steps=0), 'train.steps=0 must be'),
+    ('train', dict(steps=2**31), 'must be a whole number from 1 to 2147483647'),
+    ('sizes', dict(widths=(10**400,)), 'must be a list of finite numbers'),
     ('train', dict(label_smoothing=1.0), 'label_smoothing'),
     ('data', dict(valid_split='train[100%:]'), 'valid_split'),
     ('data', dict(batch_size=5000), 'data.batch_size=5000'),
@@ -210,9 +212,9 @@ def test_a_reference_is_checked_before_the_search(names, message):
     ('train.label_smoothing', 0, 1),
     ('cost.target search.learning_rate optimizer.learning_rate', 0, None),
     ('optimizer.weight_decay train.mixup train.cutmix train.max_loss', 0, None),
-    ('train.steps train.log_every train.checkpoint_every', 1, None),
-    ('train.checkpoints_kept parallel.accumulate', 1, None),
-    ('train.settle_batches', 0, None),
+    ('train.steps train.log_every train.checkpoint_every', 1, 2**31 - 1),
+    ('train.checkpoints_kept parallel.accumulate', 1, 2**31 - 1),
+    ('train.settle_batches', 0, 2**31 - 1),
   ],
 )
 def test_numbers_are_allowed_up_to_their_bounds(keys, least, most):
@@ -222,7 +224,7 @@ def test_numbers_are_allowed_up_to_their_bounds(keys, least, most):
     ends = f'>= {least}' if most is None else f'from {least} to {most}'
     for value in (least, 10**9 if most is None else most):
       assert problem(value) is None, key
-    above = [] if most is None else [most + 0.1]
+    above = [10**400] if most is None else [most + 0.1, most + 1]
     for value in (least - 1, least - 0.1, True, *above):
       assert ends in problem(value), key
 
@@ -368,7 +370,15 @@ def test_the_cost_command_prints_a_table_and_a_last_line_of_json(capsys):
     (['--model=alexnet'], "'alexnet' is unknown; allowed: .*mobilenetv2"),
     (['--model=mobilenetv2', '--format=INT9'], "unknown format 'INT9'"),
     (['--model=mobilenetv2', '--width=-1'], 'must be positive'),
+    (
+      ['--model=mlp', '--format=int_s'],
+      '--format=int_s names 3 formats, .* choose one of INT4, INT8, BF16',
+    ),
     (['--model=mlp', '--width=2'], 'mlp has no width'),
+    (['--model=resnet_cifar', '--classes=0'], '--classes=0 must be at least 1'),
+    (['--model=mlp', '--classes=-3'], '--classes=-3 must be at least 1'),
+    (['--model=edsr', '--classes=2'], 'edsr tells no classes apart; omit'),
+    (['--model=recommender', '--classes=2'], 'recommender tells no classes'),
   ],
 )
 def test_the_cost_command_refuses_in_one_line(argv, message, capsys):

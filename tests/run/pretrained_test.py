@@ -114,6 +114,16 @@ def test_a_model_json_is_read_with_the_weights_beside_it(tmp_path):
   np.testing.assert_allclose(layer['bias'], [1, 0, -0.2])  # Of 0 .. 255.
 
 
+def test_a_checkpoint_may_be_at_home(monkeypatch, tmp_path):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  kernel = np.ones((2, 3), np.float32)
+  safetensors.numpy.save_file(
+    {'head.kernel': kernel}, tmp_path / 'a.safetensors'
+  )
+  loaded = pretrained.load('~/a.safetensors')['params']['head']
+  np.testing.assert_array_equal(loaded['kernel'], kernel)
+
+
 def test_what_is_no_checkpoint_is_refused(state, tmp_path):
   with pytest.raises(ValueError, match='does not exist'):
     pretrained.started(state, str(tmp_path / 'nothing'))

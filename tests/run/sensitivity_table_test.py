@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -111,6 +112,19 @@ def test_hashes_follow_weights_and_data(trained):
   )
   hashes = sensitivity_table.hashes(other)
   assert {name for name in own if own[name] != hashes[name]} == {'weights'}
+  for key, value, changed in (
+    ('batch_size', 60, {'data'}),
+    ('data_dir', '/elsewhere', set()),  # The same data, on another machine.
+  ):
+    config = run.experiment.config.copy_and_resolve_references()
+    with config.unlocked():
+      config.data[key] = value
+    hashes = sensitivity_table.hashes(
+      run._replace(
+        experiment=dataclasses.replace(run.experiment, config=config)
+      )
+    )
+    assert {name for name in own if own[name] != hashes[name]} == changed, key
 
 
 def test_files_that_are_no_table_are_refused(trained, tmp_path):
@@ -118,7 +132,8 @@ def test_files_that_are_no_table_are_refused(trained, tmp_path):
   with pytest.raises(ValueError, match='lacking.json cannot be read: No such'):
     sensitivity_table.read(tmp_path / 'lacking.json', run)
   bad = tmp_path / 'bad.json'
-  for text in ('[', '[]', '{"hashes": {}}', json.dumps(table | {'hashes': 1})):
+  unhashed = json.dumps(table | {'hashes': 1})
+  for text in ('[', '[' * 10**5, '[]', '{"hashes": {}}', unhashed):
     bad.write_text(text)
     with pytest.raises(ValueError, match='bad.json is no sensitivity.json'):
       sensitivity_table.read(bad, run)

@@ -8,6 +8,7 @@ import pytest
 
 from fliqs_jax.runtime import checkpoint
 from fliqs_jax.runtime import commands
+from fliqs_jax.runtime import files
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -51,6 +52,15 @@ def test_an_error_is_a_line_with_its_remedy_and_a_status(error, line, status):
   assert commands.status(error) == status
 
 
+def test_a_file_that_is_a_directory_is_named_once(tmp_path):
+  (tmp_path / 'a').mkdir()
+  with pytest.raises(IsADirectoryError) as caught:
+    files.write_bytes(tmp_path / 'a', b'')
+  assert commands.line(caught.value) == (
+    f"[Errno 21] Is a directory: '{tmp_path / 'a'}'; check the path"
+  )
+
+
 def test_a_command_ends_with_the_line_and_the_status(capsys):
   @commands.reported
   def full(argv):
@@ -60,6 +70,24 @@ def test_a_command_ends_with_the_line_and_the_status(capsys):
   out, line = capsys.readouterr()
   assert (out, line.count('\n')) == ('', 1)
   assert "No space left on device: '/d/f'; free some space" in line
+
+
+def test_a_path_at_home_is_whole_also_behind_an_equals_sign(monkeypatch):
+  monkeypatch.setenv('HOME', '/h')
+  as_given = ['gs://b/~', '--config.data.data_dir=~/d', '--x=a~', './~', '--f']
+  given = ['~/a', '--out=~/b/c', '--config=~/c.py:arch=~', *as_given]
+  seen = []
+  assert commands.reported(lambda argv: seen.extend(argv) or 0)(given) == 0
+  assert seen == ['/h/a', '--out=/h/b/c', '--config=/h/c.py:arch=~', *as_given]
+
+
+def test_a_user_without_a_home_is_told(monkeypatch, capsys):
+  # It returns the path as it is if neither HOME nor the system knows the user.
+  monkeypatch.setattr(os.path, 'expanduser', lambda path: path)
+  assert commands.reported(lambda argv: 0)(['--out=~/a']) == 2
+  line = capsys.readouterr().err
+  assert line.startswith("'~/a': Could not determine home directory. Write the")
+  assert line.count('\n') == 1
 
 
 def test_errors_of_our_own_are_not_hidden():
@@ -87,17 +115,23 @@ def test_a_run_that_cannot_write_ends_with_a_line(tmp_path, limit, line):
       f'ulimit -f {limit}; exec "$0" -m fliqs_jax.main "$@"',
       sys.executable,
       '--config=tests/tiny.py',
-      f'--workdir={tmp_path / "run"}',
+      '--workdir=~/run',
     ],
     cwd=_ROOT,
     capture_output=True,
     text=True,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    env={
+      **os.environ,
+      'JAX_PLATFORMS': 'cpu',
+      'HOME': str(tmp_path),
+      # The digits are prepared there.
+      'XDG_CACHE_HOME': str(files.user_cache().expanduser().parent),
+    },
     check=False,
   )
   assert done.returncode == 2
   assert 'Traceback' not in done.stderr
-  assert line in done.stderr.splitlines()[-1]
+  assert f'{tmp_path}/run/{line}' in done.stderr.splitlines()[-1]
 
 
 def test_a_terminal_that_knows_ascii_only_is_served():

@@ -349,7 +349,7 @@ def test_a_policy_over_replicas_finds_the_best_of_a_bandit():
     (dict(mode='pmap', shard_params=True), 'shard_params=True needs .*pjit'),
     (dict(leave_one_out=True), "only parallel.mode='pmap' has"),
     (dict(mode='pmap', leave_one_out=True), "search.preset='paper'"),
-    (dict(accumulate=0), 'parallel.accumulate=0 must be a whole number >= 1'),
+    (dict(accumulate=0), 'parallel.accumulate=0 must be a whole number from 1'),
   ],
 )
 def test_parallel_keys_that_cannot_work_are_refused(keys, message):

@@ -331,8 +331,10 @@ def _written(tmp_path, text):
   return f'latency:{path}'
 
 
-def test_a_new_chip_is_a_file(tmp_path):
+def test_a_new_chip_is_a_file(tmp_path, monkeypatch):
   kind = _written(tmp_path, _FILE)
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert chip_file.read('latency:~/mine.yaml').name == 'My chip'
   layer = quant_layers.QuantDense(8)
   space = fliqs.find_decisions(
     layer, jax.ShapeDtypeStruct((1, 1000, 16), jnp.float32)
@@ -365,6 +367,11 @@ def test_stored_bits_casts_and_batches_change_traffic(tmp_path):
     ('teraops: 2}', 'ops: 2}', r'rates\[0\]\.(ops|teraops)'),
     ('teraops: 2}', 'teraops: -2}', 'must be a finite number above 0'),
     ('teraops: 2}', 'teraops: fast}', 'must be a finite number above 0'),
+    (
+      'teraops: 2}',
+      f'teraops: 1{"0" * 400}}}',
+      'must be a finite number above',
+    ),
     ('terabytes_per_second: 1', 'batch: 1', 'terabytes_per_second is missing'),
     ('confidence: assumed', 'confidence: sure', 'must be one of datasheet'),
     ('date: 2026-11', 'day: 2026-11', 'date is missing'),
@@ -377,6 +384,12 @@ def test_stored_bits_casts_and_batches_change_traffic(tmp_path):
     (_FILE, '- 1', 'a target must be a mapping'),
     ('{formats: BF16, teraops: 1}', '{teraops: 1}', 'weights is missing'),
     ('teraops: 1}', 'teraops: 1, ops: [gemm]}', 'list of some of pointwise'),
+    (
+      'teraops: 1}',
+      'teraops: 1, ops: [conv, []]}',
+      r"ops=\['conv', \[\]\] must",
+    ),
+    ('teraops: 1}', 'teraops: 1, ops: [conv, {}]}', r"ops=\['conv', {}\] must"),
     ('  rates:', '  macs_per_lane: 2\n  rates:', 'unknown key .*macs_per_lane'),
     (
       '  rates:',

@@ -11,7 +11,6 @@ access; as rows it is 7.5 GB, and a batch is one gather.
 from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
-import json
 import logging
 import os
 import pathlib
@@ -104,7 +103,7 @@ def open_rows(
 
 def _read_info(store: pathlib.Path) -> dict[str, typing.Any]:
   try:
-    info = json.loads((store / _INFO).read_text('utf-8'))
+    info = files.read_json(store / _INFO)
     info['version'], info['source_bytes'], info['rows'], info['malformed']
     return info
   except (ValueError, KeyError, TypeError):

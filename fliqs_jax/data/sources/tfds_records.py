@@ -77,7 +77,13 @@ def find(name: str, data_dir: str, how_to_prepare: str) -> Prepared:
       split['name']: sum(map(int, split.get('shardLengths', ())))
       for split in info['splits']
     }
-  except (OSError, ImportError, KeyError, json.JSONDecodeError) as error:
+  except (
+    OSError,
+    ImportError,
+    KeyError,
+    json.JSONDecodeError,
+    UnicodeDecodeError,
+  ) as error:
     # A missing library of buckets raises an ImportError; an unknown kind of
     # bucket, or a description without splits, a KeyError.
     raise ValueError(

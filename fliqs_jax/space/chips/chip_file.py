@@ -57,7 +57,7 @@ def read(kind: str) -> chip_lib.Chip:
       f'{", ".join(chip_lib.SECTIONS)}, as in latency:t4'
     )
   shipped = _DIRECTORY / f'{name}.yaml'
-  path = shipped if name in names() else pathlib.Path(name)
+  path = shipped if name in names() else files.at_home(name)
   if not path.is_file():
     raise ValueError(
       f'{kind!r}: there is no file {name}; allowed: the path of a file, or '
@@ -107,7 +107,7 @@ class _Content:
     # YAML 1.1 reads 1e12 as text.
     try:
       number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
       number = math.nan
     if not 0 <= number < math.inf or (positive and not number):
       bound = 'above 0' if positive else 'of at least 0'
@@ -266,7 +266,7 @@ def _rates(
     else:
       weights, activations = item.format('weights'), item.format('activations')
     ops = item.get('ops', [])
-    if not isinstance(ops, list) or not set(ops) <= set(_OPS):
+    if not isinstance(ops, list) or any(op not in _OPS for op in ops):
       raise item.error('ops', f'must be a list of some of {", ".join(_OPS)}')
     per_layer = per_mac = 0.0
     if rules.layer in item:

@@ -419,8 +419,9 @@ def test_the_newest_complete_version_is_read(data_dir, tmp_path):
   assert data.make_streams(_config(tmp_path), seed=0)
 
 
-def test_a_damaged_description_is_named(data_dir, tmp_path):
-  (_copy(data_dir, tmp_path) / 'dataset_info.json').write_text('{"name":')
+@pytest.mark.parametrize('content', [b'{"name":', b'{"name": "\xff"}'])
+def test_a_damaged_description_is_named(data_dir, tmp_path, content):
+  (_copy(data_dir, tmp_path) / 'dataset_info.json').write_bytes(content)
   with pytest.raises(ValueError, match='config.data.data_dir=.*cannot be read'):
     data.make_streams(_config(tmp_path), seed=0)
 
