@@ -237,24 +237,30 @@ def _steps(
   calibrate = statistics.Calibrator(experiment, devices)
   if experiment.calibrations:
     calibrate.warn(result.state)
+
+  def changes(step: int) -> list[Callable[[Any], Any]]:
+    """Returns what changes the state before a step."""
+    due = []
+    if step == phases.act_start and config.quant.act_clip == 'profiled':
+      due.append(lambda state: statistics.profiled(experiment, state, devices))
+    if step == 0 and config.train.frozen:
+      due.append(lambda state: statistics.observed(experiment, state, devices))
+    if step in experiment.calibrations:
+      due.append(lambda state: calibrate(state, step))
+    if step in experiment.allocations:
+      due.append(lambda state: allocate(state, step))
+      # Again, with the formats that were chosen in the layers before.
+      if experiment.spec.has_strategies:
+        due.append(lambda state: calibrate(state, step))
+    return due
+
   with trace:
     result.resumed = time.monotonic()
     for step, batch in zip(range(first, phases.steps), batches):
-      if step == phases.act_start and config.quant.act_clip == 'profiled':
+      if due := changes(step):
         with result.paused():
-          result.state = statistics.profiled(experiment, result.state, devices)
-      if step == 0 and config.train.frozen:
-        with result.paused():
-          result.state = statistics.observed(experiment, result.state, devices)
-      if step in experiment.calibrations:
-        with result.paused():
-          result.state = calibrate(result.state, step)
-      if step in experiment.allocations:
-        with result.paused():
-          result.state = allocate(result.state, step)
-          # Again, with the formats that were chosen in the layers before.
-          if experiment.spec.has_strategies:
-            result.state = calibrate(result.state, step)
+          for change in due:
+            result.state = change(result.state)
       trace.before(step)
       with jax.transfer_guard_device_to_host('disallow'):
         result.state, metrics = step_fn(result.state, *batch)
