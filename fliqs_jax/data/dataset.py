@@ -43,10 +43,21 @@ class Arrays:
   """Examples that are kept in memory."""
 
   def __init__(self, **columns: np.ndarray):
-    self._columns = columns
+    """Keeps columns [N, ...].
+
+    Raises:
+      ValueError: they have not all the same number of rows.
+    """
+    rows = {name: len(column) for name, column in columns.items()}
+    if len(set(rows.values())) != 1:
+      raise ValueError(
+        f'columns must all have as many rows as the others, but have {rows}'
+      )
+    (self._rows,) = set(rows.values())
+    self._columns = {k: np.asarray(column) for k, column in columns.items()}
 
   def __len__(self) -> int:
-    return len(self._columns['label'])
+    return self._rows
 
   def __getitem__(self, numbers: np.ndarray) -> Columns:
     return {name: column[numbers] for name, column in self._columns.items()}

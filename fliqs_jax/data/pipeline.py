@@ -132,7 +132,7 @@ def endless(
       inputs = dataset.train_inputs(columns, bits)
     else:
       inputs = dataset.eval_inputs(columns)
-    return _batch(dataset, inputs, columns)
+    return _batch(part, inputs, columns, any_size=not augment)
 
   def from_step(start_step: int) -> Iterator[Batch]:
     if start_step < 0:
@@ -159,7 +159,7 @@ def one_pass(part: Part) -> Callable[[], Iterator[Batch]]:
     columns = part.read(positions % part.num_examples)
     inputs = part.dataset.eval_inputs(columns)
     mask = positions < part.num_examples
-    return _batch(part.dataset, inputs, columns) | dict(
+    return _batch(part, inputs, columns, any_size=True) | dict(
       example_mask=mask.astype(np.float32)
     )
 
@@ -186,21 +186,70 @@ def _random_words(key: tuple[int, int], start: int, count: int) -> np.ndarray:
 
 
 def _batch(
-  dataset: dataset_lib.Dataset,
+  part: Part,
   inputs: dataset_lib.Columns,
   columns: dataset_lib.Columns,
+  any_size: bool,
 ) -> Batch:
+  """Returns a batch, after checking that it is what the data set promises.
+
+  Args:
+    part: the part of the stream.
+    inputs: what the data set made of the columns.
+    columns: those that were read.
+    any_size: whether examples may have other sizes than the model's inputs in
+      training, as pictures of valid and test.
+
+  Raises:
+    ValueError: inputs or labels have other names, shapes or types.
+  """
+  dataset, rows = part.dataset, len(part.rows)
+  specs = dict(dataset.inputs)
   if dataset.label.shape:
-    return dict(inputs)  # With the label, which is no class.
-  labels = columns['label']
-  # The one-hot vector of another label would be zero, without an error.
-  if min(labels) < 0 or max(labels) >= dataset.num_classes:
+    specs['label'] = dataset.label  # It is no class.
+  if set(inputs) != set(specs):
     raise ValueError(
-      f'{dataset.name!r} has labels from {min(labels)} to {max(labels)} where '
-      f'they must be from 0 to {dataset.num_classes - 1}; correct the labels '
-      'or num_classes'
+      f'{dataset.name!r} makes inputs called {sorted(inputs)} where its Spec '
+      f'has {sorted(specs)}'
     )
-  return {**inputs, 'label': labels.astype(np.int32)}
+  for name, spec in specs.items():
+    x = np.asarray(inputs[name])
+    shape = x.shape[1:] if any_size else spec.shape
+    fits = x.shape == (rows, *shape) and len(shape) == len(spec.shape)
+    if not fits or x.dtype.kind in 'OSU':
+      raise ValueError(
+        f'{dataset.name!r} makes {name} of {x.dtype}{list(x.shape)} where its '
+        f'Spec has numbers of shape {[rows, *spec.shape]}'
+      )
+  if dataset.label.shape:
+    return dict(inputs)
+  return {**inputs, 'label': _classes(dataset, columns, rows)}
+
+
+def _classes(
+  dataset: dataset_lib.Dataset, columns: dataset_lib.Columns, rows: int
+) -> np.ndarray:
+  """Returns the labels int32 [N].
+
+  The one-hot vector of any other label would be zero, without an error.
+  """
+  if 'label' not in columns:
+    raise ValueError(
+      f'{dataset.name!r} has no column called label, but {sorted(columns)}'
+    )
+  labels = np.asarray(columns['label'])
+  if labels.shape != (rows,) or labels.dtype.kind not in 'biu':
+    raise ValueError(
+      f'{dataset.name!r} has labels of {labels.dtype}{list(labels.shape)} '
+      f'where they must be whole numbers of shape [{rows}]'
+    )
+  if labels.min() < 0 or labels.max() >= dataset.num_classes:
+    raise ValueError(
+      f'{dataset.name!r} has labels from {labels.min()} to {labels.max()} '
+      f'where they must be from 0 to {dataset.num_classes - 1}; correct the '
+      'labels or num_classes'
+    )
+  return labels.astype(np.int32)
 
 
 def _iterate(

@@ -168,6 +168,7 @@ def write(
     return model.apply(variables, *args, **noting, **call)[1]
 
   outputs = jax.jit(evaluate)(variables, args, random)
+  expected = _outputs(outputs)
   trees = dict(
     inputs=pytrees.describe((args, rngs)), outputs=pytrees.describe(outputs)
   )
@@ -182,7 +183,6 @@ def write(
   leaves = [served_program.raw(x) for x in jax.tree.leaves((args, rngs))]
   operands = jax.jit(lambda t: served.unpack(t, False))(tensors)
   given = jax.jit(served.run)(operands, *leaves)
-  expected = _outputs(outputs)
   found = differences.checked(
     'the outputs of the served model',
     leaves,
@@ -268,9 +268,22 @@ def _programs(
 
 
 def _outputs(tree: Any) -> dict[str, Any]:
-  """Returns {name in the file of references: output}."""
-  named = products_lib.named(tree)
-  return {products_lib.join('outputs', k): x for k, x in named.items()}
+  """Returns {name in the file of references: output}.
+
+  Raises:
+    ValueError: one is a typed PRNG key.
+  """
+  outputs = {
+    products_lib.join('outputs', path): x
+    for path, x in products_lib.named(tree).items()
+  }
+  for name, x in outputs.items():
+    if served_program.is_key(x):
+      raise ValueError(
+        f'{name} is a typed PRNG key, which a served model cannot return: '
+        'return jax.random.key_data of it, or nothing'
+      )
+  return outputs
 
 
 def _check_evaluates(

@@ -88,6 +88,22 @@ def _numbered(**changes):
   )
 
 
+def _own(columns):
+  """A data set of the columns of fifty examples, in both splits."""
+
+  def inputs(columns, bits=None):
+    del bits
+    return {k: x for k, x in columns.items() if k != 'label'}
+
+  return dataclasses.replace(
+    _numbered(),
+    split_sizes=dict(train=50, test=50),
+    open=lambda split: data.Arrays(**columns),
+    train_inputs=inputs,
+    eval_inputs=inputs,
+  )
+
+
 def _numbers(batches):
   """Returns the numbers of the examples in batches of `_numbered`."""
   pixels = np.concatenate([b['image'].reshape(-1, 3) for b in batches])
@@ -555,6 +571,52 @@ def test_a_label_beyond_the_classes_is_refused():
   streams = data.make_streams(_config(batch_size=80), seed=0, dataset=dataset)
   with pytest.raises(ValueError, match="'numbered' has labels from 0 to 9"):
     next(streams.train(0))
+
+
+@pytest.mark.parametrize(
+  ('label', 'message'),
+  [
+    (np.full(50, 0.5), r'labels of float64\[5\] .* whole numbers of shape \[5'),
+    (np.full(50, np.nan), r'labels of float64\[5\]'),
+    (np.arange(50)[:, None] % 2, r'labels of int64\[5, 1\]'),
+    (np.eye(2, dtype=int)[np.arange(50) % 2], r'labels of int64\[5, 2\]'),
+    (np.array(['a', 'b'] * 25), r'labels of <U1\[5\]'),
+    (None, r"no column called label, but \['image'\]"),
+  ],
+)
+def test_labels_that_are_no_classes_are_refused(label, message):
+  columns = dict(image=np.zeros((50, 1, 1, 3), np.float32))
+  columns |= {} if label is None else dict(label=label)
+  dataset = _own(columns)
+  batches = data.make_streams(_config(batch_size=5), seed=0, dataset=dataset)
+  with pytest.raises(ValueError, match=f"'numbered' has {message}"):
+    next(batches.train(0))
+
+
+@pytest.mark.parametrize(
+  ('image', 'message'),
+  [
+    (
+      np.zeros((50, 1, 1, 1)),
+      r'image of float64\[5, 1, 1, 1\] .* \[5, 1, 1, 3\]',
+    ),
+    (np.full((50, 1, 1, 3), 'a'), r'image of <U1\[5, 1, 1, 3\]'),
+  ],
+)
+def test_inputs_that_are_not_those_of_the_spec_are_refused(image, message):
+  dataset = _own(dict(image=image, label=np.arange(50) % 2))
+  streams = data.make_streams(_config(batch_size=5), seed=0, dataset=dataset)
+  with pytest.raises(ValueError, match=f"'numbered' makes {message}"):
+    next(streams.train(0))
+  dataset = _own(dict(pixels=image, label=np.arange(50) % 2))
+  streams = data.make_streams(_config(batch_size=5), seed=0, dataset=dataset)
+  with pytest.raises(ValueError, match=r"called \['pixels'\] .* \['image'\]"):
+    next(streams.train(0))
+
+
+def test_columns_of_other_numbers_of_rows_are_refused():
+  with pytest.raises(ValueError, match="'image': 3, 'label': 4"):
+    data.Arrays(image=np.zeros((3, 2)), label=np.zeros(4))
 
 
 def test_a_model_is_called_with_its_only_input_or_a_dict():

@@ -612,6 +612,24 @@ def test_a_branch_that_an_iteration_never_takes_needs_no_scale(tmp_path):
   assert np.isnan(served(x, np.int32(1))).all()
 
 
+def test_a_key_among_the_outputs_is_refused(tmp_path):
+  key = jax.random.key(0)
+
+  def f(params, inputs):
+    return dict(y=inputs['x'] @ params['w'], key=inputs['key'])
+
+  inputs = dict(x=np.eye(2, dtype=np.float32), key=key)
+  model = fliqs.searchable(
+    f, fliqs.QuantSpec('INT4'), params=dict(w=np.eye(2, dtype=np.float32))
+  )
+  space = fliqs.find_decisions(model, inputs)
+  variables = model.init(key, inputs)
+  with pytest.raises(ValueError, match='outputs/key is a typed PRNG key'):
+    export.export_model(
+      model, variables, space.only(), inputs, out=tmp_path / 'out'
+    )
+
+
 def test_a_model_that_asks_for_shardings_is_refused(tmp_path):
   mesh = jax.make_mesh(
     (2,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
