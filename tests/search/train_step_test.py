@@ -113,7 +113,9 @@ def _steps(
   model_state=_STATS,
   space=_SPACE,
   ema_decay=0.15,
+  keep_average=True,
   accumulate=1,
+  train=_TRAIN,
   **fields,
 ):
   """Takes a step for each proposal, the first two in phase one.
@@ -139,7 +141,7 @@ def _steps(
   state = train_state.TrainState(
     step=jnp.asarray(0),
     params=params,
-    average=params,
+    average=params if keep_average else {},
     opt_state=optimizer.init(params),
     model_state=model_state,
     search_state=0,
@@ -147,7 +149,7 @@ def _steps(
   )
   states, metrics = [state], []
   for _ in proposals:
-    state, new = step(state, _TRAIN, _VALID)
+    state, new = step(state, train, _VALID)
     states.append(state)
     metrics.append(new)
   return record, states, metrics
@@ -258,9 +260,11 @@ def test_the_mean_of_the_weights_holds_the_new_ones(four):
   )
 
 
-def test_without_a_decay_the_mean_of_the_weights_stays():
-  _, states, _ = _steps([[_INT4, _INT8]], ema_decay=0.0)
-  assert _values(states, 'average') == [1.0, 1.0]
+@pytest.mark.parametrize(('decay', 'kept'), [(0.9, False), (0.0, True)])
+def test_a_decay_and_a_mean_of_the_weights_need_each_other(decay, kept):
+  message = f'ema_decay={decay}, but .* with keep_average={kept}'
+  with pytest.raises(ValueError, match=message):
+    _steps([[_INT4, _INT8]], ema_decay=decay, keep_average=kept)
 
 
 def test_phase_one_begins_at_the_first_step_and_ends_at_act_start(four):
