@@ -244,7 +244,7 @@ def _gradients(
     changed, values = of(changed, *part)
     return (changed, jax.tree.map(jnp.add, sums, values)), None
 
-  parts = jax.tree.map(lambda x: _every(x, accumulate), batch)
+  parts = _parts(batch, accumulate)
   keys = jax.random.split(key, accumulate)
   first = jax.tree.map(lambda x: x[0], (parts, keys))
   _, shapes = jax.eval_shape(of, model_state, *first)
@@ -266,6 +266,18 @@ def _check_mix(apply: Apply, controller: controller_lib.Controller) -> None:
       "the model has mix='sampled': give it mix='composite', for edmips and "
       "dqss, or 'branched', for dnas"
     )
+
+
+def _parts(batch: Batch, n: int) -> Batch:
+  """Returns the n equal parts of a batch: each entry [n, B / n, ...]."""
+  for path, leaf in jax.tree.leaves_with_path(batch):
+    if not jnp.ndim(leaf):
+      raise ValueError(
+        f'the batch cannot be cut into {n} parts, because '
+        f'{jax.tree_util.keystr(path)} is one value for all examples; give one '
+        'for each, [B, ...]'
+      )
+  return jax.tree.map(lambda x: _every(x, n), batch)
 
 
 def _every(x: jax.Array, n: int) -> jax.Array:
@@ -322,7 +334,9 @@ def _judge(
       f'different first axes: {lengths}; use controller(samples=1), which '
       'judges on the whole batch, or a preset that judges nothing'
     )
-  images = jax.tree.map(lambda x: _every(x, samples)[0], batch)
+  images = batch
+  if samples > 1:
+    images = jax.tree.map(lambda x: x[0], _parts(batch, samples))
 
   def judge(choices: Any) -> jax.Array:
     outputs = apply(

@@ -116,6 +116,7 @@ def _steps(
   keep_average=True,
   accumulate=1,
   train=_TRAIN,
+  valid=_VALID,
   **fields,
 ):
   """Takes a step for each proposal, the first two in phase one.
@@ -149,7 +150,7 @@ def _steps(
   )
   states, metrics = [state], []
   for _ in proposals:
-    state, new = step(state, train, _VALID)
+    state, new = step(state, train, valid)
     states.append(state)
     metrics.append(new)
   return record, states, metrics
@@ -323,6 +324,18 @@ def test_accumulated_parts_are_averaged_and_draw_keys_of_their_own():
 def test_a_batch_without_so_many_parts_is_refused(accumulate):
   with pytest.raises(ValueError, match='of 4 examples has no [03] equal parts'):
     _steps([[_INT4, _INT8]], accumulate=accumulate)
+
+
+def test_one_value_for_all_examples_has_no_parts():
+  train = dict(_TRAIN, example_mask=jnp.float32(1))
+  message = r"into 2 parts, because \['example_mask'\] is one value"
+  with pytest.raises(ValueError, match=message):
+    _steps([[_INT4, _INT8]], accumulate=2, train=train)
+  # One architecture is judged on the whole batch: -0.5 * 100 + 0 + 1 + 2 + 3.
+  record, _, _ = _steps(
+    [[_INT4]], valid=dict(_VALID, example_mask=jnp.float32(1))
+  )
+  assert record.updates == [(0, [_INT4], [-44])]
 
 
 def test_a_model_without_mixtures_is_refused_by_who_learns_from_them():
