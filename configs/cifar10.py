@@ -15,7 +15,7 @@ Arguments:
     latency:t4, energy:45nm, or latency: and your own file (docs/chips.md).
   caps: limits of other costs: size=1.5xINT4+energy:45nm=1.2xINT8.
   reported: costs to report beside: latency:h100+energy:45nm.
-  steps: number of steps of training.
+  steps: number of steps of training; 64,000, or 12 of a trial, if not given.
   seed: seed of all randomness.
   gamma: weight of the cost against the quality; the preset's own if not given.
   preset: default, paper, sensitivity, edmips, dnas or dqss, the search.
@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     cost='bops',
     caps='',
     reported='',
-    steps=64_000,
+    steps=int,
     seed=0,
     gamma=float,
     preset='default',
@@ -67,7 +67,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     test_batch_size=500,
     augment='crop_flip',
   )
-  steps, log_every, checkpoint_every = arg.steps, 100, 1000
+  steps, log_every, checkpoint_every = 64_000, 100, 1000
   if arg.smoke:
     steps, log_every, checkpoint_every = 12, 3, 6
     config.model.update(depth=8, filters=4)
@@ -83,6 +83,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       image_size=32,
       num_classes=10,
     )
+  if arg.steps is not None:
+    steps = arg.steps
   config.quant = dict(
     formats=arg.space,
     mode=arg.mode,

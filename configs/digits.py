@@ -18,7 +18,7 @@ Arguments:
     latency:t4, energy:45nm, or latency: and your own file (docs/chips.md).
   caps: limits of other costs: size=1.5xINT4+energy:45nm=1.2xINT8.
   reported: costs to report beside: latency:h100+energy:45nm.
-  steps: number of steps of training.
+  steps: number of steps of training; 1500, or 40 of a trial, if not given.
   seed: seed of all randomness.
   gamma: weight of the cost against the quality; the preset's own if not given.
   preset: default, paper, sensitivity, edmips, dnas or dqss, the search.
@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     cost='bops',
     caps='',
     reported='',
-    steps=1500,
+    steps=int,
     seed=0,
     gamma=float,
     preset='sensitivity',
@@ -52,7 +52,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     references=False,
     smoke=False,
   )
-  steps = 40 if arg.smoke else arg.steps
+  steps = 40 if arg.smoke else 1500
+  if arg.steps is not None:
+    steps = arg.steps
   config = ml_collections.ConfigDict()
   config.seed = arg.seed
   config.task = 'classification'

@@ -26,7 +26,7 @@ Arguments:
     latency:t4, energy:45nm, or latency: and your own file (docs/chips.md).
   caps: limits of other costs: size=1.5xINT4+energy:45nm=1.2xINT8.
   reported: costs to report beside: latency:h100+energy:45nm.
-  steps: number of steps of training.
+  steps: number of steps of training; 2000, or 12 of a trial, if not given.
   seed: seed of all randomness.
   gamma: weight of the cost against the quality; the preset's own if not given.
   preset: the search: sensitivity, default, paper, edmips, dnas or dqss.
@@ -78,7 +78,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     cost='bops',
     caps='',
     reported='',
-    steps=2000,
+    steps=int,
     seed=0,
     gamma=float,
     preset='sensitivity',
@@ -111,7 +111,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     test_batch_size=500,
     augment='none',
   )
-  steps = arg.steps
+  steps = 2000
   if arg.smoke:
     steps = 12
     config.data = dict(
@@ -126,6 +126,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       image_size=28,
       num_classes=10,
     )
+  if arg.steps is not None:
+    steps = arg.steps
   config.quant = dict(
     formats=arg.space,
     mode=arg.mode,

@@ -14,7 +14,8 @@ arguments:
   reported: costs to report beside: latency:h100+energy:45nm.
   width: multiplier of all channels; each file names those of the Pareto curves.
   pareto: train as long as for the Pareto curves (A.2), not as for Table 1.
-  steps: number of steps of training; the recipe's if not given.
+  steps: number of steps of training; the recipe's, or 12 of a trial, if not
+    given.
   seed: seed of all randomness.
   gamma: weight of the cost against the quality; the preset's own if not given.
   preset: default, paper, sensitivity, edmips, dnas or dqss, the search.
@@ -122,7 +123,6 @@ def recipe(
   whole = round(epochs * STEPS_PER_EPOCH)
   steps = pareto_steps if arg.pareto else whole
   start = pareto_act_start / pareto_steps if arg.pareto else act_start / whole
-  steps = arg.steps or steps
   config = ml_collections.ConfigDict()
   config.seed = arg.seed
   config.task = 'classification'
@@ -156,6 +156,8 @@ def recipe(
       image_size=smoke_image_size,
       num_classes=10,
     )
+  if arg.steps is not None:
+    steps = arg.steps
   config.quant = dict(
     formats=arg.space,
     mode=arg.mode,

@@ -18,7 +18,8 @@ Arguments:
     latency:t4, energy:45nm, or latency: and your own file (docs/chips.md).
   caps: limits of other costs: size=1.5xINT4+energy:45nm=1.2xINT8.
   reported: costs to report beside: latency:h100+energy:45nm.
-  steps: number of steps of training; one epoch if not given.
+  steps: number of steps of training; one epoch, or 60 steps of a trial, if not
+    given.
   seed: seed of all randomness.
   gamma: weight of the cost against the quality, of default and paper; -0.1 if
     not given.
@@ -40,7 +41,7 @@ from fliqs_jax.run import config as config_lib
 from fliqs_jax.search import presets
 
 _BATCH_SIZE = 4096
-_TRAIN_EXAMPLES = 45_840_617 * 84 // 100
+_STEPS = 45_840_617 * 84 // 100 // _BATCH_SIZE  # One epoch.
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -54,7 +55,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     cost='bops',
     caps='',
     reported='',
-    steps=_TRAIN_EXAMPLES // _BATCH_SIZE,
+    steps=int,
     seed=0,
     gamma=float,
     preset='default',
@@ -86,7 +87,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     buckets=buckets,
     max_bad_lines=0,
   )
-  steps, log_every, checkpoint_every = arg.steps, 50, 500
+  steps, log_every, checkpoint_every = _STEPS, 50, 500
   if arg.smoke:
     steps, log_every, checkpoint_every = 60, 5, 20
     config.model.update(buckets=64, hidden=(32,) * 4, ranks=(8,) * 4)
@@ -101,6 +102,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       test_batch_size=128,
       buckets=64,
     )
+  if arg.steps is not None:
+    steps = arg.steps
   config.quant = dict(
     formats=arg.space,
     mode=arg.mode,

@@ -26,7 +26,8 @@ Arguments:
     latency:t4, energy:45nm, or latency: and your own file (docs/chips.md).
   caps: limits of other costs: size=1.5xINT4+energy:45nm=1.2xINT8.
   reported: costs to report beside: latency:h100+energy:45nm.
-  steps: number of steps of training; of the size if not given.
+  steps: number of steps of training; those of the size, or 12 of a trial, if
+    not given.
   seed: seed of all randomness.
   gamma: weight of the cost against the quality, of default and paper; -2 if
     not given, as the quality is the PSNR in dB.
@@ -116,13 +117,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     crop=96,
     crops=8,
   )
-  steps = arg.steps or _STEPS[arg.size]
+  steps = _STEPS[arg.size]
   if arg.smoke:
     steps = 12
     config.data.update(name='synthetic_pictures', data_dir='', patch=24)
     config.data.update(crop=24, crops=2, test_batch_size=8)
     if arg.model == 'edsr':
       config.model.update(blocks=1, channels=8)
+  if arg.steps is not None:
+    steps = arg.steps
   config.quant = dict(
     formats=arg.space,
     mode=arg.mode,

@@ -65,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
     return _train(args, keys)
   if args.name in COMPUTED:
     _refuse(args, keys, 'runs', *_OF_STUDIES)
+    # What cannot be a directory is refused before a minute is spent.
+    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
     return _end(COMPUTED[args.name](), args)
   if args.name in FINISHED:
     _refuse(args, keys, *_OF_STUDIES)

@@ -157,7 +157,10 @@ def parsed(argv: Sequence[str]) -> list[str]:
     if lines[-1] != text:
       text += f' {lines[-1].strip()}'
     if isinstance(error, (AttributeError, KeyError)):
-      text = f'a flag --config.KEY names a key that the config lacks: {text}'
+      text = (
+        'a flag --config.KEY names a key that the config lacks: '
+        f'{commands.missing_key(error)}'
+      )
     elif not isinstance(error, flags.Error):
       text = f'--config cannot be loaded: {type(error).__name__}: {text}'
     print(text, file=sys.stderr)

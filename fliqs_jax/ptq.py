@@ -9,8 +9,8 @@ Weights and batch norm stay as they are; the search of the config's preset has
 any other run: `evaluate` and `export` take it. All flags and exit statuses are
 those of `fliqs_jax.main`. The keys of the recipe that suit only the training of
 weights are replaced (its length, phases, mixed images and smoothed labels, the
-search's learning rate, how often it logs and saves), but not those that flags
---config.KEY=VALUE set.
+mean of the weights, the search's learning rate, how often it logs and saves),
+but not those that flags --config.KEY=VALUE set. There is nothing to --retrain.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,6 +37,7 @@ _INSTEAD = {
   'train.steps': 'the number of steps is given by --steps',
   'train.teacher': 'labels of the network without formats need --teacher',
   'train.frozen': 'weights never train here, but in fliqs_jax.main',
+  'optimizer.ema_decay': 'weights never train here and have no mean; leave it',
 }
 
 
@@ -65,7 +66,8 @@ def adapt(
     overrides: {dotted key: value} of keys that the user has set, which stay.
 
   Raises:
-    ValueError: a key is set that a flag of this command stands for.
+    ValueError: a key is set that does nothing here, or that a flag of this
+      command stands for.
   """
   for key, instead in _INSTEAD.items():
     if key in overrides:
@@ -78,6 +80,7 @@ def adapt(
     # The last step is left to the architecture that was chosen.
     'search.freeze': max(steps - 1, 1) / steps,
     'search.learning_rate': search['learning_rate'],
+    'optimizer.ema_decay': 0.0,
     'train.steps': steps,
     'train.frozen': True,
     'train.teacher': teacher,

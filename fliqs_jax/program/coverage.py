@@ -123,8 +123,10 @@ def coverage(
     The coverage; `print` shows it as a table of products and of parameters.
 
   Raises:
-    ValueError: `find_decisions` refuses the model or the call.
+    ValueError: the model was not made by `searchable`, or `find_decisions`
+      refuses it or the call.
   """
+  searchable_lib.check_made(model)
   space = discovery.find(model, *args, **kwargs)
   variables, parts = model.parts_of(*args, **kwargs)
   layers = tuple(_layer(part) for part in parts)

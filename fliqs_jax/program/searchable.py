@@ -460,6 +460,15 @@ class Searchable:
     return jnp.stack(rows).reshape((*product.stack, len(menu)))
 
 
+def check_made(model: Any) -> None:
+  """Raises ValueError if `searchable` has not made the model."""
+  if not isinstance(model, Searchable):
+    raise ValueError(
+      f'{type(model).__name__} was not made by searchable; pass the model that '
+      'searchable returned'
+    )
+
+
 def _only_arrays(tree: Any) -> Any:
   return jax.tree.map(lambda x: x if models.is_array(x) else None, tree)
 

@@ -62,13 +62,20 @@ def train_and_evaluate(
     The content of result.json.
 
   Raises:
-    ValueError: the config cannot work, the processes have different configs, or
-      the workdir belongs to another run or is in use.
+    ValueError: the config cannot work, or trains no weights that `retrain`
+      could; the processes have different configs; or the workdir belongs to
+      another run or is in use.
     DivergedError: training diverged; the last good checkpoint remains.
     PreemptedError: `stop` returned True; the state is saved.
   """
   began = time.monotonic()
   path = pathlib.Path(workdir)
+  if retrain and config.train.frozen:
+    raise ValueError(
+      '--retrain trains the selected network from the beginning, but no '
+      'weights train in fliqs_jax.ptq or with train.frozen=True: leave it out, '
+      'or train with fliqs_jax.main --config=FILE:arch=WORKDIR/arch.json'
+    )
   _check_same(config, path)
   with contextlib.ExitStack() as until_the_end:
     with processes.together():

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+from typing import Any
 
 from absl import logging as absl_logging
 
@@ -42,6 +43,17 @@ def line(error: BaseException) -> str:
   text = ' '.join(str(error).split()) or type(error).__name__
   remedy = _remedy(error)
   return f'{text.rstrip(".")}; {remedy}' if remedy else text
+
+
+def missing_key(error: BaseException) -> str:
+  """Returns in one line what an error says of a key that a config lacks.
+
+  `str` would quote the text of a KeyError, which has quotes of its own.
+  """
+  said: Any = error
+  while isinstance(said, (AttributeError, KeyError)) and said.args:
+    said = said.args[0]
+  return ' '.join(str(said).split())
 
 
 def status(error: BaseException) -> int:

@@ -68,8 +68,8 @@ def create(
       the run are made.
     *args: positional arguments of the model's call, such as inputs [N, ...];
       their values do not matter.
-    keep_average: whether a running mean of the parameters is kept, which
-      `ema_decay` of `search_step` needs.
+    keep_average: whether a running mean of the parameters is kept; then
+      `search_step` needs an `ema_decay` above 0, otherwise of 0.
     params: parameters of a trained network, of the tree, the shapes and the
       types of those of the model; None: new ones.
     model_state: its other collections, such as `batch_stats`; those that are

@@ -72,8 +72,8 @@ def search_step(
     phases: the steps at which activation quantization and the search start.
     mix: (key, training batch) -> training batch, made by `augment.mixing`; None
       does not mix.
-    ema_decay: decay of the running mean of the parameters; 0 keeps no mean. It
-      must be 0 if the state was created without `keep_average`.
+    ema_decay: decay of the running mean of the parameters; above 0 if the state
+      was created with `keep_average`, else 0.
     accumulate: number of parts of the training batch, which are taken one after
       another to save memory; must divide the batch. Running statistics see each
       part.
@@ -92,13 +92,20 @@ def search_step(
 
   Raises:
     ValueError: the controller learns from mixtures, of which the model computes
-      none.
+      none; from the function, when it is traced: `ema_decay` does not fit the
+      state, or the batch cannot be cut into parts.
   """
   _check_mix(apply, controller)
 
   def step(
     state: train_state.TrainState, train_batch: Batch, valid_batch: Batch
   ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
+    if bool(ema_decay) != bool(state.average):
+      raise ValueError(
+        f'search_step has ema_decay={ema_decay}, but the state was created '
+        f'with keep_average={bool(state.average)}; a mean of the weights needs '
+        'a decay above 0 and keep_average=True, no mean neither'
+      )
     key = replicas.key(jax.random.fold_in(state.key, state.step))
     arch_key, dropout_key = jax.random.split(key)
     proposed = controller.propose(state.search_state, arch_key, state.step)
@@ -237,7 +244,7 @@ def _gradients(
     changed, values = of(changed, *part)
     return (changed, jax.tree.map(jnp.add, sums, values)), None
 
-  parts = jax.tree.map(lambda x: _every(x, accumulate), batch)
+  parts = _parts(batch, accumulate)
   keys = jax.random.split(key, accumulate)
   first = jax.tree.map(lambda x: x[0], (parts, keys))
   _, shapes = jax.eval_shape(of, model_state, *first)
@@ -259,6 +266,18 @@ def _check_mix(apply: Apply, controller: controller_lib.Controller) -> None:
       "the model has mix='sampled': give it mix='composite', for edmips and "
       "dqss, or 'branched', for dnas"
     )
+
+
+def _parts(batch: Batch, n: int) -> Batch:
+  """Returns the n equal parts of a batch: each entry [n, B / n, ...]."""
+  for path, leaf in jax.tree.leaves_with_path(batch):
+    if not jnp.ndim(leaf):
+      raise ValueError(
+        f'the batch cannot be cut into {n} parts, because '
+        f'{jax.tree_util.keystr(path)} is one value for all examples; give one '
+        'for each, [B, ...]'
+      )
+  return jax.tree.map(lambda x: _every(x, n), batch)
 
 
 def _every(x: jax.Array, n: int) -> jax.Array:
@@ -315,7 +334,9 @@ def _judge(
       f'different first axes: {lengths}; use controller(samples=1), which '
       'judges on the whole batch, or a preset that judges nothing'
     )
-  images = jax.tree.map(lambda x: _every(x, samples)[0], batch)
+  images = batch
+  if samples > 1:
+    images = jax.tree.map(lambda x: x[0], _parts(batch, samples))
 
   def judge(choices: Any) -> jax.Array:
     outputs = apply(

@@ -82,11 +82,7 @@ def export_model(
       outputs differ from those of the search, in ONNX Runtime, too, if `onnx`.
   """
   export_files.check_free(out)
-  if not isinstance(model, searchable_lib.Searchable):
-    raise ValueError(
-      f'{type(model).__name__} was not made by searchable; pass the model that '
-      'searchable returned'
-    )
+  searchable_lib.check_made(model)
   for name in ('mutable', 'capture_intermediates'):
     if name in kwargs:
       raise ValueError(

@@ -6,7 +6,6 @@ option of each layer costs in quality, and the budget is solved exactly.
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -62,10 +61,10 @@ def allocate(
   Args:
     model: a model that `searchable` made, or what `searchable` takes.
     variables: its collections; of a function f(params, inputs), its params.
-    batches: some eight batches, dicts of inputs [B, ...] and, if there is a
-      loss, of what it reads, such as `label`. The model is called with its one
-      input, or with a dict of all if there are several. Strategies find their
-      thresholds in the first batch; give it 32 examples or more.
+    batches: some eight batches, dicts of arrays: of inputs [B, ...] and, if
+      there is a loss, of what it reads, such as `label`. The model is called
+      with its one input, or with a dict of all if there are several. Strategies
+      find their thresholds in the first batch; give it 32 examples or more.
     target: the largest cost, as a multiple of that of uniform `relative_to`.
     spec: the formats, if `model` is not searchable yet.
     loss: (outputs, batch) -> (loss [], metrics), a mean over examples: options
@@ -78,13 +77,12 @@ def allocate(
     The architecture, and what `export_model` needs with it.
 
   Raises:
-    ValueError: the target is no finite number above 0, there is no batch, the
-      model cannot be called with its inputs, the spec asks for profiled
-      thresholds, a score is not finite, or no architecture is within the
-      budget.
+    ValueError: the target is no finite number above 0, there is no batch, an
+      entry of one is no array of numbers, the model cannot be called with its
+      inputs, the spec asks for profiled thresholds, a score is not finite, or
+      no architecture is within the budget.
   """
-  if not 0 < target < math.inf:
-    raise ValueError(f'target={target} must be a finite number above 0')
+  allocation.check_target(target)
   batches = list(batches)
   if not batches:
     raise ValueError('batches: allocate needs at least one batch; give eight')
@@ -101,6 +99,8 @@ def allocate(
       "'laplacian', 'gaussian', 'absmax' or a number"
     )
   examples = [data.model_inputs(batch) for batch in batches]
+  for batch in batches:
+    _check_arrays(batch)
   one = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)[1:]), x.dtype), examples[0]
   )
@@ -125,6 +125,21 @@ def allocate(
   return Allocated(
     model, variables, choices, space, scores, float(total(choices)), limit
   )
+
+
+def _check_arrays(batch: Mapping[str, Any]) -> None:
+  for name, entry in batch.items():
+    for leaf in jax.tree.leaves(entry):
+      is_array = isinstance(leaf, jax.Array) or (
+        # JAX has no texts, times or objects.
+        isinstance(leaf, np.ndarray) and leaf.dtype.kind not in 'MOSUm'
+      )
+      if not is_array:
+        raise ValueError(
+          f'batches: {name!r} holds '
+          f'{getattr(leaf, "dtype", type(leaf).__name__)}; give arrays of '
+          'numbers [B, ...], and leave out what nothing reads'
+        )
 
 
 def _has_arrays(model: Any) -> bool:

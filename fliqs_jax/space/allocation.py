@@ -25,6 +25,16 @@ Choices = dict[str, np.ndarray]  # {decision: [K] one-hot}
 TOLERANCE = 1e-6
 
 
+def check_target(target: Any, name: str = 'target') -> None:
+  """Raises ValueError if a target is no finite number above 0."""
+  try:
+    is_target = 0 < target < math.inf
+  except TypeError:  # A text, or None.
+    is_target = False
+  if not is_target:
+    raise ValueError(f'{name}={target!r} must be a finite number above 0')
+
+
 @dataclasses.dataclass(frozen=True)
 class Budget:
   """A limit of one cost.
@@ -32,10 +42,11 @@ class Budget:
   Attributes:
     cost: the cost of the space.
     target: its highest value, in its unit, a finite number above 0.
-    lowest: its lowest value, in its unit.
+    lowest: its lowest value, in its unit, at most the target.
 
   Raises:
-    ValueError: the target is no finite number above 0.
+    ValueError: the target is no finite number above 0, or `lowest` no number
+      that is at most the target.
   """
 
   cost: cost_model.Cost
@@ -43,9 +54,11 @@ class Budget:
   lowest: float = -math.inf
 
   def __post_init__(self):
-    if not 0 < self.target < math.inf:
+    check_target(self.target, 'Budget: target')
+    if isinstance(self.lowest, str) or not self.lowest <= self.target:
       raise ValueError(
-        f'Budget: target={self.target} must be a finite number above 0'
+        f'Budget: lowest={self.lowest!r} must be a number, at most '
+        f'target={self.target}'
       )
 
   def admits(self, choices: Mapping[str, Any]) -> bool:

@@ -39,7 +39,8 @@ def find(
     the order of calls, and the model's ops with their MACs and weights.
 
   Raises:
-    ValueError: the model has no quantizable layer, or `spec` does not fit it.
+    ValueError: it is no such model, it has no quantizable layer, or `spec` does
+      not fit it.
   """
   if spec is None and isinstance(
     own := getattr(model, 'spec', None), quant_spec.QuantSpec
@@ -75,8 +76,14 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Traced:
     **kwargs: as of `find`.
 
   Raises:
-    ValueError: modules that `nn.jit` treats as equal have different formats.
+    ValueError: it is no linen module, or modules that `nn.jit` treats as equal
+      have different formats.
   """
+  if not isinstance(model, nn.Module):
+    raise ValueError(
+      f"{type(model).__name__} is no linen module of this project's layers and "
+      'was not made by searchable; pass the model that searchable returned'
+    )
   calls: list[str] = []
 
   def note_order(

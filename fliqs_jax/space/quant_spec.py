@@ -277,6 +277,11 @@ def _freeze(
   """Turns names into menus of one format; checks them against the mode."""
   if isinstance(assignment, tuple):  # Frozen already: dataclasses.replace.
     return assignment
+  if not isinstance(assignment, Mapping):
+    raise ValueError(
+      f'quant.arch: assignment={assignment!r} must be a dict of pairs, as in '
+      "{'head': ('INT4', 'INT8')}"
+    )
   frozen = []
   for path, pair in assignment.items():
     if not _is_list(pair) or len(pair) != 2:

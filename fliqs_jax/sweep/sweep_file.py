@@ -31,6 +31,7 @@ import ml_collections
 from ml_collections import config_flags
 
 from fliqs_jax.run import config as config_lib
+from fliqs_jax.runtime import commands
 from fliqs_jax.runtime import files
 
 # Tells the runs of several sweeps apart.
@@ -243,8 +244,9 @@ def _made(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     values(argv)
     return holder.value
   except (KeyError, AttributeError) as error:
-    message = ' '.join(str(error.args[0]).split())
-    raise ValueError(f'{" ".join(arguments)}: no such key: {message}') from None
+    raise ValueError(
+      f'{" ".join(arguments)}: no such key: {commands.missing_key(error)}'
+    ) from None
   except (flags.Error, TypeError) as error:
     # The message of a config's error holds a trace, whose last line is the
     # error.

@@ -124,6 +124,17 @@ def test_an_unknown_analysis_is_one_line(tmp_path, capsys):
   assert error.count('\n') == 1
 
 
+def test_a_file_is_no_directory_before_anything_is_computed(
+  tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setitem(analysis.COMPUTED, 'best_clip', lambda: 1 / 0)
+  file = tmp_path / 'file'
+  file.touch()
+  assert analysis.main(['best_clip', f'--out={file}']) == 2
+  error = capsys.readouterr().err
+  assert f"File exists: '{file}'; check the path" in error
+
+
 def test_help_lists_every_analysis(capsys):
   with pytest.raises(SystemExit):
     analysis.main(['--help'])

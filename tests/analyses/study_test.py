@@ -172,6 +172,7 @@ def test_what_was_not_measured_is_said(tmp_path):
     (['mantissa', '--config=no.py'], "there is no config file 'no.py'"),
     (['mantissa', f'--config={_CONFIG},seed=1'], 'sets seed in each run'),
     (['mantissa', f'--config={_CONFIG},space=INT4'], 'sets space in each run'),
+    (['mantissa', '--config.nope=3'], "no such key: 'nope'\n"),
     (['mantissa', '--speed=3'], "unknown flag '--speed=3'"),
     (
       ['clip_multiple', f'--config={_CONFIG}', '--config.quant.act_clip=3'],

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from fliqs_jax.layers import quant_layers
 from fliqs_jax.program import coverage
 from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.search import presets
@@ -278,6 +279,15 @@ def test_a_layer_of_each_class_is_searched_with_all_its_weights(layer, shape):
 def test_what_cannot_be_searched_is_refused_at_once(model, kwargs, message):
   with pytest.raises(ValueError, match=message):
     searchable_lib.searchable(model, **kwargs)
+
+
+def test_only_what_searchable_made_is_covered():
+  for report in (coverage.coverage, discovery.find):
+    with pytest.raises(ValueError, match='function .*was not made by search'):
+      report(lambda params, x: x, X)
+  own = quant_layers.QuantDense(3)  # It has decisions, but no products.
+  with pytest.raises(ValueError, match='QuantDense was not made by searchable'):
+    coverage.coverage(own, X)
 
 
 def test_a_model_without_products_is_an_error():

@@ -82,6 +82,14 @@ def test_a_teacher_teaches_frozen_networks_only():
     experiment_lib.build(config)
 
 
+def test_a_frozen_network_is_not_trained_again(tmp_path):
+  config = tiny.get_config()
+  ptq.adapt(config, 20, False)
+  with pytest.raises(ValueError, match='--retrain trains .* leave it out'):
+    train.train_and_evaluate(config, tmp_path / 'run', retrain=True)
+  assert not (tmp_path / 'run').exists()
+
+
 def test_what_the_user_sets_stays():
   config = tiny.get_config()
   overrides = {
@@ -103,6 +111,7 @@ def test_what_the_user_sets_stays():
     ('train.steps', 77, '--config.train.steps=77: .* given by --steps'),
     ('train.teacher', True, '--config.train.teacher=True: .* need --teacher'),
     ('train.frozen', False, '--config.train.frozen=False: .* fliqs_jax.main'),
+    ('optimizer.ema_decay', 0.5, 'ema_decay=0.5: .* never train here'),
   ],
 )
 def test_what_a_flag_of_the_command_says_is_no_key(key, value, message):

@@ -113,7 +113,10 @@ def _steps(
   model_state=_STATS,
   space=_SPACE,
   ema_decay=0.15,
+  keep_average=True,
   accumulate=1,
+  train=_TRAIN,
+  valid=_VALID,
   **fields,
 ):
   """Takes a step for each proposal, the first two in phase one.
@@ -139,7 +142,7 @@ def _steps(
   state = train_state.TrainState(
     step=jnp.asarray(0),
     params=params,
-    average=params,
+    average=params if keep_average else {},
     opt_state=optimizer.init(params),
     model_state=model_state,
     search_state=0,
@@ -147,7 +150,7 @@ def _steps(
   )
   states, metrics = [state], []
   for _ in proposals:
-    state, new = step(state, _TRAIN, _VALID)
+    state, new = step(state, train, valid)
     states.append(state)
     metrics.append(new)
   return record, states, metrics
@@ -258,9 +261,11 @@ def test_the_mean_of_the_weights_holds_the_new_ones(four):
   )
 
 
-def test_without_a_decay_the_mean_of_the_weights_stays():
-  _, states, _ = _steps([[_INT4, _INT8]], ema_decay=0.0)
-  assert _values(states, 'average') == [1.0, 1.0]
+@pytest.mark.parametrize(('decay', 'kept'), [(0.9, False), (0.0, True)])
+def test_a_decay_and_a_mean_of_the_weights_need_each_other(decay, kept):
+  message = f'ema_decay={decay}, but .* with keep_average={kept}'
+  with pytest.raises(ValueError, match=message):
+    _steps([[_INT4, _INT8]], ema_decay=decay, keep_average=kept)
 
 
 def test_phase_one_begins_at_the_first_step_and_ends_at_act_start(four):
@@ -319,6 +324,18 @@ def test_accumulated_parts_are_averaged_and_draw_keys_of_their_own():
 def test_a_batch_without_so_many_parts_is_refused(accumulate):
   with pytest.raises(ValueError, match='of 4 examples has no [03] equal parts'):
     _steps([[_INT4, _INT8]], accumulate=accumulate)
+
+
+def test_one_value_for_all_examples_has_no_parts():
+  train = dict(_TRAIN, example_mask=jnp.float32(1))
+  message = r"into 2 parts, because \['example_mask'\] is one value"
+  with pytest.raises(ValueError, match=message):
+    _steps([[_INT4, _INT8]], accumulate=2, train=train)
+  # One architecture is judged on the whole batch: -0.5 * 100 + 0 + 1 + 2 + 3.
+  record, _, _ = _steps(
+    [[_INT4]], valid=dict(_VALID, example_mask=jnp.float32(1))
+  )
+  assert record.updates == [(0, [_INT4], [-44])]
 
 
 def test_a_model_without_mixtures_is_refused_by_who_learns_from_them():

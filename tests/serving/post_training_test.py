@@ -62,7 +62,7 @@ def test_a_loss_may_score_instead_of_the_outputs():
 
 
 def test_wrong_arguments_are_named():
-  for target in (0, math.nan, math.inf):
+  for target in (0, math.nan, math.inf, None):
     with pytest.raises(ValueError, match=f'target={target} must be a finite'):
       post_training.allocate(f, PARAMS, BATCHES, target, spec=SPEC)
   with pytest.raises(ValueError, match='at least one batch'):
@@ -81,6 +81,19 @@ def test_wrong_arguments_are_named():
   profiled = quant_spec.QuantSpec(act_clip='profiled')
   with pytest.raises(ValueError, match="'profiled': allocate profiles no"):
     post_training.allocate(f, PARAMS, BATCHES, 1.5, spec=profiled)
+
+
+@pytest.mark.parametrize(
+  ('batch', 'message'),
+  [
+    (dict(x=X.tolist()), "'x' holds float; give arrays"),
+    (dict(x=X, label='abc'), "'label' holds str; give arrays"),
+    (dict(x=X, name=np.array(['a', 'bc'])), "'name' holds <U2; give"),
+  ],
+)
+def test_an_entry_of_a_batch_that_is_no_array_is_named(batch, message):
+  with pytest.raises(ValueError, match=message):
+    post_training.allocate(f, PARAMS, [BATCHES[0], batch], 1.5, spec=SPEC)
 
 
 def test_leaves_that_are_no_floats_stay_as_they_are():

@@ -226,7 +226,13 @@ def test_the_policy_of_another_space_is_refused():
       allocation.likeliest(space, policy)
 
 
-@pytest.mark.parametrize('target', [np.nan, np.inf])
+@pytest.mark.parametrize('target', [np.nan, np.inf, '1', None])
 def test_a_target_that_is_no_number_is_refused(target):
-  with pytest.raises(ValueError, match='target=(nan|inf) must be a finite'):
+  with pytest.raises(ValueError, match=f'target={target!r} must be a finite'):
     fliqs.Budget(lambda choices: 1.0, target)
+
+
+@pytest.mark.parametrize('lowest', [np.nan, 2.5, '1'])
+def test_a_lowest_cost_is_a_number_at_most_the_target(lowest):
+  with pytest.raises(ValueError, match=f'lowest={lowest!r} must be .*target=2'):
+    fliqs.Budget(lambda choices: 1.0, 2.0, lowest)

@@ -320,6 +320,11 @@ def test_an_assignment_that_does_not_fit_names_missing_and_surplus_layers(
     find(assignment=assignment)
 
 
+def test_an_assignment_that_is_no_dict_is_refused():
+  with pytest.raises(ValueError, match=r"assignment=\['stem'\] must be a dict"):
+    quant_spec.QuantSpec(assignment=['stem'])
+
+
 def test_an_assignment_leaves_no_room_for_other_rules():
   assignment = dict.fromkeys(LAYERS, ('INT4', 'INT4'))
   with pytest.raises(ValueError, match='must be empty'):
