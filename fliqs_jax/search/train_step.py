@@ -100,10 +100,11 @@ def search_step(
   def step(
     state: train_state.TrainState, train_batch: Batch, valid_batch: Batch
   ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
-    if bool(ema_decay) != bool(state.average):
+    keeps_average = bool(jax.tree.leaves(state.average))
+    if bool(ema_decay) != keeps_average:
       raise ValueError(
         f'search_step has ema_decay={ema_decay}, but the state was created '
-        f'with keep_average={bool(state.average)}; a mean of the weights needs '
+        f'with keep_average={keeps_average}; a mean of the weights needs '
         'a decay above 0 and keep_average=True, no mean neither'
       )
     key = replicas.key(jax.random.fold_in(state.key, state.step))
