@@ -57,7 +57,7 @@ def check(paths: Sequence[str]) -> None:
         f'{uses} variables have the path {path}, because a key has a slash; '
         'rename the key'
       )
-    if any(re.search(r'#\d+$', key) for key in path.split('/')):
+    if re.search(r'#\d+(/|$)', path):
       raise ValueError(
         f'the variable {path}: a key must not end in # and a number, as the '
         'later uses of a layer do; rename the key'

@@ -143,14 +143,10 @@ class SearchSpace:
       all_branches: bool []. If true, the leaves of branched kernels are 1 / K,
         which a layer reads as a mean over its branches.
     """
-    open_branches = [
-      d
-      for d in self.open_sizes
-      if isinstance(d.size, sizes_lib.Kernel) and d.size.has_branches
-    ]
     return dict(choices) | {
       d.name: jnp.where(all_branches, 1 / len(d.labels), choices[d.name])
-      for d in open_branches
+      for d in self.open_sizes
+      if isinstance(d.size, sizes_lib.Kernel) and d.size.has_branches
     }
 
   def at(self, chosen: Mapping[str, int]) -> dict[str, np.ndarray]:
