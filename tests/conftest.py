@@ -4,7 +4,7 @@ Runs use one of them; a test that wants all says `jax.default_device(None)`.
 
 Compiling is most of what tests do. So programs are compiled fast and run slow,
 those of started processes, too; a test marked `optimized` compiles as users do.
-Programs are compiled once for all tests of a worker and the runs they start.
+Programs are compiled once for all workers and the processes they start.
 Tests that compile most are marked `slow`; docs/testing.md says when to run
 which.
 """
@@ -15,10 +15,11 @@ import os
 import shutil
 import tempfile
 
-_CACHE = tempfile.mkdtemp(prefix='compiled')
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE  # Before jax is imported.
-# Small programs, too: started processes compile the same ones again and again.
+if 'PYTEST_XDIST_WORKER' not in os.environ:  # Workers inherit the directory.
+  _CACHE = tempfile.mkdtemp(prefix='compiled')
+  atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE  # Before jax is imported.
+# Small programs, too: all processes compile the same ones again and again.
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['XLA_FLAGS'] = ''
 
