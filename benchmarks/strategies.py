@@ -37,13 +37,13 @@ import numpy as np
 from fliqs_jax import ptq
 from fliqs_jax.numerics import formats
 from fliqs_jax.run import allocator
-from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import pretrained
 from fliqs_jax.run import sensitivity_table
 from fliqs_jax.run import statistics
 from fliqs_jax.run import train
+from fliqs_jax.run.configs import config as config_lib
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import presets

@@ -22,17 +22,10 @@ import ml_collections
 from configs import imagenet
 from fliqs_jax import models
 
-_VARIANTS = ('ti16', 's16', 'b16')
-
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Returns the config; see the file's docstring for the arguments."""
-  arg = imagenet.parse_arg(arg, variant='b16')
-  if arg.variant not in _VARIANTS:
-    raise ValueError(
-      f'config argument variant={arg.variant!r} is unknown; allowed: '
-      f'{", ".join(_VARIANTS)}'
-    )
+  arg = imagenet.parse_arg(arg, variant=('b16', 's16', 'ti16'))
   name = f'deit_{arg.variant}'
   return imagenet.recipe(
     arg,

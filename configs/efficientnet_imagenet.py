@@ -27,12 +27,7 @@ _IMAGE_SIZES = {'b0': 224, 'b1': 240, 'b2': 260, 'b3': 300, 'b4': 380}
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Returns the config; see the file's docstring for the arguments."""
-  arg = imagenet.parse_arg(arg, variant='b0')
-  if arg.variant not in _IMAGE_SIZES:
-    raise ValueError(
-      f'config argument variant={arg.variant!r} is unknown; allowed: '
-      f'{", ".join(_IMAGE_SIZES)}'
-    )
+  arg = imagenet.parse_arg(arg, variant=tuple(_IMAGE_SIZES))
   return imagenet.mobile_recipe(
     arg,
     model=dict(

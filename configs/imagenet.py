@@ -1,27 +1,13 @@
 """Functions that the ImageNet recipes share; the files beside it use them.
 
 All need `--config.data.data_dir`: the directory in which TFDS has prepared
-imagenet2012 as ArrayRecord (docs/configs.md, "Data"). Every recipe has these
-arguments:
-  space: a named space (int_s, int_l, fp_s, fp_l), one format, or several joined
-    by a +; one format trains that uniform network: `space=E4M3` and E1M6, E2M5,
-    E3M4, E5M2 are the five runs of Table 7.
-  mode: tied, weights, activations or separate.
-  target: cost target, as a multiple of uniform 4-bit.
-  cost: bops, size, compressed_bytes, average_bits, or that of a chip:
-    latency:t4, energy:45nm, or latency: and your own file (docs/chips.md).
-  caps: limits of other costs: size=1.5xINT4+energy:45nm=1.2xINT8.
-  reported: costs to report beside: latency:h100+energy:45nm.
+imagenet2012 as ArrayRecord (docs/configs.md, "Data"). Arguments, beside those
+of every recipe (docs/configs.md):
   width: multiplier of all channels; each file names those of the Pareto curves.
   pareto: train as long as for the Pareto curves (A.2), not as for Table 1.
-  steps: number of steps of training; the recipe's, or 12 of a trial, if not
-    given.
-  seed: seed of all randomness.
-  gamma: weight of the cost against the quality; the preset's own if not given.
-  preset: default, paper, sensitivity, edmips, dnas or dqss, the search.
-  arch: an arch.json, to train that assignment.
-  references: also train the uniform networks at 4, 8 and 16 bits.
-  smoke: a few steps of a tiny network on synthetic images, as a trial.
+
+With one format, `space=E4M3` and E1M6, E2M5, E3M4, E5M2 are the five runs of
+Table 7.
 
 Sources of the values. Table 4: optimizer, schedule, base rate, warm-up and
 length, start of activation quantization, 4 standard deviations for its clip.
@@ -37,8 +23,7 @@ from typing import Any
 
 import ml_collections
 
-from fliqs_jax.run import config as config_lib
-from fliqs_jax.search import presets
+from fliqs_jax.run.configs import recipe as recipe_lib
 
 BATCH_SIZE = 2048
 STEPS_PER_EPOCH = 1_281_167 / BATCH_SIZE
@@ -51,24 +36,12 @@ def parse_arg(arg: str | None, **more: Any) -> Any:
     arg: the text after the colon in `--config=FILE:ARGUMENTS`.
     **more: {argument of this recipe alone: default}.
   """
-  return config_lib.parse_arg(
+  return recipe_lib.parse_arg(
     arg,
+    **recipe_lib.ARGUMENTS | dict(target=1.25, preset='default'),
     **more,
-    space='int_s',
-    mode='tied',
-    target=1.25,
-    cost='bops',
-    caps='',
-    reported='',
     width=1.0,
     pareto=False,
-    steps=int,
-    seed=0,
-    gamma=float,
-    preset='default',
-    arch='',
-    references=False,
-    smoke=False,
   )
 
 
@@ -123,9 +96,7 @@ def recipe(
   whole = round(epochs * STEPS_PER_EPOCH)
   steps = pareto_steps if arg.pareto else whole
   start = pareto_act_start / pareto_steps if arg.pareto else act_start / whole
-  config = ml_collections.ConfigDict()
-  config.seed = arg.seed
-  config.task = 'classification'
+  config = recipe_lib.base(arg, steps=steps, widths=widths, kernels=kernels)
   config.model = dict(model)
   config.data = dict(
     name='imagenet2012',
@@ -140,78 +111,28 @@ def recipe(
     augment=augment,
     random_erasing=random_erasing,
   )
-  log_every, checkpoint_every = 100, 2000
-  if arg.smoke:
-    steps, log_every, checkpoint_every = 12, 3, 6
-    config.model = dict(model, **smoke_model)
-    config.data = dict(
-      name='synthetic',
-      data_dir='',
-      train_split='train[:80%]',
-      valid_split='train[80%:]',
-      test_split='test[:32]',
-      batch_size=8,
-      valid_batch_size=8,
-      test_batch_size=8,
-      image_size=smoke_image_size,
-      num_classes=10,
-    )
-  if arg.steps is not None:
-    steps = arg.steps
-  config.quant = dict(
-    formats=arg.space,
-    mode=arg.mode,
-    exclude=() if arg.arch else exclude,  # An arch.json fixes every layer.
-    menus=(),
-    groups=(),
-    strategies=(),
-    weight_clip='absmax',
-    act_clip='4',  # A number as text, so that a name may replace it.
-    act_threshold='deviation' if arg.preset == 'paper' else 'magnitude',
-    act_start=start,
-    arch=arg.arch,
-  )
-  config.sizes = dict(
-    widths=() if arg.arch else widths,
-    kernels=() if arg.arch else kernels,
-    kernel_weights='branches',
-  )
-  config.cost = dict(
-    kind=arg.cost,
-    target=arg.target,
-    relative_to='INT4',
-    bound='near' if arg.preset == 'paper' else 'at_most',
-    caps=tuple(filter(None, arg.caps.split('+'))),
-    reported=tuple(filter(None, arg.reported.split('+'))),
-  )
-  config.search = presets.search_keys(
-    arg.preset, steps, arg.gamma, sizes=bool(widths or kernels)
-  )
-  # A Pareto point quantizes activations late in its short training.
-  config.search.start = max(config.search.start, start)
   config.optimizer = dict(optimizer, warmup=warmup_epochs / epochs)
-  if arg.smoke:  # The learning rate is proportional to the batch size.
-    config.optimizer.learning_rate *= config.data.batch_size / BATCH_SIZE
-  config.train = dict(
-    dtype='float32',
-    steps=steps,
+  config.train.update(
     label_smoothing=0.1,
     mixup=mixup,
     cutmix=cutmix,
     max_loss=1e4,
-    log_every=log_every,
-    checkpoint_every=checkpoint_every,
-    checkpoints_kept=2,
-    settle_batches=2 if arg.smoke else settle_batches,
-    frozen=False,
-    teacher=False,
+    log_every=100,
+    checkpoint_every=2000,
+    settle_batches=settle_batches,
   )
-  config.parallel = dict(
-    mode='pjit', shard_params=False, accumulate=1, leave_one_out=False
-  )
-  uniform = ('E2M1', 'E4M3') if arg.space.startswith('fp') else ('INT4', 'INT8')
-  config.references = (*uniform, 'BF16') if arg.references else ()
-  config.init_from = ''
+  if arg.smoke:
+    config.model.update(smoke_model)
+    config.data = recipe_lib.synthetic_images(smoke_image_size, batch=8)
+    config.data.test_split = 'test[:32]'
+    # The learning rate is proportional to the batch size.
+    config.optimizer.learning_rate *= config.data.batch_size / BATCH_SIZE
+    config.train.update(log_every=3, checkpoint_every=6, settle_batches=2)
+  config.quant.act_start = start
+  if not arg.arch:  # An arch.json fixes every layer.
+    config.quant.exclude = exclude
+  # A Pareto point quantizes activations late in its short training.
+  config.search.start = max(config.search.start, start)
   return config.lock()
 
 

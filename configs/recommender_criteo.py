@@ -6,27 +6,9 @@ python -m fliqs_jax.main --workdir=$DIR --config.data.data_dir=$DATA \
 DATA holds train.txt of the Kaggle challenge (45,840,617 lines). The paper
 draws AUC against MBOPs (Figure 13) and prints no numbers.
 
-Arguments:
-  space: a named space (int_s, int_l, fp_s, fp_l), one format, or several joined
-    by a +; one format trains that uniform network. The paper searches int_l and
-    fp_l.
+Arguments, beside those of every recipe (docs/configs.md):
   nas: also search the rank and the width of each hidden layer, 0.25 to 2 times
     the published one (A.13).
-  mode: tied, weights, activations or separate.
-  target: cost target, as a multiple of uniform 4-bit.
-  cost: bops, size, compressed_bytes, average_bits, or that of a chip:
-    latency:t4, energy:45nm, or latency: and your own file (docs/chips.md).
-  caps: limits of other costs: size=1.5xINT4+energy:45nm=1.2xINT8.
-  reported: costs to report beside: latency:h100+energy:45nm.
-  steps: number of steps of training; one epoch, or 60 steps of a trial, if not
-    given.
-  seed: seed of all randomness.
-  gamma: weight of the cost against the quality, of default and paper; -0.1 if
-    not given.
-  preset: default, paper, sensitivity, edmips, dnas or dqss, the search.
-  arch: an arch.json, to train that assignment.
-  references: also train the uniform networks at 8 and 16 bits.
-  smoke: a few steps of a tiny network on synthetic clicks, as a trial.
 
 A.13 describes the data and the layers only. Our choices: one epoch, which is
 usual for clicks, where a second one overfits; batch 4096; AdamW without decay
@@ -37,8 +19,7 @@ the gamma of accuracy, -0.1, because both are fractions.
 
 import ml_collections
 
-from fliqs_jax.run import config as config_lib
-from fliqs_jax.search import presets
+from fliqs_jax.run.configs import recipe
 
 _BATCH_SIZE = 4096
 _STEPS = 45_840_617 * 84 // 100 // _BATCH_SIZE  # One epoch.
@@ -46,26 +27,20 @@ _STEPS = 45_840_617 * 84 // 100 // _BATCH_SIZE  # One epoch.
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Returns the config; see the file's docstring for the arguments."""
-  arg = config_lib.parse_arg(
+  arg = recipe.parse_arg(
     arg,
-    space='int_l',
+    **recipe.ARGUMENTS | dict(space='int_l', target=2.0, preset='default'),
     nas=False,
-    mode='tied',
-    target=2.0,
-    cost='bops',
-    caps='',
-    reported='',
-    steps=int,
-    seed=0,
-    gamma=float,
-    preset='default',
-    arch='',
-    references=False,
-    smoke=False,
+  )
+  widths = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+  config = recipe.base(
+    arg,
+    steps=_STEPS,
+    trial=60,
+    widths=widths if arg.nas else (),
+    usual_gamma=-0.1,
   )
   buckets = 2**15
-  config = ml_collections.ConfigDict()
-  config.seed = arg.seed
   config.task = 'click_through'
   config.model = dict(
     name='recommender',
@@ -87,9 +62,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     buckets=buckets,
     max_bad_lines=0,
   )
-  steps, log_every, checkpoint_every = _STEPS, 50, 500
+  config.train.update(log_every=50, checkpoint_every=500)
   if arg.smoke:
-    steps, log_every, checkpoint_every = 60, 5, 20
+    config.train.update(log_every=5, checkpoint_every=20)
     config.model.update(buckets=64, hidden=(32,) * 4, ranks=(8,) * 4)
     config.data = dict(
       name='synthetic_criteo',
@@ -102,39 +77,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       test_batch_size=128,
       buckets=64,
     )
-  if arg.steps is not None:
-    steps = arg.steps
-  config.quant = dict(
-    formats=arg.space,
-    mode=arg.mode,
-    exclude=(),
-    menus=(),
-    groups=(),
-    strategies=(),
-    weight_clip='absmax',
-    act_clip='4',  # A number as text, so that a name may replace it.
-    act_threshold='deviation' if arg.preset == 'paper' else 'magnitude',
-    act_start=0.15,
-    arch=arg.arch,
-  )
-  widths = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-  config.sizes = dict(
-    widths=widths if arg.nas and not arg.arch else (),
-    kernels=(),
-    kernel_weights='branches',
-  )
-  config.cost = dict(
-    kind=arg.cost,
-    target=arg.target,
-    relative_to='INT4',
-    bound='near' if arg.preset == 'paper' else 'at_most',
-    caps=tuple(filter(None, arg.caps.split('+'))),
-    reported=tuple(filter(None, arg.reported.split('+'))),
-  )
-  config.search = presets.search_keys(
-    arg.preset, steps, arg.gamma, sizes=arg.nas, usual_gamma=-0.1
-  )
-  config.search.update(quality='auc')
+  config.search.quality = 'auc'
   config.optimizer = dict(
     name='adamw',
     learning_rate=1e-3,
@@ -144,24 +87,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     weight_decay=0.0,
     ema_decay=0.0,
   )
-  config.train = dict(
-    dtype='float32',
-    steps=steps,
-    label_smoothing=0.0,
-    mixup=0.0,
-    cutmix=0.0,
-    max_loss=100.0,
-    log_every=log_every,
-    checkpoint_every=checkpoint_every,
-    checkpoints_kept=2,
-    settle_batches=3 if arg.smoke else 20,
-    frozen=False,
-    teacher=False,
-  )
-  config.parallel = dict(
-    mode='pjit', shard_params=False, accumulate=1, leave_one_out=False
-  )
-  eight = 'E4M3' if arg.space.startswith('fp') else 'INT8'
-  config.references = (eight, 'BF16') if arg.references else ()
-  config.init_from = ''
+  config.references = config.references[1:]  # Without four bits.
   return config.lock()

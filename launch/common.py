@@ -15,7 +15,7 @@ import tempfile
 
 import jax
 
-from fliqs_jax.run import config as config_lib
+from fliqs_jax.run.configs import config as config_lib
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.sweep import sweep_file
 

@@ -25,8 +25,8 @@ from typing import Any
 
 import jax
 
-from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
+from fliqs_jax.run.configs import config as config_lib
 from fliqs_jax.runtime import digests
 from fliqs_jax.runtime import restoring
 from tests import helpers

@@ -8,12 +8,12 @@ python -m fliqs_jax.main --config=tests/tiny.py:seed=1 --workdir=DIR
 import ml_collections
 
 from configs import digits
-from fliqs_jax.run import config as config_lib
+from fliqs_jax.run.configs import recipe
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Returns the digits config with another network and fewer steps."""
-  arg = config_lib.parse_arg(
+  arg = recipe.parse_arg(
     arg,
     steps=60,
     seed=0,

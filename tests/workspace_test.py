@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from fliqs_jax.run import config
+from fliqs_jax.run.configs import config
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _PACKAGE = _ROOT / 'fliqs_jax'

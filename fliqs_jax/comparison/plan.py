@@ -14,9 +14,9 @@ import pathlib
 
 from fliqs_jax.comparison import methods as methods_lib
 from fliqs_jax.run import budgets
-from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import sensitivity_table
+from fliqs_jax.run.configs import config as config_lib
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.search import presets

@@ -9,7 +9,7 @@ from typing import Any
 from fliqs_jax.comparison import methods as methods_lib
 from fliqs_jax.comparison import passes
 from fliqs_jax.comparison import plan as plan_lib
-from fliqs_jax.run import config as config_lib
+from fliqs_jax.run.configs import config as config_lib
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.space import allocation

@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from fliqs_jax.run import checks
+from fliqs_jax.run.configs import checks
 from fliqs_jax.space import allocation
 from fliqs_jax.space import cost_model
 from fliqs_jax.space import search_space

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import statistics as statistics_lib
+from fliqs_jax.run.configs import config as config_lib
 from fliqs_jax.run.records import results
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import restoring

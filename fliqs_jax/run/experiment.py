@@ -15,8 +15,8 @@ import optax
 from fliqs_jax import data
 from fliqs_jax import models
 from fliqs_jax.run import budgets as budgets_lib
-from fliqs_jax.run import checks
-from fliqs_jax.run import config as config_lib
+from fliqs_jax.run.configs import checks
+from fliqs_jax.run.configs import config as config_lib
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.search import controller as controller_lib
 from fliqs_jax.search import optimizers

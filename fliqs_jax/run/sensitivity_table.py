@@ -16,10 +16,10 @@ import flax.linen as nn
 import numpy as np
 
 from fliqs_jax import models
-from fliqs_jax.run import checks
-from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
+from fliqs_jax.run.configs import checks
+from fliqs_jax.run.configs import config as config_lib
 from fliqs_jax.run.records import results
 from fliqs_jax.runtime import devices as devices_lib
 from fliqs_jax.runtime import digests

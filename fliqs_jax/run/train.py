@@ -13,10 +13,10 @@ import jax
 import ml_collections
 
 from fliqs_jax.report import number_text
-from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import evaluation
 from fliqs_jax.run import experiment as experiment_lib
 from fliqs_jax.run import loop
+from fliqs_jax.run.configs import config as config_lib
 from fliqs_jax.run.records import costs
 from fliqs_jax.run.records import results
 from fliqs_jax.runtime import devices as devices_lib

@@ -13,7 +13,7 @@ from typing import Any
 
 from fliqs_jax.report import figures
 from fliqs_jax.report import number_text
-from fliqs_jax.run import config as config_lib
+from fliqs_jax.run.configs import config as config_lib
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
 from fliqs_jax.sweep import curves

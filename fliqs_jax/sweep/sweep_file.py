@@ -30,7 +30,7 @@ from absl import flags
 import ml_collections
 from ml_collections import config_flags
 
-from fliqs_jax.run import config as config_lib
+from fliqs_jax.run.configs import config as config_lib
 from fliqs_jax.runtime import commands
 from fliqs_jax.runtime import files
 

@@ -1,7 +1,6 @@
 """Configs: arguments, keys and values that cannot work are refused by name."""
 
 import ast
-import importlib
 import math
 import pathlib
 import re
@@ -16,16 +15,16 @@ from configs import recommender_criteo
 from fliqs_jax import cost
 from fliqs_jax import main
 from fliqs_jax import models
-from fliqs_jax.run import checks
-from fliqs_jax.run import config as config_lib
 from fliqs_jax.run import experiment as experiment_lib
+from fliqs_jax.run.configs import checks
+from fliqs_jax.run.configs import config as config_lib
 from fliqs_jax.search import presets
 from fliqs_jax.space import decisions as decisions_lib
 from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes as sizes_lib
 from tests import tiny
 
-_ROOT = pathlib.Path(__file__).parents[2]
+_ROOT = pathlib.Path(__file__).parents[3]
 
 
 def _changed(section: str, **values):
@@ -33,55 +32,6 @@ def _changed(section: str, **values):
   with config.unlocked(), config.ignore_type():
     config[section].update(values)
   return config
-
-
-def test_arguments_are_typed_as_their_defaults():
-  arg = config_lib.parse_arg(
-    'n=3,x=0.5,flag,name=a', n=1, x=1.0, flag=False, name='', gamma=float
-  )
-  assert (arg.n, arg.x, arg.flag, arg.name, arg.gamma) == (
-    3,
-    0.5,
-    True,
-    'a',
-    None,
-  )
-
-
-@pytest.mark.parametrize(
-  ('arg', 'message'),
-  [
-    ('stepz=3', "unknown config argument 'stepz'; allowed: .*steps"),
-    ('steps=3,steps=4', "'steps' is given twice"),
-    ('steps=many', 'must be of type int'),
-    ('steps', "'steps' needs a value"),
-    ('smoke=maybe', 'must be true or false'),
-    ('preset=ours', 'allowed: paper, default'),
-  ],
-)
-def test_a_wrong_argument_is_refused(arg, message):
-  with pytest.raises(ValueError, match=message):
-    digits.get_config(arg)
-
-
-@pytest.mark.parametrize(
-  ('name', 'usual', 'smoke'),
-  [
-    ('digits', 1500, 40),
-    ('cifar10', 64_000, 12),
-    ('fashion_mnist', 2000, 12),
-    ('super_resolution', 1500, 12),
-    # 84 % of the examples in batches of 4096; 350 epochs in batches of 2048.
-    ('recommender_criteo', 9400, 60),
-    ('resnet18_imagenet', 218_949, 12),
-  ],
-)
-def test_steps_that_are_given_count_in_a_trial_too(name, usual, smoke):
-  get_config = importlib.import_module(f'configs.{name}').get_config
-  for arg, steps in (('', usual), ('smoke', smoke)):
-    assert get_config(arg).train.steps == steps
-    for given in (0, 8):  # None at all is refused when the config is checked.
-      assert get_config(f'{arg},steps={given}').train.steps == given
 
 
 @pytest.mark.parametrize('arg', ['', 'smoke', 'preset=paper', 'space=fp_l'])

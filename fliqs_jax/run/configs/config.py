@@ -1,4 +1,4 @@
-"""Config arguments and keys: parses an argument string, checks a config."""
+"""Keys of a config: which there are, and which values are allowed."""
 
 from collections.abc import Callable, Mapping
 import json
@@ -7,63 +7,12 @@ import numbers
 import os
 import pathlib
 import sys
-import types
 from typing import Any
 
 import ml_collections
 
 from fliqs_jax.runtime import files
 from fliqs_jax.runtime import workdir as workdir_lib
-
-_TRUE, _FALSE = ('true', '1', 'yes'), ('false', '0', 'no')
-
-
-def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
-  """Returns a config's arguments; each has the type of its default.
-
-  Args:
-    arg: the text after the colon in `--config=FILE:key=value,...`; a key
-      without a value is a flag that becomes true.
-    **defaults: {argument: default}; a type in place of a default declares an
-      argument of that type, which is None unless given.
-
-  Raises:
-    ValueError: an argument is unknown or repeated, or a value has the wrong
-      type.
-  """
-  values = {k: None if isinstance(v, type) else v for k, v in defaults.items()}
-  seen = set()
-  for item in filter(None, (arg or '').split(',')):
-    key, _, text = item.partition('=')
-    key = key.strip()
-    if key not in defaults:
-      raise ValueError(
-        f'unknown config argument {key!r}; allowed: {", ".join(defaults)}'
-      )
-    if key in seen:
-      raise ValueError(f'config argument {key!r} is given twice; give it once')
-    seen.add(key)
-    default = defaults[key]
-    kind = default if isinstance(default, type) else type(default)
-    values[key] = _convert(key, text.strip() if '=' in item else None, kind)
-  return types.SimpleNamespace(**values)
-
-
-def _convert(key: str, text: str | None, kind: type) -> Any:
-  if kind is bool:
-    if text is None or text.lower() in _TRUE:
-      return True
-    if text.lower() in _FALSE:
-      return False
-    raise ValueError(f'config argument {key}={text!r} must be true or false')
-  if not text:
-    raise ValueError(f'config argument {key!r} needs a value: {key}=...')
-  try:
-    return kind(text)
-  except ValueError:
-    raise ValueError(
-      f'config argument {key}={text!r} must be of type {kind.__name__}'
-    ) from None
 
 
 def _number(

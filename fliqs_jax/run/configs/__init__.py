@@ -1,0 +1,1 @@
+"""Configs of runs: the arguments of recipes, the keys, their checks."""
