@@ -1,10 +1,15 @@
 """Products of a model with the formats that a spec allows them, or why none."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import fnmatch
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
+from fliqs_jax.numerics import one_hot as one_hot_lib
 from fliqs_jax.program import products as products_lib
+from fliqs_jax.space import ops as ops_lib
 from fliqs_jax.space import quant_spec
 
 _NONE = quant_spec.Choices(None, None, False)
@@ -31,6 +36,68 @@ class Part(NamedTuple):
       return {'format': choices.weights}
     menus = {'weights': choices.weights, 'activations': choices.activations}
     return {side: menu for side, menu in menus.items() if menu is not None}
+
+  def ops(self, shared: bool) -> list[ops_lib.Op]:
+    """Returns what each iteration and slice costs.
+
+    Args:
+      shared: whether iterations and slices share their decisions.
+    """
+    product, choices = self.product, self.choices
+    shape = ops_lib.OpShape(
+      kind=product.kind,
+      macs=product.macs * product.calls,
+      weights=product.weights,
+      channels=product.channels,
+      inputs=product.inputs * product.calls,
+      outputs=product.outputs * product.calls,
+      weight_menu=choices.weights,
+      act_menu=choices.activations,
+      tied=choices.tied,
+      window=product.window,
+      strides=product.strides,
+    )
+    is_stacked = bool(product.stack)
+    layer = product.layer if is_stacked else ''
+    return [
+      ops_lib.Op(path, shape, layer, is_stacked and shared)
+      for path in product.iterations()
+    ]
+
+  def one_hots(
+    self, arch: Mapping[str, Any], is_relaxed: bool
+  ) -> dict[str, jax.Array]:
+    """Returns {leaf: one-hot vectors [*stack, K]} of iterations and slices.
+
+    Args:
+      arch: {path in `arch`: one-hot vector [K]}.
+      is_relaxed: whether vectors may be means of several formats.
+
+    Raises:
+      ValueError: one is lacking, or is no such vector.
+    """
+    return {
+      leaf: self._one_hots(leaf, len(menu), arch, is_relaxed and len(menu) > 1)
+      for leaf, menu in self.leaves.items()
+    }
+
+  def _one_hots(
+    self, leaf: str, options: int, arch: Mapping[str, Any], is_mean: bool
+  ) -> jax.Array:
+    rows = []
+    for path in self.product.iterations():
+      name = products_lib.join(path, leaf)
+      if name not in arch:
+        raise ValueError(
+          f'the variables lack arch/{name}: pass '
+          'arch=space.expand(choices), where space is what find_decisions '
+          'returned for this model'
+        )
+      one_hot_lib.check(name, arch[name], options, is_mean)
+      rows.append(jnp.asarray(arch[name]))
+    if not self.product.stack:
+      return rows[0]
+    return jnp.stack(rows).reshape((*self.product.stack, options))
 
 
 def allowed(

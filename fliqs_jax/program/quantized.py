@@ -77,6 +77,37 @@ class Quantized:
       lambda x: np.broadcast_to(x, product.stack + x.shape), first
     )
 
+  def statistics(
+    self, product: products_lib.Product, known: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """Returns the statistics of a product.
+
+    Args:
+      product: the product.
+      known: {path in `quant_stats`: array} of all products.
+
+    Raises:
+      ValueError: an array is lacking, or has another shape.
+    """
+    own = {}
+    for name, first in products_lib.flattened(
+      self.first_statistics(product)
+    ).items():
+      key = products_lib.join(product.path, name)
+      if key not in known:
+        raise ValueError(
+          f'the variables lack quant_stats/{key}: they are those of another '
+          'model or of another call; use those of `init`'
+        )
+      given, right = np.shape(known[key]), np.shape(first)
+      if given != right:
+        raise ValueError(
+          f'quant_stats/{key} has the shape {list(given)}, but must be '
+          f'{list(right)}: it is of other formats; use those of `init`'
+        )
+      own[name] = known[key]
+    return products_lib.nested(own)
+
   def _clip(self, product: products_lib.Product, side: str) -> str | float:
     """Returns the rule of a threshold: a softmax is never clipped.
 

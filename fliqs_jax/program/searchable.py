@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.layers import ratios
-from fliqs_jax.numerics import one_hot as one_hot_lib
 from fliqs_jax.program import equations
 from fliqs_jax.program import finder
 from fliqs_jax.program import models
@@ -277,33 +276,12 @@ class Searchable:
         + '; '.join(f'{p.product.path}: {p.reason}' for p in refused[:5])
       )
     ops, used = [], frozenset()
-    for product, choices, reason in parts:
-      if product.kind == 'embed' and reason:
+    for part in parts:
+      product = part.product
+      if product.kind == 'embed' and part.reason:
         continue  # It multiplies nothing.
-      shape = ops_lib.OpShape(
-        kind=product.kind,
-        macs=product.macs * product.calls,
-        weights=product.weights,
-        channels=product.channels,
-        inputs=product.inputs * product.calls,
-        outputs=product.outputs * product.calls,
-        weight_menu=choices.weights,
-        act_menu=choices.activations,
-        tied=choices.tied,
-        window=product.window,
-        strides=product.strides,
-      )
       used |= product.leaves
-      is_stacked = bool(product.stack)
-      ops += [
-        ops_lib.Op(
-          path,
-          shape,
-          product.layer if is_stacked else '',
-          is_stacked and self.stacks == 'shared',
-        )
-        for path in product.iterations()
-      ]
+      ops += part.ops(self.stacks == 'shared')
     sizes = {
       products_lib.join('params', path): int(np.prod(leaf.shape))
       for path, leaf in products_lib.named(variables.get('params', {})).items()
@@ -411,53 +389,14 @@ class Searchable:
     """Returns the formats and the statistics of each product."""
     arch = products_lib.flattened(variables.get(_ARCH, {}))
     flat = products_lib.flattened(variables.get(_STATS, {}))
+    is_relaxed = self.spec.mix != 'sampled'
     given, stats = {}, {}
     for part in parts:
       path = part.product.path
-      given[path] = {
-        leaf: self._stacked(part.product, leaf, menu, arch)
-        for leaf, menu in part.leaves.items()
-      }
-      first = rule.first_statistics(part.product)
-      if first:
-        names = products_lib.flattened(first)
-        own = {name: products_lib.join(path, name) for name in names}
-        missing = [name for name in own.values() if name not in flat]
-        if missing:
-          raise ValueError(
-            f'the variables lack quant_stats/{missing[0]}: they are '
-            'those of another model or of another call; use those of `init`'
-          )
-        for name, key in own.items():
-          given_shape, right = np.shape(flat[key]), np.shape(names[name])
-          if given_shape != right:
-            raise ValueError(
-              f'quant_stats/{key} has the shape {list(given_shape)}, but must '
-              f'be {list(right)}: it is of other formats; use those of `init`'
-            )
-        stats[path] = products_lib.nested(
-          {name: flat[key] for name, key in own.items()}
-        )
+      given[path] = part.one_hots(arch, is_relaxed)
+      if own := rule.statistics(part.product, flat):
+        stats[path] = own
     return given, stats
-
-  def _stacked(self, product, leaf, menu, arch) -> Any:
-    """Returns the one-hot vectors of all iterations and slices of a product."""
-    rows = []
-    for path in product.iterations():
-      name = products_lib.join(path, leaf)
-      if name not in arch:
-        raise ValueError(
-          f'the variables lack arch/{name}: pass '
-          'arch=space.expand(choices), where space is what find_decisions '
-          'returned for this model'
-        )
-      row = arch[name]
-      is_mean = self.spec.mix != 'sampled' and len(menu) > 1
-      one_hot_lib.check(name, row, len(menu), is_mean)
-      rows.append(jnp.asarray(row))
-    if not product.stack:
-      return rows[0]
-    return jnp.stack(rows).reshape((*product.stack, len(menu)))
 
 
 def check_made(model: Any) -> None:
