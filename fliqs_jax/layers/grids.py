@@ -119,7 +119,7 @@ def observed(
   seen = lax.stop_gradient(x)
   # Moments about the mean so far: those about zero cancel where the offset is
   # large. Before the first batch, any value of it is near its mean.
-  shift = jnp.where(before > 0, statistics['mean'], seen[(0,) * x.ndim])
+  shift = jnp.where(before > 0, statistics['mean'], float_ops.first(seen))
 
   def mean(values: jax.Array) -> jax.Array:
     if active is None:

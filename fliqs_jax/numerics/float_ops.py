@@ -50,7 +50,8 @@ def conv_general_dilated(
     [N, H', W', features] float32.
   """
   plain = set(lhs_dilation) | set(rhs_dilation) == {1}
-  if _on_cpu() and plain and dimension_numbers == IMAGES:
+  fast = _on_cpu() and not (_is_split(lhs) or _is_split(rhs))
+  if fast and plain and dimension_numbers == IMAGES:
     size, kernel, channels = lhs.shape[1:3], rhs.shape[:2], lhs.shape[3]
     pads = padding_pairs(size, kernel, window_strides, padding)
     if feature_group_count == channels == rhs.shape[3] > 1:
@@ -82,6 +83,7 @@ def dot_general(
   rhs: jax.Array,
   dimension_numbers: lax.DotDimensionNumbers,
   precision: lax.PrecisionLike,
+  out_sharding: jax.sharding.Sharding | None = None,
 ) -> jax.Array:
   """`lax.dot_general` with a float32 result.
 
@@ -90,6 +92,7 @@ def dot_general(
     rhs: [...] weights.
     dimension_numbers: the contracted and the batch axes, as in `lax`.
     precision: the precision of the products, as in `lax`.
+    out_sharding: the sharding of the result on a mesh of explicit axes.
 
   Returns:
     [...] float32.
@@ -99,10 +102,14 @@ def dot_general(
   last = tuple(range(lhs.ndim - summed, lhs.ndim))
   first = tuple(range(summed))
   dense = (tuple(lhs_contract), tuple(rhs_contract)) == (last, first)
-  if _on_cpu() and dense and not lhs_batch:
+  fast = _on_cpu() and not (_is_split(lhs) or _is_split(rhs))
+  if fast and dense and not lhs_batch:
     return _matmul(lhs, rhs, summed, precision)
   op = functools.partial(
-    lax.dot_general, dimension_numbers=dimension_numbers, precision=precision
+    lax.dot_general,
+    dimension_numbers=dimension_numbers,
+    precision=precision,
+    out_sharding=out_sharding,
   )
   return _with_float32_sums(op, lhs, rhs)
 
@@ -154,7 +161,7 @@ def computed_once(y: jax.Array, scale: jax.Array) -> jax.Array:
   """
   if not _on_cpu():
     return y
-  return _computed_once(y, jnp.where(scale.reshape(-1)[0] > 0, 1.0, 2.0))
+  return _computed_once(y, jnp.where(first(scale) > 0, 1.0, 2.0))
 
 
 @jax.custom_vjp
@@ -175,6 +182,22 @@ def _computed_once_bwd(one: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
 _computed_once.defvjp(_computed_once_fwd, _computed_once_bwd)
 
 
+def first(x: jax.Array) -> jax.Array:
+  """Returns the first value of `x` [...], [].
+
+  Of an axis that is sharded explicitly JAX cuts out no single entry, so there
+  the others are masked: x + 0 is x.
+  """
+  if not _is_split(x):
+    return x[(0,) * x.ndim]
+  while x.ndim:
+    is_first = jnp.arange(len(x)) == 0
+    x = jnp.where(is_first.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0).sum(
+      axis=0
+    )
+  return x
+
+
 def written_once(y: jax.Array) -> jax.Array:
   """Returns `y` [...], floats that several readers read, computed once.
 
@@ -184,6 +207,14 @@ def written_once(y: jax.Array) -> jax.Array:
   factor, so here each element has its own: 1, and 2 if it is NaN.
   """
   return y / jnp.where(jnp.isnan(y), 2.0, 1.0) if _on_cpu() else y
+
+
+def _is_split(x: jax.Array) -> bool:
+  """Returns whether the type of a tensor says how its axes are sharded.
+
+  On a mesh of explicit axes it does. JAX then reshapes and slices few tensors.
+  """
+  return any(jax.typeof(x).sharding.spec)
 
 
 def _on_cpu() -> bool:

@@ -61,9 +61,9 @@ def mixed(on_grid: OnGrid, probabilities: jax.Array) -> quantize.Quantized:
   ) -> tuple[jax.Array, None]:
     return total + term(*option), None
 
-  shape = jax.eval_shape(on_grid, menu[0]).values.shape
   # -0 is the neutral element: 0 + -0 would lose the sign.
-  values, _ = lax.scan(add, jnp.full(shape, -0.0), (jnp.asarray(menu), weights))
+  none = jnp.full_like(jax.eval_shape(on_grid, menu[0]).values, -0.0)
+  values, _ = lax.scan(add, none, (jnp.asarray(menu), weights))
   return quantize.Quantized(values, scale[0])
 
 

@@ -141,10 +141,12 @@ class Dot(Contraction):
   Attributes:
     numbers: contracted axes and batch axes of both operands, as in `lax`.
     precision: precision of the products.
+    sharding: sharding of the result, if the program names it.
   """
 
   numbers: Any
   precision: Any
+  sharding: Any
 
   @property
   def kind(self) -> str:
@@ -188,11 +190,16 @@ class Dot(Contraction):
       for shape, axis in zip(self.shapes, first)
     )
     results = self.results // self.shapes[0][first[0]]
-    return Dot(shapes, results, numbers, self.precision), first
+    sharding = self.sharding
+    if sharding is not None:  # Batch axes are the result's first ones.
+      sharding = sharding.update(spec=sharding.spec[1:])
+    return Dot(shapes, results, numbers, self.precision, sharding), first
 
   def floats(self, lhs: Any, rhs: Any) -> Any:
     """The product of floats."""
-    return float_ops.dot_general(lhs, rhs, self.numbers, self.precision)
+    return float_ops.dot_general(
+      lhs, rhs, self.numbers, self.precision, self.sharding
+    )
 
   def integers(self, lhs: Any, rhs: Any, shift: Any) -> Any:
     """The product of integers."""
@@ -415,7 +422,8 @@ def _dot(eqn, shapes, results, operands) -> Dot:
     tuple(tuple(axes) for axes in pair)
     for pair in eqn.params['dimension_numbers']
   )
-  return Dot(shapes, results, numbers, eqn.params['precision'])
+  precision, sharding = eqn.params['precision'], eqn.params['out_sharding']
+  return Dot(shapes, results, numbers, precision, sharding)
 
 
 _CONV_OPTIONS = (

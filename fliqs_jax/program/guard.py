@@ -131,7 +131,7 @@ def _at_bf16(products: list[products_lib.Product]) -> Any:
 
 def _apart(actual: Any, expected: Any, spread: Any) -> jax.Array:
   norm, difference, noise = (
-    jnp.linalg.norm(jnp.asarray(x, jnp.float32).reshape(-1))
+    jnp.sqrt(jnp.sum(jnp.square(jnp.asarray(x, jnp.float32))))
     for x in (expected, actual - expected.astype(jnp.float32), spread)
   )
   return difference / jnp.maximum(jnp.maximum(norm, noise), 1e-30)

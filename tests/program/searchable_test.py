@@ -609,3 +609,61 @@ def test_statistics_of_another_model_are_refused():
   del variables['quant_stats']['shared#2']
   with pytest.raises(ValueError, match='lack quant_stats/shared#2/'):
     model.apply(variables, x)
+
+
+@pytest.mark.parametrize('mix', ['sampled', 'composite', 'branched'])
+def test_axes_that_are_sharded_explicitly_stay_so(mix):
+  # The kind of axes that `jax.make_mesh` gives.
+  mesh = jax.make_mesh((2, 2), ('data', 'model'))
+  on = jax.sharding.PartitionSpec
+
+  def model(is_split, params, x):
+    def of(*spec):
+      return dict(out_sharding=on(*spec)) if is_split else {}
+
+    h = jnp.tanh(x @ params['up'])
+    each = (((2,), (1,)), ((0,), (0,)))  # A product for each of two experts.
+    h = jax.lax.dot_general(
+      jnp.stack([h, h]), params['experts'], each, **of(None, 'data', None)
+    )
+    return jnp.einsum('ebh,ho->bo', h, params['down'], **of('data', None))
+
+  params = dict(
+    up=helpers.random((8, 4), 1),
+    experts=helpers.random((2, 4, 4), 2),
+    down=helpers.random((4, 2), 3),
+  )
+  x = helpers.random((4, 8))
+  spec = quant_spec.QuantSpec('int_s', mix=mix)
+
+  def stepped(params, x, is_split):
+    own = searchable_lib.searchable(
+      functools.partial(model, is_split), spec, params=params
+    )
+    space = discovery.find(own, x)
+    chosen = space.expand(space.uniform('INT8'))
+    variables = own.prepare({'params': params}, x) | {'arch': chosen}
+
+    def value(params):
+      y, changed = own.apply(
+        {**variables, 'params': params}, x, mutable=['quant_stats']
+      )
+      return jnp.sum(jnp.sin(y)), changed
+
+    return jax.jit(jax.value_and_grad(value, has_aux=True))(params)
+
+  plain = stepped(params, x, False)
+  with jax.set_mesh(mesh):
+    places = dict(
+      up=on(None, 'model'), experts=on(None, 'model', None), down=on('model')
+    )
+    split = {k: jax.device_put(v, places[k]) for k, v in params.items()}
+    (value, changed), gradients = stepped(
+      split, jax.device_put(x, on('data')), True
+    )
+  assert jax.typeof(gradients['up']).sharding.spec == on(None, 'model')
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    jax.device_get(((value, changed), gradients)),
+    plain,
+  )
