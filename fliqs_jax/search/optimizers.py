@@ -74,6 +74,38 @@ def make(
   return OPTIMIZERS[name](learning_rate, momentum, weight_decay)
 
 
+def updated(
+  optimizer: optax.GradientTransformation,
+  gradients: Any,
+  opt_state: optax.OptState,
+  params: Any,
+  value: jax.Array,
+) -> tuple[Any, optax.OptState]:
+  """Returns the parameters and the optimizer's state after a step.
+
+  Args:
+    optimizer: any optimizer that needs no more than these.
+    gradients: tree of gradients.
+    opt_state: the optimizer's state.
+    params: tree of parameters.
+    value: [] the training loss, for those that adapt to it.
+
+  Raises:
+    ValueError: the optimizer needs more, as line searches do.
+  """
+  update = optax.with_extra_args_support(optimizer).update
+  try:
+    updates, opt_state = update(gradients, opt_state, params, value=value)
+  except TypeError as error:
+    if 'required keyword-only argument' not in str(error):
+      raise
+    raise ValueError(
+      'the optimizer needs more than gradients, parameters and the loss, which '
+      f'are all that a step gives it: {error}; use one without a line search'
+    ) from error
+  return optax.apply_updates(params, updates), opt_state
+
+
 def averaged(average: Any, params: Any, decay: float, step: Any) -> Any:
   """Returns the running mean of the weights after one more step.
 
@@ -87,7 +119,8 @@ def averaged(average: Any, params: Any, decay: float, step: Any) -> Any:
     step: [] number of steps before this one.
   """
   warmed = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-  return optax.incremental_update(params, average, 1 - warmed)
+  new = jax.tree.map(lambda p, mean: p.astype(mean.dtype), params, average)
+  return optax.incremental_update(new, average, 1 - warmed)
 
 
 def _kernels(params: Any) -> Any:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax import data
+from fliqs_jax.search import objectives
 from fliqs_jax.space import decisions as decisions_lib
 from fliqs_jax.space import search_space
 
@@ -34,7 +35,10 @@ def loss(task_loss: Callable[..., Any]) -> Metric:
   """
 
   def rise(outputs: Any, reference: Any, batch: Any) -> jax.Array:
-    return task_loss(outputs, batch)[0] - task_loss(reference, batch)[0]
+    mean, first = (
+      objectives.loss_of(task_loss, y, batch)[0] for y in (outputs, reference)
+    )
+    return mean - first
 
   return rise
 
@@ -51,7 +55,7 @@ def fisher(task_loss: Callable[..., Any]) -> Metric:
 
   def of_example(outputs: Any, batch: Any) -> jax.Array:
     outputs, batch = jax.tree.map(lambda x: x[None], (outputs, batch))
-    return task_loss(outputs, batch)[0]
+    return objectives.loss_of(task_loss, outputs, batch)[0]
 
   def half_square(outputs: Any, reference: Any, batch: Any) -> jax.Array:
     each = jax.vmap(of_example)

@@ -42,7 +42,11 @@ class TrainState:
   @property
   def served_params(self) -> Any:
     """The parameters that are evaluated and served."""
-    return self.average or self.params
+    if not jax.tree.leaves(self.average):
+      return self.params
+    return jax.tree.map(
+      lambda mean, own: mean.astype(own.dtype), self.average, self.params
+    )
 
 
 def create(
@@ -103,13 +107,20 @@ def create(
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    # A copy, because a step that donates the state may not own a buffer twice.
-    average=jax.tree.map(jnp.copy, params) if keep_average else {},
+    average=jax.tree.map(_first_mean, params) if keep_average else {},
     opt_state=optimizer.init(params),
     model_state=model_state,
     search_state=controller.init(space.zeros()),
     key=run_key,
   )
+
+
+def _first_mean(x: jax.Array) -> jax.Array:
+  """Returns a copy: a step that donates the state may not own a buffer twice.
+
+  In bfloat16 a mean would never move: its small steps are rounded away.
+  """
+  return jnp.array(x, jnp.promote_types(x.dtype, jnp.float32))
 
 
 def replaced(name: str, own: Any, given: Any) -> Any:

@@ -19,19 +19,17 @@ from fliqs_jax import data
 from fliqs_jax.layers import operands as operands_lib
 from fliqs_jax.runtime import replicas as replicas_lib
 from fliqs_jax.search import controller as controller_lib
+from fliqs_jax.search import gradients as gradients_lib
+from fliqs_jax.search import objectives
 from fliqs_jax.search import optimizers
 from fliqs_jax.search import schedules
 from fliqs_jax.search import train_state
 from fliqs_jax.space import quant_spec
 from fliqs_jax.space import search_space
 
-Batch = Mapping[str, jax.Array]
-Metrics = dict[str, jax.Array]
-ModelState = Mapping[str, Any]
-# A model's `apply`; linen has no stricter type, either.
-Apply = Callable[..., Any]
-Loss = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
-Quality = Callable[[Any, Batch], jax.Array]
+Apply = gradients_lib.Apply
+ModelState = gradients_lib.ModelState
+Batch, Metrics = objectives.Batch, objectives.Metrics
 Step = Callable[
   [train_state.TrainState, Batch, Batch],
   tuple[train_state.TrainState, Metrics],
@@ -40,8 +38,8 @@ Step = Callable[
 
 def search_step(
   apply: Apply,
-  loss: Loss,
-  quality: Quality,
+  loss: objectives.Loss,
+  quality: objectives.Quality,
   space: search_space.SearchSpace,
   controller: controller_lib.Controller,
   optimizer: optax.GradientTransformation,
@@ -125,33 +123,34 @@ def search_step(
       )
       train_batch = {**train_batch, 'label': labels}
 
-    (gradients, chosen_gradient), model_state, metrics = replicas.mean(
-      _gradients(
+    (gradients, of_choices), model_state, value, metrics = replicas.mean(
+      gradients_lib.gradients(
         apply,
         loss,
         state.params,
         chosen,
-        space.expand,
-        controller.differentiates,
         model_state,
         train_batch,
         dropout_key,
-        accumulate,
-        frozen,
+        expand=space.expand,
+        differentiates=controller.differentiates,
+        accumulate=accumulate,
+        frozen=frozen,
       )
     )
     metrics['grad_norm'] = optax.tree.norm(gradients)
     params, opt_state = state.params, state.opt_state
     if not frozen:
-      updates, opt_state = optimizer.update(gradients, opt_state, params)
-      params = optax.apply_updates(params, updates)
+      params, opt_state = optimizers.updated(
+        optimizer, gradients, opt_state, params, value
+      )
     average = state.average
     if ema_decay:
       average = optimizers.averaged(average, params, ema_decay, state.step)
 
     search_state = state.search_state
     if not space.is_fixed:
-      signal = chosen_gradient
+      signal = of_choices
       if controller.judges:
         variables = {'params': params, **model_state}
         signal = _judge(apply, quality, space, variables, proposed, valid_batch)
@@ -193,68 +192,6 @@ def _trained(
   )
 
 
-def _gradients(
-  apply: Apply,
-  loss: Loss,
-  params: Any,
-  choices: Any,
-  expand: Callable[[Any], Any],
-  differentiates: bool,
-  model_state: ModelState,
-  batch: Batch,
-  key: jax.Array,
-  accumulate: int,
-  frozen: bool,
-) -> tuple[tuple[Any, Any], ModelState, Metrics]:
-  """Returns gradients, the collections after the batch, and metrics.
-
-  The gradients are those with respect to the parameters, unless they are
-  `frozen`, and to the choices, if it `differentiates`; None otherwise.
-  """
-  arguments = (*((0,) * (not frozen)), *((1,) * differentiates))
-
-  def of(
-    model_state: ModelState, batch: Batch, key: jax.Array
-  ) -> tuple[ModelState, tuple[Any, Metrics]]:
-    def train_loss(params: Any, choices: Any) -> tuple[jax.Array, Any]:
-      outputs, changed = apply(
-        {'params': params, 'arch': expand(choices), **model_state},
-        data.model_inputs(batch),
-        train=not frozen,
-        mutable=[] if frozen else list(model_state),
-        rngs={'dropout': key},
-      )
-      value, metrics = loss(outputs, batch)
-      return value, ({**model_state, **changed}, metrics)
-
-    if not arguments:
-      _, (changed, metrics) = train_loss(params, choices)
-      return changed, ((None, None), metrics)
-    found, (changed, metrics) = jax.grad(train_loss, arguments, has_aux=True)(
-      params, choices
-    )
-    gradients = dict(zip(arguments, found))
-    return changed, ((gradients.get(0), gradients.get(1)), metrics)
-
-  if accumulate == 1:
-    changed, (gradients, metrics) = of(model_state, batch, key)
-    return gradients, changed, metrics
-
-  def add(carry: Any, part: Any) -> tuple[Any, None]:
-    changed, sums = carry
-    changed, values = of(changed, *part)
-    return (changed, jax.tree.map(jnp.add, sums, values)), None
-
-  parts = _parts(batch, accumulate)
-  keys = jax.random.split(key, accumulate)
-  first = jax.tree.map(lambda x: x[0], (parts, keys))
-  _, shapes = jax.eval_shape(of, model_state, *first)
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  (changed, sums), _ = lax.scan(add, (model_state, zeros), (parts, keys))
-  gradients, metrics = jax.tree.map(lambda x: x / accumulate, sums)
-  return gradients, changed, metrics
-
-
 def _check_mix(apply: Apply, controller: controller_lib.Controller) -> None:
   spec = getattr(getattr(apply, '__self__', None), 'spec', None)
   if (
@@ -267,32 +204,6 @@ def _check_mix(apply: Apply, controller: controller_lib.Controller) -> None:
       "the model has mix='sampled': give it mix='composite', for edmips and "
       "dqss, or 'branched', for dnas"
     )
-
-
-def _parts(batch: Batch, n: int) -> Batch:
-  """Returns the n equal parts of a batch: each entry [n, B / n, ...]."""
-  for path, leaf in jax.tree.leaves_with_path(batch):
-    if not jnp.ndim(leaf):
-      raise ValueError(
-        f'the batch cannot be cut into {n} parts, because '
-        f'{jax.tree_util.keystr(path)} is one value for all examples; give one '
-        'for each, [B, ...]'
-      )
-  return jax.tree.map(lambda x: _every(x, n), batch)
-
-
-def _every(x: jax.Array, n: int) -> jax.Array:
-  """Returns the examples i, i + n, ... of a batch, for each i: [n, B / n, ...].
-
-  So each device has rows of every part if a batch is split over devices.
-  """
-  if n < 1 or len(x) % n:
-    raise ValueError(
-      f'a batch of {len(x)} examples has no {n} equal parts, one for each '
-      'judged architecture or each step of accumulation; change its size or '
-      'their number'
-    )
-  return jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0)
 
 
 def in_phase(model_state: ModelState, active: Any) -> ModelState:
@@ -312,7 +223,7 @@ def in_phase(model_state: ModelState, active: Any) -> ModelState:
 
 def _judge(
   apply: Apply,
-  quality: Quality,
+  quality: objectives.Quality,
   space: search_space.SearchSpace,
   variables: Mapping[str, Any],
   proposed: Any,
@@ -337,7 +248,7 @@ def _judge(
     )
   images = batch
   if samples > 1:
-    images = jax.tree.map(lambda x: x[0], _parts(batch, samples))
+    images = jax.tree.map(lambda x: x[0], gradients_lib.parts(batch, samples))
 
   def judge(choices: Any) -> jax.Array:
     outputs = apply(
@@ -345,7 +256,7 @@ def _judge(
       data.model_inputs(images),
       train=False,
     )
-    return quality(outputs, images)
+    return objectives.quality_of(quality, outputs, images)
 
   # A loop, so that the network is compiled once; a vmap over weights would turn
   # convolutions into grouped ones.

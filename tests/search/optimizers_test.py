@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from fliqs_jax.search import optimizers
@@ -77,3 +78,22 @@ def test_the_exponential_schedule_has_150_stairs_after_the_warm_up():
   found = [float(rate(s)) for s in (0, 50, 100, 119, 120, 139, 140)]
   expected = [0, 0.5, 1, 1, 0.97, 0.97, 0.97**2]
   np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def _updated(optimizer, value):
+  params = dict(w=jnp.ones(()))
+  return optimizers.updated(
+    optimizer, params, optimizer.init(params), params, jnp.asarray(value)
+  )[0]['w']
+
+
+def test_an_optimizer_may_adapt_to_the_loss():
+  # Polyak's step is the loss over the gradient's square: 1 - 0.25 x 1.
+  polyak = optax.polyak_sgd(max_learning_rate=1.0)
+  np.testing.assert_allclose(_updated(polyak, 0.25), 0.75, rtol=1e-5)
+  assert _updated(optax.sgd(0.5), 0.25) == 0.5
+
+
+def test_a_line_search_is_refused():
+  with pytest.raises(ValueError, match="'value_fn'; use one without a line s"):
+    _updated(optax.lbfgs(), 0.25)

@@ -6,6 +6,7 @@ at a rate of 0.1 gives w' = w - 0.2 w 7.5 = -w / 2 at INT4. Of the validation
 batch 10, 20, 30, 40 two samples are judged on the rows 0 and 2.
 """
 
+import dataclasses
 import types
 
 import jax
@@ -17,6 +18,7 @@ import pytest
 from fliqs_jax.numerics import formats
 from fliqs_jax.program import searchable as searchable_lib
 from fliqs_jax.search import controller as controller_lib
+from fliqs_jax.search import optimizers
 from fliqs_jax.search import presets
 from fliqs_jax.search import schedules
 from fliqs_jax.search import train_state
@@ -411,6 +413,28 @@ def test_a_state_has_a_mean_of_the_weights_if_it_is_asked_for(how, average):
   # Architectures, costs and sizes do not change: they are not stored.
   assert state.model_state == {'quant_stats': {'n': 1.0}}
   assert state.search_state['layer'].tolist() == [0.0, 0.0]
+
+
+def test_a_mean_of_bfloat16_moves_and_is_served_in_it():
+  # Steps of a thousandth of 1 are rounded away in bfloat16.
+  ones, threes = jnp.ones((), jnp.bfloat16), jnp.full((), 3.0, jnp.bfloat16)
+  model = types.SimpleNamespace(init=lambda key: dict(params=ones))
+  controller = types.SimpleNamespace(init=lambda logits: logits)
+  state = train_state.create(
+    model,
+    _SPACE,
+    optax.sgd(1.0),
+    controller,
+    jax.random.key(0),
+    keep_average=True,
+  )
+  mean = state.average
+  for step in range(20_000, 21_000):
+    mean = optimizers.averaged(mean, threes, 0.999, step)
+  # 3 - 2 x .999^1000.
+  np.testing.assert_allclose(mean, 3 - 2 * 0.999**1000, rtol=1e-4)
+  served = dataclasses.replace(state, average=mean).served_params
+  assert (served.dtype, served) == (jnp.bfloat16, jnp.bfloat16(mean))
 
 
 def test_a_controller_that_differentiates_gets_the_slope_of_the_loss():
