@@ -7,6 +7,7 @@ from flax import struct
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fliqs_jax.program import models
@@ -115,6 +116,17 @@ def create(
   )
 
 
+def _dtype(x: Any) -> Any:
+  return x.dtype if hasattr(x, 'dtype') else np.asarray(x).dtype
+
+
+def _kind(x: Any) -> Any:
+  """Returns the kind of an array's type: all floats are of one."""
+  dtype = _dtype(x)
+  kinds = (jnp.floating, jnp.integer, jnp.complexfloating, jax.dtypes.extended)
+  return next((k for k in kinds if jnp.issubdtype(dtype, k)), dtype)
+
+
 def _first_mean(x: jax.Array) -> jax.Array:
   """Returns a copy: a step that donates the state may not own a buffer twice.
 
@@ -150,6 +162,11 @@ def replaced(name: str, own: Any, given: Any) -> Any:
       raise ValueError(
         f'{name}/{path} has the shape {jnp.shape(new)}, but that of the model '
         f'is {leaf.shape}'
+      )
+    if _kind(new) != _kind(leaf):
+      raise ValueError(
+        f'{name}/{path} has the type {_dtype(new)}, but that of the model is '
+        f'{leaf.dtype}; give the values that the network computes with'
       )
   return jax.tree.unflatten(
     jax.tree.structure(own),

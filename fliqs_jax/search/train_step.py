@@ -90,10 +90,16 @@ def search_step(
 
   Raises:
     ValueError: the controller learns from mixtures, of which the model computes
-      none; from the function, when it is traced: `ema_decay` does not fit the
-      state, or the batch cannot be cut into parts.
+      none, or `ema_decay` is out of range; from the function, when it is
+      traced: `ema_decay` does not fit the state, the batch cannot be cut into
+      parts, the loss or the quality is not one number, or the optimizer needs
+      more than the loss.
   """
   _check_mix(apply, controller)
+  if not 0 <= ema_decay < 1:
+    raise ValueError(
+      f'ema_decay={ema_decay} must be from 0, for no mean, to below 1'
+    )
 
   def step(
     state: train_state.TrainState, train_batch: Batch, valid_batch: Batch

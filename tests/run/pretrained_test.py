@@ -96,6 +96,16 @@ def test_another_network_is_named_parameter_by_parameter(state, tmp_path):
   safetensors.numpy.save_file(given, path)
   with pytest.raises(ValueError, match=f'{second} has the shape'):
     pretrained.started(state, str(path))
+  # Codes of a quantized network are no values.
+  given[second] = given[second][0].astype(np.int8)
+  safetensors.numpy.save_file(given, path)
+  with pytest.raises(
+    ValueError, match=f'{second} has the type int8, but .*float'
+  ):
+    pretrained.started(state, str(path))
+  given[second] = given[second].astype(np.float16)
+  safetensors.numpy.save_file(given, path)
+  pretrained.started(state, str(path))
 
 
 def test_a_model_json_is_read_with_the_weights_beside_it(tmp_path):

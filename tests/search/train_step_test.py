@@ -270,6 +270,14 @@ def test_a_decay_and_a_mean_of_the_weights_need_each_other(decay, kept):
     _steps([[_INT4, _INT8]], ema_decay=decay, keep_average=kept)
 
 
+@pytest.mark.parametrize('decay', [-0.1, 1.0, 2.0])
+def test_a_decay_that_is_none_is_refused(decay):
+  with pytest.raises(
+    ValueError, match='must be from 0, for no m'
+  ):
+    _steps([], ema_decay=decay)
+
+
 def test_phase_one_begins_at_the_first_step_and_ends_at_act_start(four):
   record, states, _ = four
   # A step trains once and judges in a loop, both in the same phase.
