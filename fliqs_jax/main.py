@@ -148,22 +148,10 @@ def parsed(argv: Sequence[str]) -> list[str]:
     sys.exit(commands.MISTAKE)
   try:
     others = flags.FLAGS(argv)
-    _CONFIG.value.to_dict()  # Raises if the file could not be loaded.
+    commands.loaded(_CONFIG.value)
     return others
   except Exception as error:  # Loading a file as Python raises any.
-    # absl's text may hold a whole traceback; its last line says why.
-    lines = (str(error).strip() or repr(error)).splitlines()
-    text = lines[0]
-    if lines[-1] != text:
-      text += f' {lines[-1].strip()}'
-    if isinstance(error, (AttributeError, KeyError)):
-      text = (
-        'a flag --config.KEY names a key that the config lacks: '
-        f'{commands.missing_key(error)}'
-      )
-    elif not isinstance(error, flags.Error):
-      text = f'--config cannot be loaded: {type(error).__name__}: {text}'
-    print(text, file=sys.stderr)
+    print(commands.no_config(error), file=sys.stderr)
     sys.exit(commands.MISTAKE)
 
 

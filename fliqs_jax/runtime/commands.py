@@ -9,8 +9,10 @@ import os
 import re
 import signal
 import sys
+import traceback
 from typing import Any
 
+from absl import flags
 from absl import logging as absl_logging
 
 from fliqs_jax.runtime import files
@@ -45,15 +47,48 @@ def line(error: BaseException) -> str:
   return f'{text.rstrip(".")}; {remedy}' if remedy else text
 
 
-def missing_key(error: BaseException) -> str:
-  """Returns in one line what an error says of a key that a config lacks.
+def loaded(config: Any) -> Any:
+  """Returns what a config file gave.
 
-  `str` would quote the text of a KeyError, which has quotes of its own.
+  Raises:
+    OSError: the file could not be read.
+    ValueError: it is no config.
+  """
+  if not hasattr(config, 'to_dict'):
+    raise ValueError(
+      f'get_config returned a {type(config).__name__}; it must return an '
+      'ml_collections.ConfigDict'
+    )
+  return config
+
+
+def no_config(error: BaseException, where: str = '--config') -> str:
+  """Returns in one line why a config file and its flags give no config.
+
+  Loading a file as Python raises any error. `str` would quote the text of a
+  KeyError, which has quotes of its own.
+
+  Args:
+    error: what was raised.
+    where: the flags.
   """
   said: Any = error
   while isinstance(said, (AttributeError, KeyError)) and said.args:
     said = said.args[0]
-  return ' '.join(str(said).split())
+  lines = (str(said).strip() or repr(error)).splitlines()
+  text = ' '.join(' '.join(lines).split())
+  if isinstance(error, flags.Error):
+    # It may hold a whole traceback, whose last line says why.
+    last = lines[-1].removeprefix('ValueError: ')
+    return f'{where} cannot be loaded: {last}' if len(lines) > 1 else text
+  frames = traceback.extract_tb(error.__traceback__)
+  is_of_file = any(f.name in ('get_config', '<module>') for f in frames)
+  if isinstance(error, (AttributeError, KeyError)) and not is_of_file:
+    if "no attribute 'get_config'" in text:
+      return f'{where} cannot be loaded: it has no function get_config(arg)'
+    return f'{where}: no such key: {text}'
+  name = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
+  return f'{where} cannot be loaded: {name}{text}'
 
 
 def status(error: BaseException) -> int:

@@ -242,17 +242,9 @@ def _made(arguments: Sequence[str]) -> ml_collections.ConfigDict:
   )
   try:
     values(argv)
-    return holder.value
-  except (KeyError, AttributeError) as error:
-    raise ValueError(
-      f'{" ".join(arguments)}: no such key: {commands.missing_key(error)}'
-    ) from None
-  except (flags.Error, TypeError) as error:
-    # The message of a config's error holds a trace, whose last line is the
-    # error.
-    message = str(error).strip().splitlines()[-1]
-    message = message.removeprefix('ValueError: ')
-    raise ValueError(f'{" ".join(arguments)}: {message}') from None
+    return commands.loaded(holder.value)
+  except Exception as error:  # Loading a file as Python raises any.
+    raise ValueError(commands.no_config(error, ' '.join(arguments))) from None
 
 
 def _runs(content: Any) -> Iterator[Run]:

@@ -272,9 +272,7 @@ def test_a_decay_and_a_mean_of_the_weights_need_each_other(decay, kept):
 
 @pytest.mark.parametrize('decay', [-0.1, 1.0, 2.0])
 def test_a_decay_that_is_none_is_refused(decay):
-  with pytest.raises(
-    ValueError, match='must be from 0, for no m'
-  ):
+  with pytest.raises(ValueError, match='must be from 0, for no m'):
     _steps([], ema_decay=decay)
 
 

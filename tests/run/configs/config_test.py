@@ -22,6 +22,7 @@ from fliqs_jax.search import presets
 from fliqs_jax.space import decisions as decisions_lib
 from fliqs_jax.space import search_space
 from fliqs_jax.space import sizes as sizes_lib
+from fliqs_jax.sweep import sweep_file
 from tests import tiny
 
 _ROOT = pathlib.Path(__file__).parents[3]
@@ -366,8 +367,8 @@ def test_the_cost_command_refuses_in_one_line(argv, message, capsys):
   [
     ('--config=configs/none.py', r'cannot be loaded: .*No such file'),
     ('--config=README.md', r'cannot be loaded: SyntaxError: '),
-    ('--config=tests/tiny.py:none=1', 'parsing config file: .*allowed: steps'),
-    ('--config.train.none=3', "lacks: 'none'"),
+    ('--config=tests/tiny.py:none=1', 'cannot be loaded: .*allowed: steps'),
+    ('--config.train.none=3', "--config: no such key: 'none'"),
     ('--config.train.steps=abc', 'steps=abc: invalid literal'),
     ('--none=1', "Unknown command line flag 'none'"),
   ],
@@ -405,3 +406,26 @@ def test_a_clip_is_a_number_or_a_name_in_any_recipe(key, text, clip):
   config = digits.get_config('smoke')
   config.quant[key] = text  # As an override of a flag does.
   assert getattr(experiment_lib.build(config).spec, key) == clip
+
+
+@pytest.mark.parametrize(
+  ('text', 'words'),
+  [
+    ('retrun 3', 'cannot be loaded: SyntaxError: invalid syntax'),
+    ('x = 3', r'cannot be loaded: it has no function get_config\(arg\)'),
+    ('def get_config(arg): return {}', 'get_config returned a dict; it must'),
+    ('def get_config(arg): return {}[0]', 'cannot be loaded: KeyError: 0'),
+    ('def get_config(arg): return arg.x', 'AttributeError: .* no attribute'),
+    ('def get_config(): return 3', 'TypeError: get_config.. takes 0 posit'),
+    ('import no_such_module', 'ModuleNotFoundError: No module'),
+  ],
+)
+@pytest.mark.filterwarnings('ignore:the load_module')  # Of ml_collections.
+def test_a_file_that_is_no_config_says_why(text, words, tmp_path, monkeypatch):
+  # ml_collections loads every file as one module.
+  monkeypatch.delitem(sys.modules, 'config_config', raising=False)
+  path = tmp_path / 'c.py'
+  path.write_text(text)
+  with pytest.raises(ValueError, match=words) as error:
+    sweep_file.check_overrides(f'{path}:a=1', {})
+  assert str(error.value).startswith(f'--config={path}')
