@@ -209,8 +209,14 @@ class Plan:
   def _check_out(self) -> None:
     path = self.out / workdir_lib.COMPARISON_PLAN
     if path.exists():
+      try:
+        claimed = files.read_json(path)
+      except ValueError as error:
+        raise ValueError(
+          f'{error}; delete it, and the same command writes it anew'
+        ) from None
       differences = config_lib.differences(
-        files.read_json(path), json.loads(json.dumps(self.claim))
+        claimed, json.loads(json.dumps(self.claim))
       )
       if differences:
         raise ValueError(

@@ -132,6 +132,13 @@ def test_a_config_without_the_arguments_is_refused(tmp_path):
     plan.check()
 
 
+def test_a_plan_that_was_cut_off_may_be_deleted(tmp_path):
+  plan = _plan(tmp_path)
+  (tmp_path / 'plan.json').write_text('{"config": ')
+  with pytest.raises(ValueError, match=r'plan\.json is damaged: .*; delete it'):
+    plan.check()
+
+
 def _finish(plan, planned, value, cost, **more):
   """Writes what a finished run leaves that a comparison reads."""
   workdir = plan.workdir(planned.run)
