@@ -15,6 +15,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from fliqs_jax.numerics import float_ops
 from fliqs_jax.numerics import formats
 from fliqs_jax.numerics import quantize
 from fliqs_jax.numerics import strategies
@@ -59,7 +60,10 @@ def found(
     {side: [K, number of scales] ratios of the largest magnitudes}, 1 for
     formats without a strategy.
   """
-  sides = {side: _Side(side, x, axes[side]) for side, x in operands.items()}
+  sides = {
+    side: _Side(side, float_ops.whole(x), axes[side])
+    for side, x in operands.items()
+  }
   directions = _directions(product, sides, menus, has_examples)
 
   def all_ratios(side: _Side, menu: Menu) -> jax.Array:

@@ -209,6 +209,14 @@ def written_once(y: jax.Array) -> jax.Array:
   return y / jnp.where(jnp.isnan(y), 2.0, 1.0) if _on_cpu() else y
 
 
+def whole(x: jax.Array) -> jax.Array:
+  """Returns `x` [...], whole on each device if it was sharded explicitly.
+
+  So it may be reshaped and sorted; for what happens now and then.
+  """
+  return jax.reshard(x, jax.sharding.PartitionSpec()) if _is_split(x) else x
+
+
 def _is_split(x: jax.Array) -> bool:
   """Returns whether the type of a tensor says how its axes are sharded.
 

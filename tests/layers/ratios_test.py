@@ -52,11 +52,12 @@ def _variables(model):
   return jax.tree.map(jnp.asarray, dict(variables))
 
 
-def _calibrated(model, variables):
+def _calibrated(model, variables, images=None):
   step = jax.jit(calibration.strategy_step(model.apply))
   state = {k: v for k, v in variables.items() if k not in ('params', 'arch')}
+  images = _images() if images is None else images
   found = step(
-    variables['params'], state, variables['arch'], dict(image=_images())
+    variables['params'], state, variables['arch'], dict(image=images)
   )
   return {**variables, **found}
 
@@ -66,6 +67,18 @@ def found():
   """Variables of a network of our layers after a calibration."""
   model = _own(_spec())
   return _calibrated(model, _variables(model))
+
+
+def test_thresholds_of_images_that_are_split_are_those_of_all(found):
+  model, mesh = _own(_spec()), jax.make_mesh((4,), ('data',))
+  with jax.set_mesh(mesh):
+    images = jax.device_put(_images(), jax.sharding.PartitionSpec('data'))
+    split = _calibrated(model, _variables(model), images)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+    jax.device_get(split['quant_stats']),
+    found['quant_stats'],
+  )
 
 
 def test_thresholds_are_those_of_the_layers_own_input_and_weights(found):
