@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fliqs_jax.numerics import clipping
+from fliqs_jax.numerics import explicit_axes
 from fliqs_jax.numerics import float_ops
 from fliqs_jax.numerics import formats
 from fliqs_jax.numerics import mixture
@@ -119,7 +120,7 @@ def observed(
   seen = lax.stop_gradient(x)
   # Moments about the mean so far: those about zero cancel where the offset is
   # large. Before the first batch, any value of it is near its mean.
-  shift = jnp.where(before > 0, statistics['mean'], float_ops.first(seen))
+  shift = jnp.where(before > 0, statistics['mean'], explicit_axes.first(seen))
 
   def mean(values: jax.Array) -> jax.Array:
     if active is None:

@@ -15,7 +15,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from fliqs_jax.numerics import float_ops
+from fliqs_jax.numerics import explicit_axes
 from fliqs_jax.numerics import formats
 from fliqs_jax.numerics import quantize
 from fliqs_jax.numerics import strategies
@@ -61,7 +61,7 @@ def found(
     formats without a strategy.
   """
   sides = {
-    side: _Side(side, float_ops.whole(x), axes[side])
+    side: _Side(side, explicit_axes.whole(x), axes[side])
     for side, x in operands.items()
   }
   directions = _directions(product, sides, menus, has_examples)

@@ -17,6 +17,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from fliqs_jax.numerics import explicit_axes
+
 # The axes of images, kernels and results in linen's layers: channels last.
 IMAGES = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
@@ -50,8 +52,7 @@ def conv_general_dilated(
     [N, H', W', features] float32.
   """
   plain = set(lhs_dilation) | set(rhs_dilation) == {1}
-  fast = _on_cpu() and not (_is_split(lhs) or _is_split(rhs))
-  if fast and plain and dimension_numbers == IMAGES:
+  if _has_fast_forms(lhs, rhs) and plain and dimension_numbers == IMAGES:
     size, kernel, channels = lhs.shape[1:3], rhs.shape[:2], lhs.shape[3]
     pads = padding_pairs(size, kernel, window_strides, padding)
     if feature_group_count == channels == rhs.shape[3] > 1:
@@ -102,8 +103,7 @@ def dot_general(
   last = tuple(range(lhs.ndim - summed, lhs.ndim))
   first = tuple(range(summed))
   dense = (tuple(lhs_contract), tuple(rhs_contract)) == (last, first)
-  fast = _on_cpu() and not (_is_split(lhs) or _is_split(rhs))
-  if fast and dense and not lhs_batch:
+  if _has_fast_forms(lhs, rhs) and dense and not lhs_batch:
     return _matmul(lhs, rhs, summed, precision)
   op = functools.partial(
     lax.dot_general,
@@ -161,7 +161,7 @@ def computed_once(y: jax.Array, scale: jax.Array) -> jax.Array:
   """
   if not _on_cpu():
     return y
-  return _computed_once(y, jnp.where(first(scale) > 0, 1.0, 2.0))
+  return _computed_once(y, jnp.where(explicit_axes.first(scale) > 0, 1.0, 2.0))
 
 
 @jax.custom_vjp
@@ -182,22 +182,6 @@ def _computed_once_bwd(one: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
 _computed_once.defvjp(_computed_once_fwd, _computed_once_bwd)
 
 
-def first(x: jax.Array) -> jax.Array:
-  """Returns the first value of `x` [...], [].
-
-  Of an axis that is sharded explicitly JAX cuts out no single entry, so there
-  the others are masked: x + 0 is x.
-  """
-  if not _is_split(x):
-    return x[(0,) * x.ndim]
-  while x.ndim:
-    is_first = jnp.arange(len(x)) == 0
-    x = jnp.where(is_first.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0).sum(
-      axis=0
-    )
-  return x
-
-
 def written_once(y: jax.Array) -> jax.Array:
   """Returns `y` [...], floats that several readers read, computed once.
 
@@ -209,20 +193,9 @@ def written_once(y: jax.Array) -> jax.Array:
   return y / jnp.where(jnp.isnan(y), 2.0, 1.0) if _on_cpu() else y
 
 
-def whole(x: jax.Array) -> jax.Array:
-  """Returns `x` [...], whole on each device if it was sharded explicitly.
-
-  So it may be reshaped and sorted; for what happens now and then.
-  """
-  return jax.reshard(x, jax.sharding.PartitionSpec()) if _is_split(x) else x
-
-
-def _is_split(x: jax.Array) -> bool:
-  """Returns whether the type of a tensor says how its axes are sharded.
-
-  On a mesh of explicit axes it does. JAX then reshapes and slices few tensors.
-  """
-  return any(jax.typeof(x).sharding.spec)
+def _has_fast_forms(lhs: jax.Array, rhs: jax.Array) -> bool:
+  """Returns whether operands may be reshaped and cut for the CPU."""
+  return _on_cpu() and not any(map(explicit_axes.is_split, (lhs, rhs)))
 
 
 def _on_cpu() -> bool:
