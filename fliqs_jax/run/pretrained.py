@@ -85,7 +85,7 @@ def started(state: train_state.TrainState, path: str) -> train_state.TrainState:
 
   collections = {name: placed(name) for name in own}
   params = collections.pop('params')
-  average = jax.tree.map(lambda x: x.copy(), params) if state.average else {}
+  average = train_state.first_average(params) if state.average else {}
   return dataclasses.replace(
     state, params=params, average=average, model_state=collections
   )

@@ -35,10 +35,10 @@ def loss(task_loss: Callable[..., Any]) -> Metric:
   """
 
   def rise(outputs: Any, reference: Any, batch: Any) -> jax.Array:
-    mean, first = (
-      objectives.loss_of(task_loss, y, batch)[0] for y in (outputs, reference)
+    before, after = (
+      objectives.loss_of(task_loss, y, batch)[0] for y in (reference, outputs)
     )
-    return mean - first
+    return after - before
 
   return rise
 

@@ -108,7 +108,7 @@ def create(
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    average=jax.tree.map(_first_mean, params) if keep_average else {},
+    average=first_average(params) if keep_average else {},
     opt_state=optimizer.init(params),
     model_state=model_state,
     search_state=controller.init(space.zeros()),
@@ -127,12 +127,15 @@ def _kind(x: Any) -> Any:
   return next((k for k in kinds if jnp.issubdtype(dtype, k)), dtype)
 
 
-def _first_mean(x: jax.Array) -> jax.Array:
-  """Returns a copy: a step that donates the state may not own a buffer twice.
+def first_average(params: Any) -> Any:
+  """Returns the mean of the weights before the first step.
 
-  In bfloat16 a mean would never move: its small steps are rounded away.
+  It is a copy, as a step that donates the state may not own a buffer twice, and
+  at least float32: in bfloat16 its small steps would be rounded away.
   """
-  return jnp.array(x, jnp.promote_types(x.dtype, jnp.float32))
+  return jax.tree.map(
+    lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32)), params
+  )
 
 
 def replaced(name: str, own: Any, given: Any) -> Any:

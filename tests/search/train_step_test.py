@@ -394,23 +394,29 @@ def test_settling_moves_statistics_and_nothing_else():
   assert record.training == [_bits(jax.random.key(1))]
 
 
+def _created(keep_average=False, **variables):
+  """Returns the state before the first step of a model with these variables."""
+  return train_state.create(
+    types.SimpleNamespace(init=lambda key: variables),
+    _SPACE,
+    optax.sgd(1.0),
+    types.SimpleNamespace(init=lambda logits: logits),
+    jax.random.key(0),
+    keep_average=keep_average,
+  )
+
+
 @pytest.mark.parametrize(
   ('how', 'average'), [({}, {}), (dict(keep_average=True), {'w': 2.0})]
 )
 def test_a_state_has_a_mean_of_the_weights_if_it_is_asked_for(how, average):
-  model = types.SimpleNamespace(
-    init=lambda key, x: dict(
-      params={'w': 2 * x}, quant_stats={'n': x}, arch={}, cost={}, sizes={}
-    )
-  )
-  controller = types.SimpleNamespace(init=lambda logits: logits)
-  state = train_state.create(
-    model,
-    _SPACE,
-    optax.sgd(1.0),
-    controller,
-    jax.random.key(0),
-    jnp.ones(()),
+  one = jnp.ones(())
+  state = _created(
+    params={'w': 2 * one},
+    quant_stats={'n': one},
+    arch={},
+    cost={},
+    sizes={},
     **how,
   )
   assert state.step == 0
@@ -424,16 +430,7 @@ def test_a_state_has_a_mean_of_the_weights_if_it_is_asked_for(how, average):
 def test_a_mean_of_bfloat16_moves_and_is_served_in_it():
   # Steps of a thousandth of 1 are rounded away in bfloat16.
   ones, threes = jnp.ones((), jnp.bfloat16), jnp.full((), 3.0, jnp.bfloat16)
-  model = types.SimpleNamespace(init=lambda key: dict(params=ones))
-  controller = types.SimpleNamespace(init=lambda logits: logits)
-  state = train_state.create(
-    model,
-    _SPACE,
-    optax.sgd(1.0),
-    controller,
-    jax.random.key(0),
-    keep_average=True,
-  )
+  state = _created(params=ones, keep_average=True)
   mean = state.average
   for step in range(20_000, 21_000):
     mean = optimizers.averaged(mean, threes, 0.999, step)
