@@ -62,9 +62,12 @@ def conv_general_dilated(
     if feature_group_count == 1 and _as_matmul(
       size, kernel, window_strides, pads
     ):
-      patches = jnp.concatenate(
-        windows(pad_images(lhs, pads), kernel, window_strides), axis=-1
-      )
+      padded = pad_images(lhs, pads)
+      if max(kernel) > 1:
+        # Otherwise each tap of the kernel would compute the images anew.
+        padded = written_once(padded)
+      taps = windows(padded, kernel, window_strides)
+      patches = jnp.concatenate(taps, axis=-1)
       return _matmul(patches, rhs.reshape((-1, rhs.shape[3])), 1, precision)
   op = functools.partial(
     lax.conv_general_dilated,

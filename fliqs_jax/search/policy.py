@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fliqs_jax.numerics import float_ops
+
 # A logit so far above zeros that the others have e^-20 of its probability.
 _CERTAIN = 20.0
 
@@ -52,7 +54,9 @@ def unstack(stacked: Stacked) -> Any:
   """Returns the tree that `stack` got."""
   leaves: dict[int, jax.Array] = {}
   for k, numbers in stacked.places:
-    rows = jnp.split(stacked.arrays[k], len(numbers), axis=-2)
+    # Otherwise XLA on CPU would compute the whole stack at each use of a row.
+    array = float_ops.written_once(stacked.arrays[k])
+    rows = jnp.split(array, len(numbers), axis=-2)
     leaves |= {i: row.squeeze(-2) for i, row in zip(numbers, rows)}
   return stacked.treedef.unflatten([leaves[i] for i in sorted(leaves)])
 
@@ -74,7 +78,12 @@ def sample(policy: Any, key: jax.Array, n: int) -> Any:
     steps = jnp.cumsum(jax.nn.softmax(stacked.arrays[k]), axis=-1)
     u = uniform[np.array(numbers)].swapaxes(0, 1)  # [n, D, 1]
     drawn[k] = jax.nn.one_hot(jnp.sum(steps[None, :, :-1] <= u, axis=-1), k)
-  return unstack(dataclasses.replace(stacked, arrays=drawn))
+  # XLA compiles equal kernels once. Those of equal layers would differ in the
+  # number of the row that they cut out of the stack.
+  return jax.tree.map(
+    float_ops.written_once,
+    unstack(dataclasses.replace(stacked, arrays=drawn)),
+  )
 
 
 def argmax(policy: Any) -> Any:

@@ -88,44 +88,38 @@ def controller(
   """Returns the controller.
 
   Before the search starts, weights train at the most precise formats and the
-  largest sizes; then on the architecture in the state. If none
-  was put there, no option of a menu of several is picked and every result is
-  NaN.
+  largest sizes; then on the architecture in the state. If none was put there,
+  no option of a menu of several is picked and every result is NaN.
 
   Args:
     relative_cost: tree of [K] -> C / C_T [].
-    phases: when the search starts.
-    replicas: the copies of the step; all train on the same architecture once
-      the search has started.
+    phases: unused: the step trains on no proposal before the search starts.
+    replicas: unused: all copies train on the same architecture.
     **unused: keys of the other presets.
   """
-  del replicas, unused
+  del phases, replicas, unused
 
   def init(logits: Any) -> ScoredState:
     return ScoredState(logits, jax.tree.map(jnp.zeros_like, logits))
 
   def propose(state: ScoredState, key: jax.Array, step: jax.Array) -> Any:
-    del key
+    del key, step
 
-    policy = policy_lib.stack(state.policy)
+    # Decisions stay apart, not stacked, so that equal layers share kernels.
+    def option(logits: jax.Array) -> jax.Array:
+      if len(logits) == 1:
+        return jnp.ones((1, 1))
+      return jnp.float32(logits > 0)[None]
 
-    def option(best: jax.Array, logits: jax.Array) -> jax.Array:
-      picked = jnp.max(logits, axis=-1, keepdims=True) > 0
-      picked |= (logits.shape[-1] == 1) | (step < phases.search_start)
-      return (best * picked)[None]
-
-    return policy_lib.unstack(
-      jax.tree.map(option, policy_lib.argmax(policy), policy)
-    )
+    return jax.tree.map(option, state.policy)
 
   def update(
     state: ScoredState, archs: Any, qualities: None, step: jax.Array
   ) -> tuple[ScoredState, dict[str, jax.Array]]:
     del archs, qualities, step
-    policy = policy_lib.stack(state.policy)
-    pi = policy_lib.unstack(policy_lib.probabilities(policy))
     return state, dict(
-      cost=relative_cost(pi), entropy=policy_lib.entropy(policy)
+      cost=relative_cost(policy_lib.probabilities(state.policy)),
+      entropy=policy_lib.entropy(policy_lib.stack(state.policy)),
     )
 
   return controller_lib.Controller(
