@@ -186,7 +186,12 @@ def _trained(
   proposed: Any,
 ) -> Any:
   """Returns the architecture {decision: [K]} on which the weights train."""
-  trained = jax.tree.map(lambda a: a[0], proposed)
+
+  def first(options: jax.Array) -> jax.Array:
+    # The one option of a menu is known: XLA computes with it as it compiles.
+    return jnp.ones(1) if options.shape[-1] == 1 else options[0]
+
+  trained = jax.tree.map(first, proposed)
   if controller.warm_up == 'proposed':
     return trained
   dearest = space.dearest()
@@ -194,7 +199,7 @@ def _trained(
     dearest = trained | {d.name: dearest[d.name] for d in space.formats}
   searching = state.step >= phases.search_start
   return jax.tree.map(
-    lambda first, other: jnp.where(searching, first, other), trained, dearest
+    lambda option, other: jnp.where(searching, option, other), trained, dearest
   )
 
 
