@@ -13,6 +13,7 @@ to DIR (without the flag: to WORKDIR) and prints a Markdown table.
 import argparse
 from collections.abc import Mapping, Sequence
 import functools
+import os
 import pathlib
 import sys
 from typing import Any
@@ -39,15 +40,20 @@ def write(
     out: path of the directory for both files; empty: the workdir.
 
   Raises:
-    ValueError: as `sensitivity_table.measure`, or the run is unfinished.
+    ValueError: as `sensitivity_table.measure`, the run is unfinished, or the
+      directory cannot be written.
   """
+  target = pathlib.Path(out or workdir)
+  if target.exists() and not os.access(target, os.W_OK):
+    raise ValueError(
+      f'{target} cannot be written; name a directory by --out=DIR'
+    )
   run = evaluation.restore(workdir)
+  target.mkdir(parents=True, exist_ok=True)
   content = sensitivity_table.measure(run, metric, batches)
   draw = functools.partial(
     sensitivity_figure.sensitivity, content['decisions'], metric
   )
-  target = pathlib.Path(out or workdir)
-  target.mkdir(parents=True, exist_ok=True)
   files.write_bytes(target / workdir_lib.SENSITIVITY_FIGURE, figures.png(draw))
   files.write_json(target / workdir_lib.SENSITIVITY, content)
   return content

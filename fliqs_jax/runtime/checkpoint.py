@@ -200,8 +200,8 @@ class Checkpoints:
     if free < needed:
       raise OSError(
         errno.ENOSPC,
-        f'{os.strerror(errno.ENOSPC)}: {needed / 1e6:.0f} MB are needed and '
-        f'{free / 1e6:.0f} are free',
+        f'{os.strerror(errno.ENOSPC)}: {needed / 1e6:.2f} MB are needed and '
+        f'{free / 1e6:.2f} are free',
       )
 
   def _failed(self, error: Exception) -> SaveError:

@@ -296,6 +296,8 @@ def test_mistakes_of_the_command_line(trained, capsys):
   assert 'sensitivity.json cannot be read' in capsys.readouterr().err
   assert sensitivity_command.main([str(workdir), '--scores=fish']) == 2
   assert '--scores=fish is unknown' in capsys.readouterr().err
+  assert sensitivity_command.main([str(workdir), f'--out={__file__}']) == 2
+  assert 'File exists' in capsys.readouterr().err
   for flags in ([], ['--target=2', '--front=3']):
     with pytest.raises(SystemExit):
       assign.main([str(workdir), *flags])

@@ -441,7 +441,9 @@ def test_a_disk_without_room_is_noticed_before_it_is_full(
         if fits:
           checkpoints.save(2, state, {})
         else:
-          with pytest.raises(SaveError, match='5 MB are needed'):
+          with pytest.raises(
+            SaveError, match='5.24 MB are needed and 5.20 are free'
+          ):
             checkpoints.save(2, state, {})
           assert not list(tmp_path.glob('2*'))
   assert steps_in(tmp_path) == [1, 2]
