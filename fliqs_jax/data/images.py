@@ -6,6 +6,7 @@ import io
 import struct
 
 import numpy as np
+import PIL
 from PIL import Image
 
 # What Pillow raises for damaged data, and for more pixels than it trusts.
@@ -23,8 +24,14 @@ def opened(encoded: bytes) -> Image.Image:
   """Opens a PNG or JPEG, of which the pixels are decoded when they are used.
 
   An image of 16 bits becomes one of 8: Pillow would clip it at 255.
+
+  Raises:
+    ValueError: it is neither.
   """
-  image = Image.open(io.BytesIO(encoded))
+  try:
+    image = Image.open(io.BytesIO(encoded))
+  except PIL.UnidentifiedImageError as error:  # Its text is an address.
+    raise ValueError('it is neither a PNG nor a JPEG') from error
   if image.mode.startswith('I'):
     deep = np.asarray(image, np.float64)
     return Image.fromarray(np.round(deep / 257).clip(0, 255).astype(np.uint8))

@@ -39,7 +39,10 @@ def test_an_image_of_any_mode_shows_its_colours(mode, channels):
 @pytest.mark.parametrize(
   ('encoded', 'message'),
   [
-    (b'\x89PNG no image', 'image 1 of train in D cannot be decoded'),
+    (
+      b'\x89PNG no image',
+      'image 1 of train in D cannot be decoded: it is neither',
+    ),
     (
       _png(np.zeros((8, 8, 3), np.uint8))[:45],
       'image 1 of train in D cannot be ',
