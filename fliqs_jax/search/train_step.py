@@ -84,9 +84,9 @@ def search_step(
 
   Returns:
     A pure function of a `TrainState` and two batches, which returns the next
-    state and {name: metric []}. A batch is a dict of `label` [B, ...] and of
-    the model's inputs [B, ...], of any other names but `example_mask`. Jit the
-    function with the state donated.
+    state and {name: metric []}. A batch is a dict of `label`, an array [B, ...]
+    or a dict of all that the loss reads, and of the model's inputs [B, ...], of
+    any other names but `example_mask`. Jit the function with the state donated.
 
   Raises:
     ValueError: the controller learns from mixtures, of which the model computes
