@@ -72,8 +72,10 @@ def served(
 
   def measured(statistics: Mapping[str, Any]) -> Served:
     batches = itertools.islice(experiment.streams.valid(0), _BATCHES)
-    qualities = list(evaluate(statistics, batches, experiment.quality))
-    return Served(statistics, float(np.mean(jax.device_get(qualities))))
+    qualities = map(
+      jax.device_get, evaluate(statistics, batches, experiment.quality)
+    )
+    return Served(statistics, float(np.mean(list(qualities))))
 
   moved = measured(
     statistics_lib.settled(experiment, state, choices, devices, model)

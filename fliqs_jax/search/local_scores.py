@@ -230,7 +230,7 @@ def _mean_of_draws(
   total: dict[str, float] = {}
   for i in range(_DRAWS):
     key = jax.random.key(i)
-    fetched = jax.device_get([draw(variables, b, key) for b in batches])
+    fetched = [jax.device_get(draw(variables, b, key)) for b in batches]
     new = {
       path: total.get(path, 0.0)
       + float(np.mean([part[path] for part in fetched]))

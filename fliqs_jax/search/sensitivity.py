@@ -164,18 +164,18 @@ def scorer(
         # Judged for its outputs: one program is compiled, not two, as long as
         # zeros are placed as outputs are.
         _, compared = judge(variables, anchors[0], compared, batch)
-      seen.append((compared, batch))
+      seen.append((jax.block_until_ready(compared), batch))
     if not seen:
       raise ValueError('sensitivities need at least one batch')
 
     def means(networks: Mapping[Any, Any]) -> dict[Any, float]:
-      found = {
-        key: [judge(variables, choices, *one)[0] for one in seen]
-        for key, choices in networks.items()
-      }
       return {
-        key: float(np.mean(np.asarray(values, np.float64)))
-        for key, values in jax.device_get(found).items()
+        key: float(
+          np.mean(
+            [_fetched(judge(variables, choices, *one)[0]) for one in seen]
+          )
+        )
+        for key, choices in networks.items()
       }
 
     of_anchors = means(dict(enumerate(anchors)))
@@ -192,6 +192,16 @@ def scorer(
     return result
 
   return scores
+
+
+def _fetched(value: jax.Array) -> np.float64:
+  """Returns a number [] when the program that computes it has ended.
+
+  Scores are hundreds of independent programs. XLA on CPU has a few threads for
+  all devices; if these hold parts of several programs, of which each waits for
+  the sum over its other parts, none of them ends.
+  """
+  return np.float64(jax.device_get(value))
 
 
 def _anchors(space: search_space.SearchSpace) -> list[dict[str, np.ndarray]]:

@@ -173,6 +173,31 @@ def test_sizes_are_judged_with_the_statistics_of_the_batch():
   np.testing.assert_allclose(scores['net/channels'], [0.0, 0.0], atol=1e-7)
 
 
+def test_a_network_is_judged_when_the_one_before_has_ended():
+  # Dozens of programs that sum over devices deadlock on a CPU.
+  started, ended = [], []
+
+  def slow(variables, x, *, train):
+    y = _apply(variables, x, train=train)
+    return y + 0.0 * jnp.sum(jax.lax.map(jnp.tanh, jnp.full((300_000,), y[0])))
+
+  def jit(function):
+    compiled = jax.jit(function)
+
+    def call(*args):
+      ended.extend(value.is_ready() for value in started[-1:])
+      started.extend(jax.tree.leaves(result := compiled(*args)))
+      return result
+
+    return call
+
+  score = sensitivity.scorer(slow, sensitivity.loss(_loss), _SPACE, jit)
+  scores = score({'params': {'w': jnp.asarray(2.0)}}, _BATCHES)
+  np.testing.assert_allclose(scores['first'], [2.0, 1.0, 0.0])
+  assert len(ended) > 10
+  assert np.mean(ended) > 0.8  # Not the zeros with which a batch begins.
+
+
 def test_no_batch_is_an_error():
   score = sensitivity.scorer(_apply, sensitivity.loss(_loss), _SPACE)
   with pytest.raises(ValueError, match='at least one batch'):
